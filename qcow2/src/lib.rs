@@ -1,0 +1,1 @@
+//! A crash-safe qcow2 engine for backup images.

@@ -1,0 +1,2 @@
+//! Blockyard backs up all disks of a VM from one snapshot, through NBD servers in its own process, into qcow2 images.
+#![forbid(unsafe_code)]
