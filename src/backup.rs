@@ -1,0 +1,4 @@
+//! The backup job.
+
+pub mod coverage;
+pub mod state;
