@@ -150,7 +150,7 @@ impl AsMut<[u8]> for Lent {
 #[async_trait]
 impl nbd::Device for ImageDevice {
     fn buffer(&self, _offset: u64, length: usize) -> nbd::Buffer {
-        Box::new(self.image.buffer(length))
+        Box::new(vec![0_u8; length])
     }
 
     async fn read(&self, offset: u64, buffer: nbd::Buffer) -> Result<nbd::Buffer, nbd::Error> {

@@ -1,1 +1,40 @@
 //! A crash-safe qcow2 engine for backup images.
+//!
+//! What it promises: a crash, at any moment, loses at most what was not flushed, and changes nothing else; after the first
+//! failed write or sync nothing is acknowledged any more; an image that was closed is clean by every tool's judgement.
+//! How: host space only grows within a session, data is written before anything points at it, a flush has two barriers, and
+//! the dirty bit is durable before the first change.
+//!
+//! Start at [`Image`] (blocking) or [`AsyncImage`]; [`create`], [`check`] and [`info`] work on paths.
+//!
+//! Inside, from the top down: `image` (one file per operation) uses `tables` (the mapping in memory), `allocate` (host
+//! space), `references` and `refcounts` (who owns what), `backing` (the layers below), all over `storage` (the file) and
+//! `format` (bytes and values, pure).
+#![forbid(unsafe_code)]
+
+mod allocate;
+mod async_image;
+mod backing;
+mod check;
+mod cluster_lock;
+mod create;
+mod error;
+mod format;
+mod geometry;
+mod image;
+mod info;
+mod lock;
+mod refcounts;
+mod references;
+mod storage;
+mod sync;
+mod tables;
+
+pub use async_image::AsyncImage;
+pub use check::{CheckReport, check};
+pub use create::{CreateOptions, create};
+pub use error::{Error, Result};
+pub use format::header::{Backing, BackingFormat};
+pub use image::{Durability, Extent, ExtentKind, Image, OpenOptions, ZeroMode};
+pub use info::{ImageInfo, info};
+pub use lock::Access;

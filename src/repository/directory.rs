@@ -12,6 +12,7 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use super::layout::{BackupPaths, MANIFEST};
 use super::manifest::{Manifest, ManifestError};
+use crate::id::BackupId;
 
 /// Directories may be listed by the group of the service, images read by it, by nobody else.
 const DIRECTORY_MODE: u32 = 0o750;
@@ -108,12 +109,12 @@ pub fn sync_published(paths: &BackupPaths) -> io::Result<()> {
 ///
 /// # Errors
 /// A directory whose manifest is missing, unreadable, or belongs to another backup.
-pub fn load_published(paths: &BackupPaths, backup_id: &str) -> Result<Option<Manifest>, ManifestError> {
+pub fn load_published(paths: &BackupPaths, backup_id: &BackupId) -> Result<Option<Manifest>, ManifestError> {
     if !paths.published.try_exists()? {
         return Ok(None);
     }
     let manifest = Manifest::decode(&fs::read(paths.published.join(MANIFEST))?)?;
-    if manifest.backup_id != backup_id {
+    if manifest.backup_id != *backup_id {
         return Err(io::Error::other("the manifest belongs to another backup").into());
     }
     for disk in &manifest.disks {
@@ -191,10 +192,11 @@ mod tests {
     fn a_published_directory_without_a_valid_manifest_is_an_error_and_none_is_none() {
         let root = tempfile::tempdir().unwrap();
         let paths = paths(root.path());
-        assert!(load_published(&paths, "backup-1").unwrap().is_none());
+        let id = BackupId::new();
+        assert!(load_published(&paths, &id).unwrap().is_none());
         fs::create_dir_all(&paths.published).unwrap();
-        assert!(load_published(&paths, "backup-1").is_err());
+        assert!(load_published(&paths, &id).is_err());
         fs::write(paths.published.join(MANIFEST), b"{").unwrap();
-        assert!(load_published(&paths, "backup-1").is_err());
+        assert!(load_published(&paths, &id).is_err());
     }
 }

@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::backup::coverage::Run;
 use crate::backup::state::{BackupType, RequestedType, TypeReason};
+use crate::clock::UtcTime;
+use crate::id::{BackupId, RepositoryId, VmId};
 
 /// The format this version writes; a reader refuses a higher one.
 pub const FORMAT: u32 = 1;
@@ -19,15 +21,15 @@ pub struct Manifest {
     /// The version of this layout.
     pub format: u32,
     /// The id of the job and of the point.
-    pub backup_id: String,
+    pub backup_id: BackupId,
     /// The repository it was written into.
-    pub repository_id: String,
+    pub repository_id: RepositoryId,
     /// Whose disks these are.
     pub vm: ManifestVm,
-    /// When the job was accepted, RFC 3339 UTC.
-    pub created_at: String,
-    /// When all disks were sealed, RFC 3339 UTC.
-    pub committed_at: String,
+    /// When the job was accepted.
+    pub created_at: UtcTime,
+    /// When all disks were sealed.
+    pub committed_at: UtcTime,
     /// What the caller asked for.
     pub requested_type: RequestedType,
     /// What it became.
@@ -44,7 +46,7 @@ pub struct Manifest {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ManifestVm {
     /// Our id.
-    pub id: String,
+    pub id: VmId,
     /// The display name.
     pub name: String,
     /// The vCenter host.
@@ -61,7 +63,7 @@ pub struct ManifestDisk {
     /// Our number of it.
     pub disk_id: u32,
     /// VMware's.
-    pub device_key: i64,
+    pub device_key: u32,
     /// The identity of the VMDK, when known.
     pub vmdk_uuid: Option<String>,
     /// Its path in the datastore, when known.
@@ -83,7 +85,7 @@ pub struct ManifestDisk {
     /// The state its delta began at.
     pub from_change_id: Option<String>,
     /// The point its backing file belongs to.
-    pub parent_id: Option<String>,
+    pub parent_id: Option<BackupId>,
     /// How many images a read may pass, this one included.
     pub chain_depth: u32,
     /// Bytes that were written, as measured by the server.
@@ -178,17 +180,17 @@ mod tests {
         Manifest {
             readme: Manifest::readme_for(&disks),
             format: FORMAT,
-            backup_id: "backup-1".into(),
-            repository_id: "repo-1".into(),
+            backup_id: "backup-01JD8Z3M6Q9V4T2R7XK5N0WCHB".parse().unwrap(),
+            repository_id: "repo-1".parse().unwrap(),
             vm: ManifestVm {
-                id: "vm-1".into(),
+                id: "vm-01JC0A7K2E5H8M3P6R9T1V4X7Z".parse().unwrap(),
                 name: "db".into(),
                 vcenter: "vc".into(),
                 path: "/DC/vm/db".into(),
                 uuid: None,
             },
-            created_at: "2026-11-23T22:00:00Z".into(),
-            committed_at: "2026-11-23T22:05:00Z".into(),
+            created_at: "2026-11-23T22:00:00Z".parse().unwrap(),
+            committed_at: "2026-11-23T22:05:00Z".parse().unwrap(),
             requested_type: RequestedType::Auto,
             backup_type: BackupType::Full,
             tags: BTreeMap::new(),

@@ -8,15 +8,15 @@ mod row;
 
 use serde_json::json;
 
+use super::column::signed;
 use super::events::{self, Actor};
 use super::{Connection, StoreError};
 use crate::backup::state::{DiskState, FailureCode, JobResult, JobState};
 use crate::clock::UtcTime;
 use crate::id::{BackupId, VmId};
 
-pub use list::{Filter, Page, list};
+pub use list::{Filter, list};
 pub use row::{BackupDiskRow, BackupRow, NodeOutcome};
-pub(super) use row::{signed, unsigned};
 
 /// A change of state was refused because the row is elsewhere.
 #[derive(Debug, thiserror::Error)]
@@ -91,7 +91,7 @@ pub async fn insert(connection: &mut Connection, backup: &BackupRow, disks: &[Ba
         .bind(disk.device_key)
         .bind(&disk.vmdk_uuid)
         .bind(&disk.vmdk_path)
-        .bind(row::signed(disk.size_bytes))
+        .bind(signed(disk.size_bytes)?)
         .bind(disk.backup_type)
         .bind(disk.reason)
         .bind(&disk.parent_id)
@@ -215,9 +215,9 @@ pub async fn update_disk(connection: &mut Connection, id: &BackupId, disk: &Disk
          WHERE backup_id = ? AND disk_id = ?",
     )
     .bind(disk.state)
-    .bind(row::signed(disk.covered_bytes))
-    .bind(row::signed(disk.written_bytes))
-    .bind(row::signed(disk.zeroed_bytes))
+    .bind(signed(disk.covered_bytes)?)
+    .bind(signed(disk.written_bytes)?)
+    .bind(signed(disk.zeroed_bytes)?)
     .bind(disk.effective_type)
     .bind(disk.change_id)
     .bind(disk.error_message)

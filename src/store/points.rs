@@ -4,9 +4,9 @@ use serde_json::json;
 use sqlx::sqlite::SqliteRow;
 use sqlx::{FromRow, QueryBuilder, Row};
 
-use super::backups::{signed, unsigned};
+use super::column::{signed, unsigned};
 use super::events::{self, Actor};
-use super::{Connection, StoreError};
+use super::{Connection, Listing, Page, StoreError};
 use crate::backup::state::BackupType;
 use crate::clock::UtcTime;
 use crate::id::{BackupId, RepositoryId, VmId};
@@ -38,7 +38,7 @@ pub struct PointDiskRow {
     /// Our number of it.
     pub disk_id: u32,
     /// VMware's.
-    pub device_key: i64,
+    pub device_key: u32,
     /// The identity of the VMDK.
     pub vmdk_uuid: Option<String>,
     /// Its path in the datastore.
@@ -139,10 +139,10 @@ pub async fn insert(connection: &mut Connection, point: &NewPoint<'_>) -> Result
         .bind(disk.device_key)
         .bind(&disk.vmdk_uuid)
         .bind(&disk.vmdk_path)
-        .bind(signed(disk.size_bytes))
+        .bind(signed(disk.size_bytes)?)
         .bind(disk.backup_type)
         .bind(&disk.file)
-        .bind(signed(disk.file_bytes))
+        .bind(signed(disk.file_bytes)?)
         .bind(&disk.change_id)
         .bind(&disk.parent_id)
         .bind(disk.chain_depth)
@@ -204,27 +204,15 @@ pub struct Filter {
     pub repository_id: Option<RepositoryId>,
 }
 
-/// One page of points.
-#[derive(Clone, Debug)]
-pub struct Page {
-    /// Newest first.
-    pub points: Vec<PointRow>,
-    /// How many match in all.
-    pub total: u64,
-    /// Where the next page begins, when there is one: the sequence of the last one here.
-    pub next: Option<u64>,
-}
-
-/// The points that match, committed before number `before`, at most `limit`.
+/// One page of the points that match, in the reverse order of their commits.
 ///
 /// # Errors
 /// The database's.
 pub async fn list(
     connection: &mut Connection,
     filter: &Filter,
-    before: Option<u64>,
-    limit: u32,
-) -> Result<Page, StoreError> {
+    page: &Page<u64>,
+) -> Result<Listing<PointRow, u64>, StoreError> {
     let restricted = |select: &str| {
         let mut query = QueryBuilder::new(select);
         query.push(" FROM restore_points WHERE state <> 'deleted'");
@@ -238,13 +226,10 @@ pub async fn list(
     };
     let total: i64 = restricted("SELECT count(*)").build_query_scalar().fetch_one(&mut *connection).await?;
     let mut query = restricted("SELECT *");
-    if let Some(before) = before {
-        query.push(" AND sequence < ").push_bind(signed(before));
+    if let Some(before) = page.after {
+        query.push(" AND sequence < ").push_bind(signed(before)?);
     }
-    query.push(" ORDER BY sequence DESC LIMIT ").push_bind(i64::from(limit) + 1);
-    let mut points: Vec<PointRow> = query.build_query_as().fetch_all(connection).await?;
-    let more = points.len() > limit as usize;
-    points.truncate(limit as usize);
-    let next = if more { points.last().map(|point| point.sequence) } else { None };
-    Ok(Page { points, total: u64::try_from(total).unwrap_or(0), next })
+    query.push(" ORDER BY sequence DESC LIMIT ").push_bind(page.fetch_limit());
+    let points = query.build_query_as().fetch_all(connection).await?;
+    Ok(page.listing(points, total.unsigned_abs(), |point: &PointRow| point.sequence))
 }

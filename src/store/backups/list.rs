@@ -7,7 +7,7 @@ use super::row::BackupRow;
 use crate::backup::state::{BackupType, JobState, OldStatus};
 use crate::clock::UtcTime;
 use crate::id::{BackupId, RepositoryId, VmId};
-use crate::store::{Connection, StoreError};
+use crate::store::{Connection, Listing, Page, StoreError};
 
 /// Which jobs; everything by default.
 #[derive(Clone, Debug, Default)]
@@ -28,43 +28,27 @@ pub struct Filter {
     pub since: Option<UtcTime>,
 }
 
-/// One page of jobs.
-#[derive(Clone, Debug)]
-pub struct Page {
-    /// Newest first.
-    pub backups: Vec<BackupRow>,
-    /// How many match in all.
-    pub total: u64,
-    /// Where the next page begins, when there is one.
-    pub next: Option<BackupId>,
-}
-
-/// The jobs that match, older than `before`, at most `limit`.
+/// One page of the jobs that match.
 ///
 /// # Errors
 /// The database's, and words in the rows that this version does not know.
 pub async fn list(
     connection: &mut Connection,
     filter: &Filter,
-    before: Option<&BackupId>,
-    limit: u32,
-) -> Result<Page, StoreError> {
+    page: &Page<BackupId>,
+) -> Result<Listing<BackupRow, BackupId>, StoreError> {
     let mut count = QueryBuilder::new("SELECT count(*) FROM backups WHERE 1 = 1");
     restrict(&mut count, filter);
     let total: i64 = count.build_query_scalar().fetch_one(&mut *connection).await?;
 
     let mut query = QueryBuilder::new("SELECT * FROM backups WHERE 1 = 1");
     restrict(&mut query, filter);
-    if let Some(before) = before {
+    if let Some(before) = &page.after {
         query.push(" AND id < ").push_bind(before.clone());
     }
-    // One more than asked for tells whether there is a next page.
-    query.push(" ORDER BY id DESC LIMIT ").push_bind(i64::from(limit) + 1);
-    let mut backups: Vec<BackupRow> = query.build_query_as().fetch_all(connection).await?;
-    let more = backups.len() > limit as usize;
-    backups.truncate(limit as usize);
-    let next = if more { backups.last().map(|backup| backup.id.clone()) } else { None };
-    Ok(Page { backups, total: u64::try_from(total).unwrap_or(0), next })
+    query.push(" ORDER BY id DESC LIMIT ").push_bind(page.fetch_limit());
+    let backups = query.build_query_as().fetch_all(connection).await?;
+    Ok(page.listing(backups, total.unsigned_abs(), |backup: &BackupRow| backup.id.clone()))
 }
 
 fn restrict(query: &mut QueryBuilder<Sqlite>, filter: &Filter) {

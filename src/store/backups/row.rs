@@ -13,6 +13,7 @@ use crate::backup::state::{
 use crate::clock::UtcTime;
 use crate::id::{BackupId, RepositoryId, VmId};
 use crate::store::StoreError;
+use crate::store::column::unsigned;
 
 /// What is known about the one call to the node; absent while it was never tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,7 +111,7 @@ pub struct BackupDiskRow {
     /// Our number of it.
     pub disk_id: u32,
     /// VMware's.
-    pub device_key: i64,
+    pub device_key: u32,
     /// The identity of the VMDK.
     pub vmdk_uuid: Option<String>,
     /// Its path in the datastore.
@@ -199,18 +200,6 @@ impl FromRow<'_, SqliteRow> for BackupDiskRow {
             sealed_at: row.try_get("sealed_at")?,
         })
     }
-}
-
-/// A column of bytes. SQLite's integers are signed; the schema keeps these at 0 or above.
-pub(in crate::store) fn unsigned(row: &SqliteRow, column: &str) -> Result<u64, sqlx::Error> {
-    let value: i64 = row.try_get(column)?;
-    u64::try_from(value)
-        .map_err(|error| sqlx::Error::ColumnDecode { index: column.to_owned(), source: error.into() })
-}
-
-/// A number of bytes as the database keeps it. Sizes of disks end far below 2^63.
-pub(in crate::store) fn signed(bytes: u64) -> i64 {
-    i64::try_from(bytes).unwrap_or(i64::MAX)
 }
 
 pub(super) fn json_text<T: Serialize>(value: &T) -> Result<String, StoreError> {

@@ -1,0 +1,129 @@
+//! An image for asynchronous callers: each operation runs to its end on tokio's threads for blocking work.
+
+use std::path::PathBuf;
+
+use tokio::sync::Semaphore;
+
+use crate::check::CheckReport;
+use crate::error::{Error, Result};
+use crate::image::{Durability, Extent, Image, OpenOptions, ZeroMode};
+use crate::sync::Arc;
+
+/// Operations of one image that run at once. More threads only queue up at the file's own lock; fewer leave the disk idle
+/// while a flush waits. (A guess; to be measured with the write path.)
+const AT_ONCE: usize = 8;
+
+/// A shared handle on an [`Image`]; clones are cheap and mean the same image.
+///
+/// # Cancellation
+/// Every operation owns its buffer. Once it has begun it runs to its end, also when its future is dropped; one that still
+/// waits for its turn is never begun.
+#[derive(Clone, Debug)]
+pub struct AsyncImage {
+    image: Arc<Image>,
+    turns: Arc<Semaphore>,
+}
+
+impl AsyncImage {
+    /// As [`Image::open`].
+    pub async fn open(path: PathBuf, options: OpenOptions) -> Result<Self> {
+        let opened = tokio::task::spawn_blocking(move || Image::open(&path, &options)).await;
+        Ok(Self::new(opened.map_err(|_| Error::Panicked)??))
+    }
+
+    /// Shares an open image.
+    pub fn new(image: Image) -> Self {
+        Self { image: Arc::new(image), turns: Arc::new(Semaphore::new(AT_ONCE)) }
+    }
+
+    /// Virtual size in bytes.
+    pub fn size(&self) -> u64 {
+        self.image.size()
+    }
+
+    /// Cluster size in bytes.
+    pub fn cluster_size(&self) -> u64 {
+        self.image.cluster_size()
+    }
+
+    /// The first failed write or sync, if there was one.
+    pub fn poison(&self) -> Option<&str> {
+        self.image.poison()
+    }
+
+    /// Fills the buffer from `offset` on and hands it back.
+    pub async fn read<B>(&self, offset: u64, mut buffer: B) -> Result<B>
+    where
+        B: AsMut<[u8]> + Send + 'static,
+    {
+        self.run(move |image| image.read(offset, buffer.as_mut()).map(|()| buffer)).await
+    }
+
+    /// As [`Image::write`].
+    pub async fn write<B>(&self, offset: u64, buffer: B, durability: Durability) -> Result<()>
+    where
+        B: AsRef<[u8]> + Send + 'static,
+    {
+        self.run(move |image| image.write(offset, buffer.as_ref(), durability)).await
+    }
+
+    /// As [`Image::zero`].
+    pub async fn zero(&self, offset: u64, length: u64, mode: ZeroMode, durability: Durability) -> Result<()> {
+        self.run(move |image| image.zero(offset, length, mode, durability)).await
+    }
+
+    /// As [`Image::discard`].
+    pub async fn discard(&self, offset: u64, length: u64, durability: Durability) -> Result<()> {
+        self.run(move |image| image.discard(offset, length, durability)).await
+    }
+
+    /// As [`Image::flush`].
+    pub async fn flush(&self) -> Result<()> {
+        self.run(Image::flush).await
+    }
+
+    /// As [`Image::map`].
+    pub async fn map(&self, offset: u64, length: u64, max: usize) -> Result<Vec<Extent>> {
+        self.run(move |image| image.map(offset, length, max)).await
+    }
+
+    /// As [`Image::close`]. It waits for operations that have begun; those still waiting for a turn then fail with
+    /// [`Error::Closed`].
+    pub async fn close(&self) -> Result<()> {
+        // Without a turn: closing must not wait behind requests that have not begun.
+        self.run_now(Image::close).await
+    }
+
+    /// As [`Image::check`].
+    pub async fn check(&self) -> Result<CheckReport> {
+        self.run_now(Image::check).await
+    }
+
+    async fn run<T, F>(&self, operation: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Image) -> Result<T> + Send + 'static,
+    {
+        let turn = self.turns.clone().acquire_owned().await.map_err(|_| Error::Closed)?;
+        self.run_now(move |image| {
+            let _turn = turn;
+            operation(image)
+        })
+        .await
+    }
+
+    async fn run_now<T, F>(&self, operation: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Image) -> Result<T> + Send + 'static,
+    {
+        let image = self.image.clone();
+        match tokio::task::spawn_blocking(move || operation(&image)).await {
+            Ok(result) => result,
+            Err(_) => {
+                self.image.poison_by_panic();
+                Err(Error::Panicked)
+            }
+        }
+    }
+}

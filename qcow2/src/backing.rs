@@ -1,0 +1,137 @@
+//! What lies below an overlay: another image or raw bytes, opened read-only, locked, and never by a name that leads out of
+//! the folder it may be in.
+
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Component, Path, PathBuf};
+
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
+
+use crate::error::{Error, Result};
+use crate::format::header::{Backing, BackingFormat};
+use crate::image::Image;
+use crate::lock::{self, Access};
+use crate::storage::Storage;
+use crate::storage::file::FileStorage;
+
+/// The longest chain: a bound on recursion, far above what a repository allows.
+const DEPTH_MAX: usize = 64;
+
+/// The layer below an image.
+#[derive(Debug)]
+pub(crate) enum Layer {
+    Image(Box<Image>),
+    Raw { storage: FileStorage, size: u64 },
+}
+
+/// Where names of backing files are looked up, and which files the chain holds already.
+#[derive(Clone, Debug)]
+pub(crate) struct Chain {
+    /// Backing files must be beneath this folder.
+    pub(crate) root: PathBuf,
+    /// Device and inode of every file of the chain so far.
+    pub(crate) seen: Vec<(u64, u64)>,
+}
+
+impl Chain {
+    /// Remembers a file; a file that comes a second time closes a circle.
+    pub(crate) fn enter(&mut self, name: &Path, file: &File) -> Result<()> {
+        let refuse = |reason: String| Err(Error::Backing { name: name.display().to_string(), reason });
+        let facts = file.metadata().map_err(|source| Error::Open { path: name.to_owned(), source })?;
+        if !facts.is_file() {
+            return refuse("is not a regular file".into());
+        }
+        let identity = (facts.dev(), facts.ino());
+        if self.seen.contains(&identity) {
+            return refuse("the chain of backing files closes a circle".into());
+        }
+        if self.seen.len() == DEPTH_MAX {
+            return refuse(format!("the chain is longer than {DEPTH_MAX} images"));
+        }
+        self.seen.push(identity);
+        Ok(())
+    }
+}
+
+impl Layer {
+    /// Opens what `backing` names, for the image at `overlay`.
+    pub(crate) fn open(backing: &Backing, overlay: &Path, mut chain: Chain, cache_bytes: usize) -> Result<Self> {
+        let path = resolve(&backing.name, overlay, &chain.root)?;
+        let file = open_beneath(&backing.name, &path, &chain.root)?;
+        chain.enter(&path, &file)?;
+        lock::lock(&file, &path, Access::ReadOnly)?;
+        match backing.format {
+            BackingFormat::Raw => {
+                let storage = FileStorage::new(file);
+                let size = storage.length().map_err(Error::io("fstat", 0))?;
+                Ok(Self::Raw { storage, size })
+            }
+            BackingFormat::Qcow2 => {
+                Ok(Self::Image(Box::new(Image::open_file(file, &path, Access::ReadOnly, chain, cache_bytes)?)))
+            }
+        }
+    }
+
+    /// Virtual size in bytes.
+    pub(crate) fn size(&self) -> u64 {
+        match self {
+            Self::Image(image) => image.size(),
+            Self::Raw { size, .. } => *size,
+        }
+    }
+
+    /// Fills the buffer; past the end of the layer there are zeroes.
+    pub(crate) fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        let inside = self.size().saturating_sub(offset).min(buffer.len() as u64) as usize;
+        let (head, tail) = buffer.split_at_mut(inside);
+        tail.fill(0);
+        if head.is_empty() {
+            return Ok(());
+        }
+        match self {
+            Self::Image(image) => image.read(offset, head),
+            Self::Raw { storage, .. } => storage.read(offset, head).map_err(Error::io("read", offset)),
+        }
+    }
+}
+
+/// The path of a relative name, made without following anything, beneath the root.
+fn resolve(name: &str, overlay: &Path, root: &Path) -> Result<PathBuf> {
+    let refuse = |reason: &str| Err(Error::Backing { name: name.to_owned(), reason: reason.into() });
+    if name.starts_with('/') || name.contains(':') {
+        return refuse("must be a relative path without a protocol or colon");
+    }
+    let folder = overlay.parent().unwrap_or(Path::new(""));
+    let Ok(inside) = folder.strip_prefix(root) else {
+        return refuse("the image is outside the folder that backing files may be in");
+    };
+    let mut resolved = inside.to_owned();
+    for component in Path::new(name).components() {
+        match component {
+            Component::Normal(part) => resolved.push(part),
+            Component::CurDir => {}
+            Component::ParentDir if resolved.pop() => {}
+            _ => return refuse("leads out of the folder that backing files may be in"),
+        }
+    }
+    Ok(root.join(resolved))
+}
+
+/// Opens a path beneath the root; the kernel refuses symbolic links and anything that leaves it.
+fn open_beneath(name: &str, path: &Path, root: &Path) -> Result<File> {
+    let open = |source: std::io::Error| Error::Open { path: path.to_owned(), source };
+    let root_path = if root == Path::new("") { Path::new(".") } else { root };
+    let folder = rustix::fs::openat(CWD, root_path, OFlags::DIRECTORY | OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|errno| open(errno.into()))?;
+    let inside = path.strip_prefix(root).unwrap_or(path);
+    // Non-blocking: opening a FIFO must not wait for somebody to write into it.
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+    match rustix::fs::openat2(&folder, inside, flags, Mode::empty(), resolve) {
+        Ok(fd) => Ok(File::from(fd)),
+        Err(rustix::io::Errno::LOOP | rustix::io::Errno::XDEV) => {
+            Err(Error::Backing { name: name.to_owned(), reason: "must not be reached through a symbolic link".into() })
+        }
+        Err(errno) => Err(open(errno.into())),
+    }
+}

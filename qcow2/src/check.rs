@@ -1,0 +1,69 @@
+//! Checking an image against its own tables. Never changes anything.
+
+use std::fs::File;
+use std::path::Path;
+
+use crate::error::{Error, Result};
+use crate::image::read_header;
+use crate::lock::{self, Access};
+use crate::refcounts::{self, RefcountTable};
+use crate::references;
+use crate::storage::Storage;
+use crate::storage::file::FileStorage;
+
+/// How many broken rules a report spells out.
+const DETAILS_MAX: usize = 32;
+
+/// What a check found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CheckReport {
+    /// Broken rules, and clusters whose refcount is below their references: data is at risk.
+    pub errors: u64,
+    /// Clusters whose refcount is above their references: space is lost, data is not.
+    pub leaks: u64,
+    /// Guest clusters that hold data.
+    pub allocated_clusters: u64,
+    /// Those of them that are compressed.
+    pub compressed_clusters: u64,
+    /// Clusters of the virtual disk.
+    pub total_clusters: u64,
+    /// End of the used part of the file in bytes.
+    pub image_end: u64,
+    /// The image was not closed; its refcounts mean nothing until it is repaired.
+    pub dirty: bool,
+    /// The first broken rules, in words.
+    pub details: Vec<String>,
+}
+
+impl CheckReport {
+    /// No errors, no leaks, closed.
+    pub fn is_clean(&self) -> bool {
+        self.errors == 0 && self.leaks == 0 && !self.dirty
+    }
+}
+
+/// Checks the image at a path, which nobody may be writing to. The layers below are not looked at.
+pub fn check(path: &Path) -> Result<CheckReport> {
+    let file = File::open(path).map_err(|source| Error::Open { path: path.to_owned(), source })?;
+    lock::lock(&file, path, Access::ReadOnly)?;
+    check_storage(&FileStorage::new(file))
+}
+
+pub(crate) fn check_storage(storage: &dyn Storage) -> Result<CheckReport> {
+    let (header, _) = read_header(storage)?;
+    let table = RefcountTable::load(storage, &header)?;
+    let found = references::count(storage, &header, Some(&table))?;
+    let length = storage.length().map_err(Error::io("fstat", 0))?;
+    let width = header.refcount_width;
+    let differences = refcounts::compare(storage, header.geometry, width, &table, &found.counts, length)?;
+    Ok(CheckReport {
+        errors: found.faults.len() as u64 + differences.too_low,
+        leaks: differences.too_high,
+        allocated_clusters: found.data_clusters,
+        compressed_clusters: found.compressed_clusters,
+        total_clusters: header.geometry.clusters(),
+        image_end: found.end,
+        dirty: header.is_dirty(),
+        details: found.faults.iter().take(DETAILS_MAX).map(Error::to_string).collect(),
+    })
+}

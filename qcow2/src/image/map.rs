@@ -1,0 +1,119 @@
+//! What lies where: extents of equal state through the whole chain ("block status").
+
+use super::Image;
+use super::read::Source;
+use crate::backing::Layer;
+use crate::error::Result;
+
+/// How a run of guest bytes is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ExtentKind {
+    /// Holds data.
+    Data,
+    /// Reads as zeroes and keeps space in the file.
+    ZeroAllocated,
+    /// Reads as zeroes and takes no space: never written, or zeroed.
+    Zero,
+}
+
+/// A run of guest bytes of one kind, in one layer of the chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Extent {
+    /// First guest byte.
+    pub offset: u64,
+    /// Bytes, above 0.
+    pub length: u64,
+    /// How it is stored.
+    pub kind: ExtentKind,
+    /// The layer that decides it: 1 for this image, 2 for its backing file, and so on; 0 when no layer holds it.
+    pub depth: u32,
+}
+
+impl Image {
+    /// The extents of a range: in order, without gaps, none empty, neighbours of equal kind and depth merged, at most
+    /// `max` of them. Fewer bytes than asked for are covered only when `max` is reached.
+    pub fn map(&self, offset: u64, length: u64, max: usize) -> Result<Vec<Extent>> {
+        let _operation = self.reading()?;
+        self.check_range(offset, length)?;
+        let mut extents = Extents { list: Vec::new(), max };
+        self.collect(offset, length, 1, &mut extents)?;
+        Ok(extents.list)
+    }
+
+    fn collect(&self, offset: u64, length: u64, depth: u32, extents: &mut Extents) -> Result<()> {
+        for (start, piece) in self.geometry().by_table(offset, length) {
+            for run in self.runs(start, piece)? {
+                let kind = match run.source {
+                    Source::Host(_) => ExtentKind::Data,
+                    Source::Zero { allocated: true } => ExtentKind::ZeroAllocated,
+                    Source::Zero { allocated: false } => ExtentKind::Zero,
+                    Source::Below => {
+                        self.collect_below(run.offset, run.length, depth + 1, extents)?;
+                        continue;
+                    }
+                };
+                extents.push(Extent { offset: run.offset, length: run.length, kind, depth });
+            }
+            if extents.is_full() {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    fn collect_below(&self, offset: u64, length: u64, depth: u32, extents: &mut Extents) -> Result<()> {
+        let size = self.backing.as_ref().map_or(0, Layer::size);
+        let inside = size.saturating_sub(offset).min(length);
+        if inside > 0 {
+            match &self.backing {
+                Some(Layer::Image(image)) => image.collect(offset, inside, depth, extents)?,
+                _ => extents.push(Extent { offset, length: inside, kind: ExtentKind::Data, depth }),
+            }
+        }
+        if length > inside {
+            let kind = ExtentKind::Zero;
+            extents.push(Extent { offset: offset + inside, length: length - inside, kind, depth: 0 });
+        }
+        Ok(())
+    }
+
+    /// Whether the range reads as zeroes, as far as the tables tell without reading data.
+    pub(super) fn reads_zero(&self, offset: u64, length: u64) -> Result<bool> {
+        let mut extents = Extents { list: Vec::new(), max: usize::MAX };
+        self.collect(offset, length, 1, &mut extents)?;
+        Ok(extents.list.iter().all(|extent| extent.kind != ExtentKind::Data))
+    }
+
+    /// Whether the layers below read as zeroes there, as far as the tables tell.
+    pub(super) fn below_reads_zero(&self, offset: u64, length: u64) -> Result<bool> {
+        let mut extents = Extents { list: Vec::new(), max: usize::MAX };
+        self.collect_below(offset, length, 1, &mut extents)?;
+        Ok(extents.list.iter().all(|extent| extent.kind != ExtentKind::Data))
+    }
+}
+
+struct Extents {
+    list: Vec<Extent>,
+    max: usize,
+}
+
+impl Extents {
+    /// The list is at its limit; the run that is being collected may still grow by merging.
+    fn is_full(&self) -> bool {
+        self.list.len() >= self.max
+    }
+
+    fn push(&mut self, extent: Extent) {
+        let full = self.is_full();
+        match self.list.last_mut() {
+            Some(last)
+                if last.offset + last.length == extent.offset
+                    && (last.kind, last.depth) == (extent.kind, extent.depth) =>
+            {
+                last.length += extent.length;
+            }
+            _ if full => {}
+            _ => self.list.push(extent),
+        }
+    }
+}

@@ -1,0 +1,134 @@
+//! One open image: the state that its operations share, and the life of a session from the first change to the close.
+//!
+//! Operations are blocking and take `&self`; any number of threads may run them at once. Each runs to its end, so there is
+//! no half-done operation to cancel: an asynchronous caller that goes away ([`crate::AsyncImage`]) changes nothing.
+//!
+//! Lock order: `life` (shared by operations, exclusive for closing), then one claim on clusters, then the flush mutex, then
+//! the mapping, then the allocator. The last two are never held across I/O on payload, nor is the mapping across any I/O.
+
+mod close;
+mod flush;
+mod map;
+mod open;
+mod read;
+mod session;
+mod write;
+mod zero;
+
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use crate::allocate::Allocator;
+use crate::backing::Layer;
+use crate::cluster_lock::ClusterLocks;
+use crate::error::{Error, Result};
+use crate::format::header::Header;
+use crate::geometry::{Geometry, SECTOR};
+use crate::lock::Access;
+use crate::storage::Storage;
+use crate::sync::{Arc, Mutex, RwLock};
+use crate::tables::Tables;
+
+pub use flush::Durability;
+pub use map::{Extent, ExtentKind};
+pub use open::OpenOptions;
+pub(crate) use open::read_header;
+pub use zero::ZeroMode;
+
+/// An open qcow2 image.
+///
+/// Dropping it without [`Image::close`] is what a crash would be: what was flushed is there, the dirty bit stays set, and
+/// the next opening for writing repairs the refcounts.
+#[derive(Debug)]
+pub struct Image {
+    path: PathBuf,
+    access: Access,
+    header: Header,
+    storage: Arc<dyn Storage>,
+    backing: Option<Layer>,
+    tables: Tables,
+    allocator: Allocator,
+    clusters: ClusterLocks,
+    flush: Mutex<flush::FlushState>,
+    /// Counts changes that are complete but not durable by themselves; a flush covers all up to a value of it.
+    changes: AtomicU64,
+    /// The first failure of a write or sync. Never cleared.
+    poison: OnceLock<String>,
+    session: session::Session,
+    /// Held shared by every operation, exclusively by closing.
+    life: RwLock<()>,
+    closed: AtomicBool,
+}
+
+impl Image {
+    /// Virtual size in bytes.
+    pub fn size(&self) -> u64 {
+        self.header.geometry.size
+    }
+
+    /// Cluster size in bytes: a power of two from 512 to 2 MiB.
+    pub fn cluster_size(&self) -> u64 {
+        self.geometry().cluster_size()
+    }
+
+    /// Whether writes are refused.
+    pub fn is_read_only(&self) -> bool {
+        self.access == Access::ReadOnly
+    }
+
+    /// Where the image was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The first failed write or sync, after which nothing is acknowledged any more.
+    pub fn poison(&self) -> Option<&str> {
+        self.poison.get().map(String::as_str)
+    }
+
+    fn geometry(&self) -> Geometry {
+        self.header.geometry
+    }
+
+    fn check_range(&self, offset: u64, length: u64) -> Result<()> {
+        match offset.checked_add(length) {
+            Some(end) if end <= self.size() => Ok(()),
+            _ => Err(Error::OutOfRange { offset, length, size: self.size() }),
+        }
+    }
+
+    /// Remembers the first failure after which the disk's state is unknown.
+    fn poison_by(&self, error: Error) -> Error {
+        let _ = self.poison.set(error.to_string());
+        error
+    }
+
+    pub(crate) fn poison_by_panic(&self) {
+        let _ = self.poison.set("an operation ended by a panic".into());
+    }
+
+    fn refuse_poisoned(&self) -> Result<()> {
+        match self.poison() {
+            Some(cause) => Err(Error::Poisoned { cause: cause.to_owned() }),
+            None => Ok(()),
+        }
+    }
+
+    /// A change is complete; the next flush has something to do.
+    fn changed(&self) {
+        self.changes.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Writes metadata or payload; a failure poisons.
+    fn store(&self, offset: u64, slices: &mut [std::io::IoSlice<'_>]) -> Result<()> {
+        self.storage.write(offset, slices).map_err(|source| self.poison_by(Error::io("write", offset)(source)))
+    }
+
+    fn sync(&self) -> Result<()> {
+        self.storage.sync_data().map_err(|source| self.poison_by(Error::io("fdatasync", 0)(source)))
+    }
+}
+
+/// The first sector of the file, in which every header field lies that changes.
+type HeaderSector = [u8; SECTOR as usize];

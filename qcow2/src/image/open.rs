@@ -1,0 +1,150 @@
+//! Opening: lock first, believe nothing, and walk the whole tree before anything may be written.
+
+use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+
+use rustix::fs::OFlags;
+
+use super::flush::FlushState;
+use super::session::Session;
+use super::{HeaderSector, Image};
+use crate::allocate::Allocator;
+use crate::backing::{Chain, Layer};
+use crate::cluster_lock::ClusterLocks;
+use crate::error::{Error, Result};
+use crate::format::entry::decode_l1;
+use crate::format::header::{self, CORRUPT, Header};
+use crate::geometry::{ENTRY, SECTOR};
+use crate::lock::{self, Access};
+use crate::refcounts::RefcountTable;
+use crate::references::{self, read_table};
+use crate::storage::Storage;
+use crate::storage::file::FileStorage;
+use crate::sync::{Arc, Mutex, RwLock};
+use crate::tables::Tables;
+
+/// How an image is opened.
+#[derive(Clone, Debug)]
+pub struct OpenOptions {
+    /// What will be done with it; decides the locks.
+    pub access: Access,
+    /// The folder that backing files must be in, or beneath; `None`: the image's own folder.
+    pub backing_root: Option<PathBuf>,
+    /// Memory for L2 tables in bytes, for each image of the chain. When half of it holds changes, the engine flushes by
+    /// itself; one table of 64 KiB maps 512 MiB of disk.
+    pub cache_bytes: usize,
+}
+
+impl OpenOptions {
+    /// Opens with 64 MiB of table cache, backing files in the image's own folder.
+    pub fn new(access: Access) -> Self {
+        Self { access, backing_root: None, cache_bytes: 64 << 20 }
+    }
+}
+
+impl Image {
+    /// Opens an image and the chain below it, and locks them as QEMU does.
+    ///
+    /// For writing, every table is read and checked first: an image whose tree breaks a rule is refused, one that was not
+    /// closed (dirty) is accepted, and its refcounts are rebuilt when it is closed.
+    pub fn open(path: &Path, options: &OpenOptions) -> Result<Self> {
+        let file = std::fs::OpenOptions::new()
+            .read(true)
+            .write(options.access == Access::ReadWrite)
+            .custom_flags(OFlags::NONBLOCK.bits() as i32)
+            .open(path)
+            .map_err(|source| Error::Open { path: path.to_owned(), source })?;
+        let own_folder = || path.parent().unwrap_or(Path::new("")).to_owned();
+        let root = options.backing_root.clone().unwrap_or_else(own_folder);
+        let mut chain = Chain { root, seen: Vec::new() };
+        chain.enter(path, &file)?;
+        lock::lock(&file, path, options.access)?;
+        Self::open_file(file, path, options.access, chain, options.cache_bytes)
+    }
+
+    /// Opens a file that is locked already.
+    pub(crate) fn open_file(file: File, path: &Path, access: Access, chain: Chain, cache_bytes: usize) -> Result<Self> {
+        let storage: Arc<dyn Storage> = Arc::new(FileStorage::new(file));
+        let (header, sector) = read_header(&*storage)?;
+        if access == Access::ReadWrite {
+            refuse_read_only_features(&header)?;
+            if header.is_dirty() {
+                // After a failed writeback the page cache may show what the disk never got.
+                storage.sync_data().map_err(Error::io("fdatasync", 0))?;
+                storage.drop_cache().map_err(Error::io("fadvise", 0))?;
+            }
+            validate(&*storage, &header)?;
+        }
+        let l1 = read_l1(&*storage, &header)?;
+        let backing = match &header.backing {
+            Some(backing) => Some(Layer::open(backing, path, chain, cache_bytes)?),
+            None => None,
+        };
+        let length = storage.length().map_err(Error::io("fstat", 0))?;
+        let geometry = header.geometry;
+        let refcount_entries = header.refcount_width.entries(geometry.cluster_size());
+        Ok(Self {
+            path: path.to_owned(),
+            access,
+            backing,
+            tables: Tables::new(&header, l1.clone(), cache_bytes),
+            allocator: Allocator::new(geometry, refcount_entries, geometry.round_up(length)),
+            clusters: ClusterLocks::default(),
+            flush: Mutex::new(FlushState::new(l1)),
+            changes: AtomicU64::new(0),
+            poison: OnceLock::new(),
+            session: Session::new(sector),
+            life: RwLock::new(()),
+            closed: AtomicBool::new(false),
+            header,
+            storage,
+        })
+    }
+}
+
+/// The decoded header and the first sector of the file.
+pub(crate) fn read_header(storage: &dyn Storage) -> Result<(Header, HeaderSector)> {
+    let length = storage.length().map_err(Error::io("fstat", 0))?;
+    let mut sector = [0; SECTOR as usize];
+    storage.read(0, &mut sector).map_err(Error::io("read", 0))?;
+    let cluster_size = header::cluster_size(&sector)?;
+    let mut bytes = vec![0; cluster_size.min(length) as usize];
+    storage.read(0, &mut bytes).map_err(Error::io("read", 0))?;
+    Ok((Header::decode(&bytes, length)?, sector))
+}
+
+/// What section "Features" leaves to readers only.
+fn refuse_read_only_features(header: &Header) -> Result<()> {
+    if header.version < 3 {
+        return Err(Error::unsupported("writing to version 2 images; convert to version 3 (compat=1.1) first"));
+    }
+    if header.incompatible & CORRUPT != 0 {
+        return Err(Error::unsupported("writing to an image that is marked corrupt; repair it first"));
+    }
+    if header.snapshots > 0 {
+        return Err(Error::unsupported("writing to an image with internal snapshots"));
+    }
+    Ok(())
+}
+
+/// Walks the whole tree; the first broken rule forbids writing.
+fn validate(storage: &dyn Storage, header: &Header) -> Result<()> {
+    // Of a dirty image the refcount structures mean nothing; closing makes them anew.
+    let table = if header.is_dirty() { None } else { Some(RefcountTable::load(storage, header)?) };
+    match references::count(storage, header, table.as_ref())?.faults.into_iter().next() {
+        Some(fault) => Err(fault),
+        None => Ok(()),
+    }
+}
+
+fn read_l1(storage: &dyn Storage, header: &Header) -> Result<Vec<u64>> {
+    let raw = read_table(storage, header.l1_offset, u64::from(header.l1_entries))?;
+    let decode = |(index, raw): (usize, &u64)| {
+        let at = header.l1_offset + index as u64 * ENTRY;
+        Ok(decode_l1(*raw, header.geometry, at)?.map_or(0, |(host, _)| host))
+    };
+    raw.iter().enumerate().map(decode).collect()
+}

@@ -1,0 +1,105 @@
+//! A write session: from the durable dirty bit to the close. It begins with the first change, so that an image that was
+//! only read is never touched.
+
+use std::io::IoSlice;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::{HeaderSector, Image};
+use crate::error::{Error, Result};
+use crate::format::header::{DIRTY, EXTENSION_RETIRED_BITMAPS, field};
+use crate::lock::Access;
+use crate::sync::{Mutex, RwLockReadGuard, lock};
+
+#[derive(Debug)]
+pub(super) struct Session {
+    begun: AtomicBool,
+    /// The header's first sector as it is on disk.
+    pub(super) sector: Mutex<HeaderSector>,
+}
+
+impl Session {
+    pub(super) fn new(sector: HeaderSector) -> Self {
+        Self { begun: AtomicBool::new(false), sector: Mutex::new(sector) }
+    }
+
+    pub(super) fn has_begun(&self) -> bool {
+        self.begun.load(Ordering::Acquire)
+    }
+}
+
+/// A running operation: holds off the close, and poisons the image if it ends by a panic.
+pub(super) struct Operation<'a> {
+    image: &'a Image,
+    changes: bool,
+    _life: RwLockReadGuard<'a, ()>,
+}
+
+impl Drop for Operation<'_> {
+    fn drop(&mut self) {
+        if self.changes && std::thread::panicking() {
+            self.image.poison_by_panic();
+        }
+    }
+}
+
+impl Image {
+    /// Begins an operation that changes nothing.
+    pub(super) fn reading(&self) -> Result<Operation<'_>> {
+        let life = self.life.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if self.closed.load(Ordering::Acquire) {
+            return Err(Error::Closed);
+        }
+        Ok(Operation { image: self, changes: false, _life: life })
+    }
+
+    /// Begins an operation that may change the image; the session has begun when this returns.
+    pub(super) fn writing(&self) -> Result<Operation<'_>> {
+        let mut operation = self.reading()?;
+        operation.changes = true;
+        if self.access == Access::ReadOnly {
+            return Err(Error::ReadOnly);
+        }
+        self.refuse_poisoned()?;
+        self.begin_session()?;
+        Ok(operation)
+    }
+
+    /// The session that closing needs; the caller holds `life` exclusively.
+    pub(super) fn session_for_close(&self) -> Result<()> {
+        self.refuse_poisoned()?;
+        self.begin_session()
+    }
+
+    /// Sets the dirty bit and gives up what this engine does not maintain (autoclear features, bitmaps), durably, before
+    /// the first change.
+    fn begin_session(&self) -> Result<()> {
+        if self.session.has_begun() {
+            return Ok(());
+        }
+        let mut sector = lock(&self.session.sector);
+        if self.session.has_begun() {
+            return Ok(());
+        }
+        self.refuse_poisoned()?;
+        put64(&mut sector, field::INCOMPATIBLE, self.header.incompatible | DIRTY);
+        put64(&mut sector, field::AUTOCLEAR, 0);
+        self.store(0, &mut [IoSlice::new(&sector[..])])?;
+        self.sync()?;
+        if let Some(at) = self.header.bitmaps_extension {
+            // Renamed in place: removing it would move the backing file's name across sectors, which a crash could tear.
+            let kind = EXTENSION_RETIRED_BITMAPS.to_be_bytes();
+            if let Some(bytes) = sector.get_mut(at..at + 4) {
+                bytes.copy_from_slice(&kind);
+            }
+            self.store(at as u64, &mut [IoSlice::new(&kind)])?;
+            self.sync()?;
+        }
+        self.session.begun.store(true, Ordering::Release);
+        Ok(())
+    }
+}
+
+/// Stores a big-endian field of the header's first sector.
+pub(super) fn put64(sector: &mut HeaderSector, at: usize, value: u64) {
+    sector[at..at + 8].copy_from_slice(&value.to_be_bytes());
+}

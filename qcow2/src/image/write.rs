@@ -1,0 +1,197 @@
+//! Writing: in place where the cluster is ours alone, otherwise into fresh space that becomes visible only when the payload
+//! is written.
+
+use std::io::IoSlice;
+
+use super::Image;
+use super::flush::Durability;
+use crate::error::Result;
+use crate::format::entry::{self, L2Entry};
+
+/// A run of neighbouring guest clusters and the host space that their bytes go to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Target {
+    first: u64,
+    clusters: u64,
+    host: u64,
+    kind: Kind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// The clusters' own space; only the payload is written, no entry changes.
+    InPlace,
+    /// A kept zero cluster's own space, whose content is stale: the whole cluster is written.
+    Stale,
+    /// Space that was never used: reads as zeroes where nothing is written.
+    Fresh,
+}
+
+impl Image {
+    /// Writes the bytes at `offset`; any offset, any length.
+    ///
+    /// # Durability
+    /// With [`Durability::OnFlush`] a crash before the next flush may lose the write, sector by sector, but changes no
+    /// other byte. A failure poisons the image, except for [`crate::Error::NoSpace`] and for errors while reading what
+    /// lies around a partial cluster.
+    pub fn write(&self, offset: u64, data: &[u8], durability: Durability) -> Result<()> {
+        self.check_range(offset, data.len() as u64)?;
+        let _operation = self.writing()?;
+        if data.is_empty() {
+            return Ok(());
+        }
+        let geometry = self.geometry();
+        let (first, last) = (geometry.cluster_of(offset), geometry.cluster_of(offset + data.len() as u64 - 1));
+        let in_place = {
+            let _shared = self.clusters.shared(first, last);
+            self.write_in_place(offset, data, durability)?
+        };
+        let durable = match in_place {
+            Some(durable) => durable,
+            None => {
+                let _exclusive = self.clusters.exclusive(first, last);
+                self.write_mapping(offset, data)?;
+                false
+            }
+        };
+        self.settle(durability, durable)
+    }
+
+    /// Writes if every cluster of the range can be written in place; `Some(true)`: durably. `None`: nothing was done.
+    /// The caller holds the clusters at least shared.
+    fn write_in_place(&self, offset: u64, data: &[u8], durability: Durability) -> Result<Option<bool>> {
+        let geometry = self.geometry();
+        let mut pieces: Vec<(u64, u64)> = Vec::new();
+        let mut entries_durable = true;
+        for (start, length) in geometry.by_table(offset, data.len() as u64) {
+            let (first, last) = (geometry.cluster_of(start), geometry.cluster_of(start + length - 1));
+            let Some(table) = self.tables.view(&*self.storage, geometry.l1_index(first))? else { return Ok(None) };
+            for cluster in first..=last {
+                let L2Entry::Data { host, copied: true } = table.entry(cluster)? else { return Ok(None) };
+                let begin = start.max(geometry.start_of(cluster));
+                let piece = (geometry.start_of(cluster) + geometry.cluster_size()).min(start + length) - begin;
+                let at = host + geometry.offset_in_cluster(begin);
+                entries_durable &= table.is_durable(cluster);
+                match pieces.last_mut() {
+                    Some((last_at, last_length)) if *last_at + *last_length == at => *last_length += piece,
+                    _ => pieces.push((at, piece)),
+                }
+            }
+        }
+        // One write that is durable by itself is enough only if the way to it is durable too.
+        let durable = durability == Durability::BeforeReply && entries_durable;
+        let mut rest = data;
+        for (host, length) in pieces {
+            let (piece, behind) = rest.split_at(length as usize);
+            rest = behind;
+            let slices = &mut [IoSlice::new(piece)];
+            if durable {
+                let written = self.storage.write_durable(host, slices);
+                written.map_err(|source| self.poison_by(crate::Error::io("write", host)(source)))?;
+            } else {
+                self.store(host, slices)?;
+            }
+        }
+        Ok(Some(durable))
+    }
+
+    /// Writes a range some of whose clusters need new space. The caller holds the clusters exclusively.
+    pub(super) fn write_mapping(&self, offset: u64, data: &[u8]) -> Result<()> {
+        let geometry = self.geometry();
+        let end = offset + data.len() as u64;
+        let targets = self.targets(geometry.cluster_of(offset), geometry.cluster_of(end - 1))?;
+        for target in &targets {
+            let start = geometry.start_of(target.first).max(offset);
+            let stop = geometry.start_of(target.first + target.clusters).min(end);
+            let payload = &data[(start - offset) as usize..(stop - offset) as usize];
+            self.write_target(target, start, payload)?;
+        }
+        for target in targets.iter().filter(|target| target.kind != Kind::InPlace) {
+            for index in 0..target.clusters {
+                let raw = entry::data(target.host + index * geometry.cluster_size());
+                self.publish(target.first + index, raw)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Decides where each cluster goes and reserves everything, so that a full disk is met before anything changes.
+    fn targets(&self, first: u64, last: u64) -> Result<Vec<Target>> {
+        let geometry = self.geometry();
+        let mut targets: Vec<Target> = Vec::new();
+        for cluster in first..=last {
+            let entry = match self.tables.view(&*self.storage, geometry.l1_index(cluster))? {
+                Some(table) => table.entry(cluster)?,
+                None => L2Entry::Unallocated,
+            };
+            let (kind, host) = match entry {
+                L2Entry::Data { host, copied: true } => (Kind::InPlace, host),
+                L2Entry::Zero { host: Some(host), copied: true } => (Kind::Stale, host),
+                _ => (Kind::Fresh, 0),
+            };
+            match targets.last_mut() {
+                Some(run) if run.kind == kind && is_next(run, host, geometry.cluster_size()) => run.clusters += 1,
+                _ => targets.push(Target { first: cluster, clusters: 1, host, kind }),
+            }
+        }
+        for target in targets.iter_mut().filter(|target| target.kind == Kind::Fresh) {
+            self.make_tables(target.first, target.first + target.clusters - 1)?;
+            target.host = self.allocator.allocate(&*self.storage, target.clusters)?;
+        }
+        Ok(targets)
+    }
+
+    /// Makes sure that every cluster of a range has an L2 table.
+    pub(super) fn make_tables(&self, first: u64, last: u64) -> Result<()> {
+        let geometry = self.geometry();
+        for l1_index in geometry.l1_index(first)..=geometry.l1_index(last) {
+            if !self.tables.has(l1_index) {
+                let host = self.allocator.allocate(&*self.storage, 1)?;
+                // If another thread made it meanwhile, this cluster stays unused until the close gives it back.
+                self.tables.make(l1_index, host);
+            }
+        }
+        Ok(())
+    }
+
+    /// Changes one entry in memory; its table exists.
+    pub(super) fn publish(&self, cluster: u64, raw: u64) -> Result<()> {
+        if let Some(mut table) = self.tables.view(&*self.storage, self.geometry().l1_index(cluster))? {
+            table.set(cluster, raw);
+        }
+        Ok(())
+    }
+
+    /// Writes a payload and, around it, what the partial first and last cluster must keep: one write, so that a crash
+    /// leaves no cluster half filled.
+    fn write_target(&self, target: &Target, start: u64, payload: &[u8]) -> Result<()> {
+        let geometry = self.geometry();
+        let begin = geometry.start_of(target.first);
+        let end = begin + target.clusters * geometry.cluster_size();
+        let stop = start + payload.len() as u64;
+        let (head, tail) = match target.kind {
+            Kind::InPlace => (None, None),
+            Kind::Stale => (Some(vec![0; (start - begin) as usize]), Some(vec![0; (end - stop) as usize])),
+            Kind::Fresh => (self.keep(begin, start)?, self.keep(stop, end.min(self.size()))?),
+        };
+        let host = target.host + (start - begin) - head.as_ref().map_or(0, |head| head.len() as u64);
+        let slices = [head.as_deref(), Some(payload), tail.as_deref()];
+        let mut slices: Vec<IoSlice<'_>> = slices.into_iter().flatten().map(IoSlice::new).collect();
+        self.store(host, &mut slices)
+    }
+
+    /// The bytes of a range that new space must be filled with; `None` where they are zeroes, as fresh space is.
+    fn keep(&self, from: u64, to: u64) -> Result<Option<Vec<u8>>> {
+        if from >= to || self.reads_zero(from, to - from)? {
+            return Ok(None);
+        }
+        let mut bytes = vec![0; (to - from) as usize];
+        self.read_range(from, &mut bytes)?;
+        Ok(Some(bytes))
+    }
+}
+
+/// Whether a cluster at `host` goes on where a run ends. Fresh space has no place yet: it always does.
+fn is_next(run: &Target, host: u64, cluster_size: u64) -> bool {
+    run.kind == Kind::Fresh || run.host + run.clusters * cluster_size == host
+}

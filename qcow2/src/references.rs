@@ -1,0 +1,252 @@
+//! Who owns which host cluster, counted from the tables on disk: the ground truth for refcounts, checks and the tree's
+//! validation before it is written to.
+
+use std::collections::{BTreeMap, HashMap};
+
+use crate::error::{Error, Result};
+use crate::format::be64;
+use crate::format::entry::{L2Entry, decode_l1};
+use crate::format::header::Header;
+use crate::format::refcount::TABLE_OFFSET;
+use crate::geometry::ENTRY;
+use crate::refcounts::RefcountTable;
+use crate::storage::Storage;
+
+/// Clusters per chunk of the map below: 64 Ki bits, 8 KiB.
+const CHUNK: u64 = 1 << 16;
+
+/// Counts per host cluster, compact for the common case: one bit says "at least one", a map holds what is beyond that.
+/// Absent chunks are all zero, so a sparse file of many TiB costs what it uses.
+#[derive(Debug, Default)]
+pub(crate) struct Counts {
+    ones: BTreeMap<u64, Box<[u64]>>,
+    beyond: HashMap<u64, u64>,
+}
+
+impl Counts {
+    pub(crate) fn load(&self, cluster: u64) -> u64 {
+        let word = self.ones.get(&(cluster / CHUNK)).map_or(0, |chunk| chunk[(cluster % CHUNK / 64) as usize]);
+        if word >> (cluster % 64) & 1 == 0 {
+            return 0;
+        }
+        1 + self.beyond.get(&cluster).copied().unwrap_or(0)
+    }
+
+    /// Adds one reference and returns the count before.
+    pub(crate) fn add(&mut self, cluster: u64) -> u64 {
+        let chunk = self.ones.entry(cluster / CHUNK).or_insert_with(|| vec![0; (CHUNK / 64) as usize].into());
+        let word = &mut chunk[(cluster % CHUNK / 64) as usize];
+        let bit = 1 << (cluster % 64);
+        if *word & bit == 0 {
+            *word |= bit;
+            return 0;
+        }
+        let beyond = self.beyond.entry(cluster).or_insert(0);
+        *beyond += 1;
+        *beyond
+    }
+
+    /// Takes one reference away, where there is one.
+    pub(crate) fn remove(&mut self, cluster: u64) {
+        if let Some(beyond) = self.beyond.get_mut(&cluster) {
+            *beyond -= 1;
+            if *beyond == 0 {
+                self.beyond.remove(&cluster);
+            }
+        } else if let Some(chunk) = self.ones.get_mut(&(cluster / CHUNK)) {
+            chunk[(cluster % CHUNK / 64) as usize] &= !(1 << (cluster % 64));
+        }
+    }
+
+    /// Runs `[first, end)` of clusters without references, below `end`.
+    pub(crate) fn unused_runs(&self, end: u64) -> Vec<(u64, u64)> {
+        let mut runs: Vec<(u64, u64)> = Vec::new();
+        for cluster in (0..end).filter(|cluster| self.load(*cluster) == 0) {
+            match runs.last_mut() {
+                Some((_, run_end)) if *run_end == cluster => *run_end += 1,
+                _ => runs.push((cluster, cluster + 1)),
+            }
+        }
+        runs
+    }
+
+    /// Whether any cluster of `[first, end)` has a reference.
+    pub(crate) fn any(&self, first: u64, end: u64) -> bool {
+        self.ones.range(first / CHUNK..=(end - 1) / CHUNK).any(|(index, chunk)| {
+            let base = index * CHUNK;
+            let (low, high) = (first.max(base) - base, end.min(base + CHUNK) - base);
+            if low % 64 == 0 && high % 64 == 0 {
+                return chunk[(low / 64) as usize..(high / 64) as usize].iter().any(|word| *word != 0);
+            }
+            (low..high).any(|bit| chunk[(bit / 64) as usize] >> (bit % 64) & 1 != 0)
+        })
+    }
+}
+
+/// What a walk through L1 and L2 found.
+#[derive(Debug, Default)]
+pub(crate) struct References {
+    pub(crate) counts: Counts,
+    /// Clusters that some entry with the COPIED bit refers to.
+    copied: Counts,
+    /// Data clusters, compressed ones included; kept zero clusters not.
+    pub(crate) data_clusters: u64,
+    pub(crate) compressed_clusters: u64,
+    /// Rules broken, in the order in which they were met.
+    pub(crate) faults: Vec<Error>,
+    /// Highest used host byte plus one.
+    pub(crate) end: u64,
+}
+
+const ONE_OWNER: &str = "each cluster of the file has one owner";
+
+impl References {
+    fn claim_all(&mut self, structure: &'static str, offset: u64, bytes: u64, cluster_size: u64) {
+        for host in (offset..offset + bytes).step_by(cluster_size as usize) {
+            self.claim(host / cluster_size, || Error::corrupt(structure, offset, host, ONE_OWNER));
+            self.end = self.end.max(host + cluster_size);
+        }
+    }
+
+    fn claim(&mut self, cluster: u64, fault: impl FnOnce() -> Error) {
+        if self.counts.add(cluster) > 0 {
+            self.faults.push(fault());
+        }
+    }
+}
+
+/// Walks header, L1, every L2 table and, where they are to be kept, the refcount structures. Faults are collected, not
+/// returned: the caller decides whether they forbid what it is about to do. An error means that the file could not be read.
+pub(crate) fn count(storage: &dyn Storage, header: &Header, refcounts: Option<&RefcountTable>) -> Result<References> {
+    let geometry = header.geometry;
+    let cluster_size = geometry.cluster_size();
+    let length = storage.length().map_err(Error::io("fstat", 0))?;
+    let mut found = References { end: cluster_size, ..References::default() };
+    found.counts.add(0);
+
+    // A reference is legal when its first byte is inside the file, the last cluster perhaps being cut short.
+    let inside = |host: u64| host < length;
+    found.claim_all("L1 table", header.l1_offset, u64::from(header.l1_entries) * ENTRY, cluster_size);
+    if let Some(table) = refcounts {
+        found.claim_all("refcount table", table.offset, table.clusters * cluster_size, cluster_size);
+        for (index, entry) in table.entries.iter().enumerate().filter(|(_, entry)| **entry != 0) {
+            let (at, host) = (table.offset + index as u64 * ENTRY, entry & TABLE_OFFSET);
+            let fault = |rule| Error::corrupt("refcount table entry", at, *entry, rule);
+            if host % cluster_size != 0 || entry & !TABLE_OFFSET != 0 || !inside(host) {
+                found.faults.push(fault("must be a multiple of the cluster size, inside the file, reserved bits zero"));
+                continue;
+            }
+            found.claim(host / cluster_size, || fault(ONE_OWNER));
+            found.end = found.end.max(host + cluster_size);
+        }
+    }
+
+    let l1 = read_table(storage, header.l1_offset, u64::from(header.l1_entries))?;
+    let mut table = vec![0; cluster_size as usize];
+    for (index, raw) in l1.iter().enumerate() {
+        let at = header.l1_offset + index as u64 * ENTRY;
+        let fault = |rule| Error::corrupt("L1 entry", at, *raw, rule);
+        let (host, copied) = match decode_l1(*raw, geometry, at) {
+            Ok(None) => continue,
+            Ok(Some(table)) => table,
+            Err(error) => {
+                found.faults.push(error);
+                continue;
+            }
+        };
+        if !inside(host) {
+            found.faults.push(fault("the table must be inside the file"));
+            continue;
+        }
+        if !copied && header.snapshots == 0 {
+            found.faults.push(fault("a table with one owner has the COPIED bit"));
+        }
+        found.claim(host / cluster_size, || fault(ONE_OWNER));
+        found.end = found.end.max(host + cluster_size);
+        storage.read(host, &mut table).map_err(Error::io("read", host))?;
+        count_table(&mut found, &table, host, header, length);
+    }
+    Ok(found)
+}
+
+fn count_table(found: &mut References, table: &[u8], table_host: u64, header: &Header, length: u64) {
+    let cluster_size = header.geometry.cluster_size();
+    for (index, raw) in entries(table).enumerate() {
+        if raw == 0 {
+            continue;
+        }
+        let at = table_host + index as u64 * ENTRY;
+        let fault = |rule| Error::corrupt("L2 entry", at, raw, rule);
+        let (host, copied) = match L2Entry::decode(raw, header.geometry, header.version, at) {
+            Ok(L2Entry::Unallocated | L2Entry::Zero { host: None, .. }) => continue,
+            Ok(L2Entry::Compressed { host, length: bytes }) => {
+                found.data_clusters += 1;
+                found.compressed_clusters += 1;
+                let last = (host + bytes - 1) / cluster_size;
+                if host >= length {
+                    found.faults.push(fault("compressed data must be inside the file"));
+                    continue;
+                }
+                (host / cluster_size..=last).for_each(|cluster| {
+                    found.counts.add(cluster);
+                });
+                found.end = found.end.max((last + 1) * cluster_size);
+                continue;
+            }
+            Ok(L2Entry::Data { host, copied }) => {
+                found.data_clusters += 1;
+                (host, copied)
+            }
+            Ok(L2Entry::Zero { host: Some(host), copied }) => (host, copied),
+            Err(error) => {
+                found.faults.push(error);
+                continue;
+            }
+        };
+        if host >= length {
+            found.faults.push(fault("the cluster must be inside the file"));
+            continue;
+        }
+        let cluster = host / cluster_size;
+        let shared = found.counts.add(cluster) > 0;
+        if copied {
+            found.copied.add(cluster);
+        }
+        if shared && found.copied.load(cluster) > 0 {
+            found.faults.push(fault("a cluster with the COPIED bit has one owner"));
+        }
+        found.end = found.end.max(host + cluster_size);
+    }
+}
+
+/// Reads `entries` big-endian 64-bit values.
+pub(crate) fn read_table(storage: &dyn Storage, offset: u64, count: u64) -> Result<Vec<u64>> {
+    let mut bytes = vec![0; (count * ENTRY) as usize];
+    storage.read(offset, &mut bytes).map_err(Error::io("read", offset))?;
+    Ok(entries(&bytes).collect())
+}
+
+/// The big-endian 64-bit values of a table.
+pub(crate) fn entries(bytes: &[u8]) -> impl Iterator<Item = u64> {
+    bytes.chunks_exact(ENTRY as usize).map(|chunk| be64(chunk, 0).unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_go_up_and_down_and_runs_without_owner_are_found() {
+        let mut counts = Counts::default();
+        for cluster in [0, 1, 3, 3, CHUNK, CHUNK + 70] {
+            counts.add(cluster);
+        }
+        assert_eq!((counts.load(2), counts.load(3), counts.load(CHUNK)), (0, 2, 1));
+        counts.remove(3);
+        counts.remove(1);
+        assert_eq!((counts.load(3), counts.load(1)), (1, 0));
+        assert_eq!(counts.unused_runs(6), [(1, 3), (4, 6)]);
+        assert!(counts.any(CHUNK + 64, CHUNK + 128) && counts.any(CHUNK + 70, CHUNK + 71));
+        assert!(!counts.any(CHUNK + 71, CHUNK + 200) && !counts.any(4, CHUNK));
+    }
+}

@@ -1,0 +1,112 @@
+//! A real file, through the page cache.
+
+use std::fs::File;
+use std::io::{self, IoSlice};
+use std::os::unix::fs::FileExt;
+
+use rustix::fs::{Advice, FallocateFlags};
+use rustix::io::ReadWriteFlags;
+
+use super::{Reservation, Storage};
+
+/// One open file description for the whole session: locks, writes and syncs all go through it, because the kernel
+/// reports a failed writeback to each description once.
+#[derive(Debug)]
+pub(crate) struct FileStorage {
+    file: File,
+}
+
+impl FileStorage {
+    pub(crate) fn new(file: File) -> Self {
+        Self { file }
+    }
+
+    fn write_with(&self, mut offset: u64, mut slices: &mut [IoSlice<'_>], flags: ReadWriteFlags) -> io::Result<()> {
+        IoSlice::advance_slices(&mut slices, 0); // drops leading empty slices
+        while !slices.is_empty() {
+            // The kernel takes at most 1024 slices in one call.
+            let batch = slices.get(..1024).unwrap_or(slices);
+            match rustix::io::pwritev2(&self.file, batch, offset, flags) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => {
+                    offset += written as u64;
+                    IoSlice::advance_slices(&mut slices, written);
+                }
+                Err(rustix::io::Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Storage for FileStorage {
+    fn read(&self, mut offset: u64, mut buffer: &mut [u8]) -> io::Result<()> {
+        while !buffer.is_empty() {
+            match self.file.read_at(buffer, offset) {
+                Ok(0) => {
+                    buffer.fill(0);
+                    return Ok(());
+                }
+                Ok(read) => {
+                    offset += read as u64;
+                    buffer = buffer.split_at_mut(read).1;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&self, offset: u64, slices: &mut [IoSlice<'_>]) -> io::Result<()> {
+        self.write_with(offset, slices, ReadWriteFlags::empty())
+    }
+
+    fn write_durable(&self, offset: u64, slices: &mut [IoSlice<'_>]) -> io::Result<()> {
+        match self.write_with(offset, slices, ReadWriteFlags::DSYNC) {
+            // File systems that cannot do it say so before they transfer anything.
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+                self.write_with(offset, slices, ReadWriteFlags::empty())?;
+                self.file.sync_data()
+            }
+            result => result,
+        }
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn length(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.len())
+    }
+
+    fn set_length(&self, length: u64) -> io::Result<()> {
+        self.file.set_len(length)
+    }
+
+    fn reserve(&self, offset: u64, length: u64) -> io::Result<Reservation> {
+        loop {
+            return match rustix::fs::fallocate(&self.file, FallocateFlags::empty(), offset, length) {
+                Ok(()) => Ok(Reservation::Done),
+                Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => Ok(Reservation::Unsupported),
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(errno) => Err(errno.into()),
+            };
+        }
+    }
+
+    fn punch(&self, offset: u64, length: u64) -> io::Result<()> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        Ok(rustix::fs::fallocate(&self.file, flags, offset, length)?)
+    }
+
+    fn drop_cache(&self) -> io::Result<()> {
+        Ok(rustix::fs::fadvise(&self.file, 0, None, Advice::DontNeed)?)
+    }
+
+    fn unlock(&self) {
+        crate::lock::unlock(&self.file);
+    }
+}

@@ -1,0 +1,54 @@
+//! The seam below the engine: positional access to one image file, whatever holds its bytes.
+//!
+//! No cursor, no seek. A write is durable after a later successful sync that began after the write ended, or at once with
+//! [`Storage::write_durable`].
+
+pub(crate) mod file;
+
+use std::fmt::Debug;
+use std::io::{self, IoSlice};
+
+/// What became of a request to reserve space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reservation {
+    /// The range has space and reads as zeroes where nothing was written; the file reaches at least to its end.
+    Done,
+    /// The file system cannot reserve; a write may meet a full disk.
+    Unsupported,
+}
+
+/// Positional access to an image file by any number of threads.
+///
+/// Transfers are whole: an implementation goes on after short transfers and interruptions, and an error means that an
+/// unknown part may have been transferred.
+pub(crate) trait Storage: Send + Sync + Debug {
+    /// Fills the buffer; bytes past the end of the file read as zeroes.
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
+
+    /// Writes the slices one behind the other, extending the file where needed.
+    fn write(&self, offset: u64, slices: &mut [IoSlice<'_>]) -> io::Result<()>;
+
+    /// As [`Storage::write`], durable on return; covers these bytes only, not earlier writes.
+    fn write_durable(&self, offset: u64, slices: &mut [IoSlice<'_>]) -> io::Result<()>;
+
+    /// Makes all writes that ended before this call durable, with the file's length.
+    fn sync_data(&self) -> io::Result<()>;
+
+    /// Length of the file in bytes.
+    fn length(&self) -> io::Result<u64>;
+
+    /// Cuts or extends the file; new bytes read as zeroes.
+    fn set_length(&self, length: u64) -> io::Result<()>;
+
+    /// Reserves space for a range that nothing was ever written to.
+    fn reserve(&self, offset: u64, length: u64) -> io::Result<Reservation>;
+
+    /// Gives the space of a range back to the file system where it can; the range then reads as zeroes.
+    fn punch(&self, offset: u64, length: u64) -> io::Result<()>;
+
+    /// Drops cached pages, so that the next read shows what the disk holds.
+    fn drop_cache(&self) -> io::Result<()>;
+
+    /// Releases the locks held on the file.
+    fn unlock(&self);
+}

@@ -1,0 +1,76 @@
+//! What the tests of the engine share: a folder, foreign tools, and images made in one line.
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part")]
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use blockyard_qcow2::{Access, Backing, BackingFormat, CreateOptions, Image, OpenOptions};
+
+pub const KIB: u64 = 1024;
+pub const MIB: u64 = 1024 * KIB;
+
+/// A folder for images on a real file system, removed at the end.
+pub fn folder() -> tempfile::TempDir {
+    tempfile::Builder::new().prefix("blockyard-qcow2-").tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+}
+
+pub fn open(path: &Path, access: Access) -> Image {
+    Image::open(path, &OpenOptions::new(access)).unwrap()
+}
+
+/// A new image, open for writing.
+pub fn fresh(path: &Path, options: &CreateOptions) -> Image {
+    blockyard_qcow2::create(path, options).unwrap();
+    open(path, Access::ReadWrite)
+}
+
+/// Options for an overlay over an image in the same folder.
+pub fn over(name: &str, size: u64) -> CreateOptions {
+    let backing = Some(Backing { name: name.into(), format: BackingFormat::Qcow2 });
+    CreateOptions { backing, ..CreateOptions::new(size) }
+}
+
+/// Runs a foreign tool; a missing one is a failure that names the package.
+pub fn run(program: &str, arguments: &[&str]) -> Output {
+    match Command::new(program).args(arguments).output() {
+        Ok(output) => output,
+        Err(error) => panic!("{program} (Debian package qemu-utils) cannot be run: {error}"),
+    }
+}
+
+/// Runs a foreign tool that must succeed and returns what it printed.
+pub fn succeed(program: &str, arguments: &[&str]) -> String {
+    let output = run(program, arguments);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{program} {arguments:?}: {text}{}", String::from_utf8_lossy(&output.stderr));
+    text
+}
+
+/// `qemu-img check` finds neither an error nor a leak.
+pub fn assert_clean(path: &Path) {
+    succeed("qemu-img", &["check", "-q", "-f", "qcow2", text(path)]);
+    let report = blockyard_qcow2::check(path).unwrap();
+    assert!(report.is_clean(), "{report:?}");
+}
+
+/// QEMU reads the image as these bytes.
+pub fn assert_reads_as(path: &Path, content: &[u8]) {
+    let raw = path.with_extension("expected");
+    std::fs::write(&raw, content).unwrap();
+    succeed("qemu-img", &["compare", "-q", "-f", "raw", "-F", "qcow2", text(&raw), text(path)]);
+    std::fs::remove_file(raw).unwrap();
+}
+
+pub fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+pub fn join(folder: &tempfile::TempDir, name: &str) -> PathBuf {
+    folder.path().join(name)
+}
+
+/// Bytes that differ from sector to sector and from seed to seed, never zero.
+pub fn pattern(seed: u64, length: usize) -> Vec<u8> {
+    let mut random = fastrand::Rng::with_seed(seed);
+    (0..length).map(|_| random.u8(1..)).collect()
+}

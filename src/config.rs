@@ -1,0 +1,379 @@
+//! The configuration: every section and key with its type and default.
+//!
+//! Reading it (file, environment, unknown keys) is in `load`, the rules a value must keep are in `validate`. A key is here
+//! only when something behaves differently by it; `docs/configuration.md` describes each one and a test holds the two equal.
+//! An empty text means "not set" and is `None` in these types.
+
+mod load;
+mod ports;
+mod validate;
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+pub use load::{ConfigError, Environment};
+pub use ports::{PortRange, PortRangeError};
+
+/// The whole configuration. Every section may be left out.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Config {
+    /// The process and its HTTP side.
+    pub server: Server,
+    /// Who may call.
+    pub auth: Auth,
+    /// Where the state is kept.
+    pub database: Database,
+    /// Nodes by name. `default` exists without being written.
+    pub nodes: BTreeMap<String, Node>,
+    /// vCenter logins by name.
+    pub credentials: BTreeMap<String, Credential>,
+    /// The listeners that the backup client writes to.
+    pub nbd: Nbd,
+    /// Limits of jobs.
+    pub jobs: Jobs,
+    /// Images and space.
+    pub storage: Storage,
+}
+
+/// `[server]`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Server {
+    /// Address of the API. Loopback only; port 0 takes any free port.
+    pub bind: SocketAddr,
+    /// A second address that serves the three callbacks and nothing else.
+    #[serde(with = "blank")]
+    pub callbacks_bind: Option<SocketAddr>,
+    /// Database, lock file and token live here.
+    pub state_dir: PathBuf,
+    /// How long running jobs may go on after SIGTERM, in seconds.
+    pub drain_s: u64,
+    /// Longest request body, in bytes.
+    pub body_limit_bytes: usize,
+    /// Filter of the log lines, in the syntax of `tracing`'s env filter.
+    pub log: String,
+    /// Form of the log lines.
+    pub log_format: LogFormat,
+}
+
+/// Form of the log lines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// One readable line per fact.
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+/// `[auth]`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Auth {
+    /// Whether a bearer token is demanded.
+    pub mode: AuthMode,
+    /// File of the token; `<state_dir>/token` when not set. Made at the first start when it does not exist.
+    #[serde(with = "blank")]
+    pub token_file: Option<PathBuf>,
+    /// File of a second token that may only read.
+    #[serde(with = "blank")]
+    pub read_token_file: Option<PathBuf>,
+    /// Networks that callbacks may come from.
+    #[serde(with = "networks")]
+    pub callback_peers: Vec<IpNet>,
+}
+
+/// Whether a bearer token is demanded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AuthMode {
+    /// On every route but the named ones.
+    Token,
+    /// Never; refused unless every bind address is loopback.
+    Off,
+}
+
+/// `[database]`
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Database {
+    /// `sqlite:<path>`; a file in `state_dir` when not set.
+    #[serde(with = "blank")]
+    pub url: Option<String>,
+}
+
+/// `[nodes.<name>]`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Node {
+    /// Base URL, without a slash at the end.
+    pub url: String,
+    /// Limit for the TCP connection, in seconds.
+    pub connect_timeout_s: u64,
+    /// Limit for the answer to a start call, in seconds.
+    pub request_timeout_s: u64,
+    /// Jobs at once through this node; 0 means no limit.
+    pub max_running: u32,
+    /// Ports for the jobs of this node; `nbd.port_range` when not set.
+    #[serde(with = "blank")]
+    pub port_range: Option<PortRange>,
+}
+
+/// `[credentials.<name>]`: a login by reference. The password itself is read from its file when a job needs it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Credential {
+    /// The vCenter it is for, as VMs name it.
+    pub vcenter_host: String,
+    /// Login name.
+    pub username: String,
+    /// File that holds the password.
+    pub password_file: PathBuf,
+}
+
+/// `[nbd]`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Nbd {
+    /// Address of the listeners. Loopback only.
+    pub bind: IpAddr,
+    /// Ports of the listeners, one per disk.
+    pub port_range: PortRange,
+    /// Host that the backup client is told.
+    pub advertise_host: String,
+    /// Added to a port before the backup client is told.
+    pub advertise_port_offset: i32,
+    /// How exports are named.
+    pub export_names: ExportNames,
+    /// Whether a listener names its export to who asks for a list.
+    pub list_exports: bool,
+    /// Connections per export; one more is refused with an error.
+    pub max_connections_per_export: u32,
+    /// From the connection to the start of transmission, in seconds; no limit afterwards.
+    pub handshake_timeout_s: u64,
+    /// Payload in memory over all listeners, in bytes.
+    pub memory_budget_bytes: u64,
+}
+
+/// How exports are named.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ExportNames {
+    /// `{vm_name}-disk{N}`
+    Plain,
+    /// `{vm_name}-{26 random characters}-disk{N}`
+    Unguessable,
+}
+
+/// `[jobs]`: limits of a job, in seconds where the name ends in `_s`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Jobs {
+    /// A start request is answered at the latest after this.
+    pub answer_within_s: u64,
+    /// Binding ports and creating images.
+    pub prepare_s: u64,
+    /// First sign of life of a client whose start the node did not confirm.
+    pub start_grace_s: u64,
+    /// First sign of life of a client whose start the node confirmed.
+    pub first_contact_s: u64,
+    /// Silence after which a job counts as stalled.
+    pub idle_s: u64,
+    /// How long a stalled job may stay so.
+    pub stalled_s: u64,
+    /// How long a disk that was being written may be without a connection.
+    pub reconnect_s: u64,
+    /// Sealing, plus one second per GiB allocated.
+    pub seal_s: u64,
+    /// Cancelling, before sockets are cut.
+    pub cancel_s: u64,
+    /// Jobs at once.
+    pub max_running: u32,
+    /// How long the answer to an `Idempotency-Key` is kept.
+    pub idempotency_ttl_s: u64,
+}
+
+/// `[storage]`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Storage {
+    /// Cluster size of new images, in bytes.
+    pub cluster_bytes: u32,
+    /// Space of a repository that jobs leave free, in bytes.
+    pub min_free_bytes: u64,
+    /// Share of a disk's size that a first full backup is expected to store.
+    pub full_estimate_ratio: f64,
+    /// What happens to a full backup that did not receive every byte.
+    pub coverage_full: CoverageFull,
+}
+
+/// What happens to a full backup that did not receive every byte.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CoverageFull {
+    /// It fails.
+    Require,
+    /// It commits with a warning.
+    Warn,
+}
+
+/// Name of the node that exists without being written.
+pub const DEFAULT_NODE: &str = "default";
+
+impl Config {
+    /// The file that holds the bearer token.
+    pub fn token_file(&self) -> PathBuf {
+        self.auth.token_file.clone().unwrap_or_else(|| self.server.state_dir.join("token"))
+    }
+
+    /// The database file.
+    pub fn database_file(&self) -> PathBuf {
+        match self.database.url.as_deref().map(|url| url.strip_prefix("sqlite:").unwrap_or(url)) {
+            // `sqlite:///var/x` is the URL form of the absolute path /var/x.
+            Some(path) => PathBuf::from(path.strip_prefix("//").unwrap_or(path)),
+            None => self.server.state_dir.join("blockyard.db"),
+        }
+    }
+
+    /// The ports for jobs through `node`.
+    pub fn port_range(&self, node: &Node) -> PortRange {
+        node.port_range.unwrap_or(self.nbd.port_range)
+    }
+}
+
+impl Default for Server {
+    fn default() -> Self {
+        Self {
+            bind: SocketAddr::from((Ipv4Addr::LOCALHOST, 8082)),
+            callbacks_bind: None,
+            state_dir: PathBuf::from("/var/lib/blockyard"),
+            drain_s: 30,
+            body_limit_bytes: 1 << 20,
+            log: "info".to_owned(),
+            log_format: LogFormat::Text,
+        }
+    }
+}
+
+impl Default for Auth {
+    fn default() -> Self {
+        let loopback_v4 = ipnet::Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8);
+        let loopback_v6 = ipnet::Ipv6Net::new_assert(std::net::Ipv6Addr::LOCALHOST, 128);
+        Self {
+            mode: AuthMode::Token,
+            token_file: None,
+            read_token_file: None,
+            callback_peers: vec![loopback_v4.into(), loopback_v6.into()],
+        }
+    }
+}
+
+impl Default for Node {
+    fn default() -> Self {
+        Self {
+            url: "http://127.0.0.1:9081".to_owned(),
+            connect_timeout_s: 5,
+            request_timeout_s: 30,
+            max_running: 0,
+            port_range: None,
+        }
+    }
+}
+
+impl Default for Nbd {
+    fn default() -> Self {
+        Self {
+            bind: Ipv4Addr::LOCALHOST.into(),
+            port_range: PortRange::DEFAULT,
+            advertise_host: "127.0.0.1".to_owned(),
+            advertise_port_offset: 0,
+            export_names: ExportNames::Plain,
+            list_exports: false,
+            max_connections_per_export: 16,
+            handshake_timeout_s: 10,
+            memory_budget_bytes: 256 << 20,
+        }
+    }
+}
+
+impl Default for Jobs {
+    fn default() -> Self {
+        Self {
+            answer_within_s: 10,
+            prepare_s: 60,
+            start_grace_s: 300,
+            first_contact_s: 1800,
+            idle_s: 300,
+            stalled_s: 1800,
+            reconnect_s: 60,
+            seal_s: 600,
+            cancel_s: 60,
+            max_running: 50,
+            idempotency_ttl_s: 86_400,
+        }
+    }
+}
+
+impl Default for Storage {
+    fn default() -> Self {
+        Self {
+            cluster_bytes: 65_536,
+            min_free_bytes: 1 << 30,
+            full_estimate_ratio: 0.5,
+            coverage_full: CoverageFull::Require,
+        }
+    }
+}
+
+/// An optional value that is written as text, where the empty text means "not set".
+mod blank {
+    use serde::de::value::StringDeserializer;
+    use serde::de::{Deserialize, Deserializer, IntoDeserializer};
+    use serde::ser::{Serialize, Serializer};
+
+    pub(super) fn serialize<T: Serialize, S: Serializer>(value: &Option<T>, serializer: S) -> Result<S::Ok, S::Error> {
+        match value {
+            Some(value) => value.serialize(serializer),
+            None => serializer.serialize_str(""),
+        }
+    }
+
+    pub(super) fn deserialize<'de, T: Deserialize<'de>, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<T>, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        if text.is_empty() {
+            return Ok(None);
+        }
+        let text: StringDeserializer<D::Error> = text.into_deserializer();
+        T::deserialize(text).map(Some)
+    }
+}
+
+/// Networks as text; a single address stands for itself.
+mod networks {
+    use std::net::IpAddr;
+
+    use ipnet::IpNet;
+    use serde::de::{Deserialize, Deserializer, Error};
+    use serde::ser::Serializer;
+
+    pub(super) fn serialize<S: Serializer>(networks: &[IpNet], serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(networks.iter().map(ToString::to_string))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<IpNet>, D::Error> {
+        Vec::<String>::deserialize(deserializer)?
+            .iter()
+            .map(|text| {
+                text.parse().or_else(|_| text.parse::<IpAddr>().map(IpNet::from)).map_err(|_| {
+                    D::Error::custom(format_args!("{text:?} is no network such as 127.0.0.0/8 and no address"))
+                })
+            })
+            .collect()
+    }
+}

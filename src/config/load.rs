@@ -1,0 +1,261 @@
+//! From file and environment to a [`Config`]: which file, what overrides it, and what an unknown key is told.
+//!
+//! The known keys are not listed a second time: they are read off a configuration that has one entry of everything.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use toml::{Table, Value};
+
+use super::{Config, Credential, DEFAULT_NODE, Node};
+
+/// Where the file is looked for when nothing names one; it may be missing.
+const DEFAULT_FILE: &str = "/etc/blockyard/blockyard.toml";
+/// Names the file when the command line does not.
+const FILE_VARIABLE: &str = "BLOCKYARD_CONFIG";
+/// `BLOCKYARD__SECTION__KEY` overrides `section.key` of the file.
+const OVERRIDE_PREFIX: &str = "BLOCKYARD__";
+/// Sections whose entries are named by the operator.
+const NAMED_SECTIONS: [&str; 2] = ["nodes", "credentials"];
+/// The name that stands for all of them in the table of known keys.
+const ANY_NAME: &str = "<name>";
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("{} cannot be read: {source}", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The file is no TOML.
+    #[error("{} is not valid TOML: {source}", path.display())]
+    Syntax {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        source: Box<toml::de::Error>,
+    },
+    /// A key or section that does not exist.
+    #[error("unknown key `{key}`, did you mean `{nearest}`?")]
+    UnknownKey {
+        /// As it was written, with its section.
+        key: String,
+        /// The known key or section most like it.
+        nearest: String,
+    },
+    /// A variable with the override prefix that names no key.
+    #[error(
+        "environment variable {variable} overrides nothing: write BLOCKYARD__SECTION__KEY, such as BLOCKYARD__SERVER__BIND"
+    )]
+    MalformedVariable {
+        /// The variable.
+        variable: String,
+    },
+    /// A value of the wrong type or form.
+    #[error("`{key}`: {reason}")]
+    WrongType {
+        /// The key with its section.
+        key: String,
+        /// What was expected and found.
+        reason: String,
+    },
+    /// A value of the right type that breaks a rule.
+    #[error("`{key}` {rule}")]
+    Invalid {
+        /// The key with its section.
+        key: String,
+        /// The rule and the value that broke it.
+        rule: String,
+    },
+}
+
+/// The environment variables that the configuration reads, so that a test can pass its own.
+#[derive(Clone, Debug, Default)]
+pub struct Environment {
+    file: Option<PathBuf>,
+    overrides: BTreeMap<String, OsString>,
+}
+
+impl Environment {
+    /// The variables of this process.
+    pub fn of_the_process() -> Self {
+        std::env::vars_os().collect()
+    }
+}
+
+impl FromIterator<(OsString, OsString)> for Environment {
+    fn from_iter<I: IntoIterator<Item = (OsString, OsString)>>(variables: I) -> Self {
+        let mut environment = Self::default();
+        for (name, value) in variables {
+            if name == FILE_VARIABLE {
+                environment.file = Some(value.into());
+            } else if let Some(name) = name.to_str().filter(|name| name.starts_with(OVERRIDE_PREFIX)) {
+                environment.overrides.insert(name.to_owned(), value);
+            }
+        }
+        environment
+    }
+}
+
+impl Config {
+    /// Reads the file (`file`, else `BLOCKYARD_CONFIG`, else the default place when it exists), applies the overrides of the
+    /// environment and checks the result.
+    ///
+    /// # Errors
+    ///
+    /// The first key that is unknown, of the wrong type, or breaks a rule, by its name.
+    pub fn load(file: Option<&Path>, environment: &Environment) -> Result<Self, ConfigError> {
+        let named = file.or(environment.file.as_deref());
+        let path = named.unwrap_or(Path::new(DEFAULT_FILE));
+        let text = match std::fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(error) if named.is_none() && error.kind() == std::io::ErrorKind::NotFound => String::new(),
+            Err(source) => return Err(ConfigError::Unreadable { path: path.to_owned(), source }),
+        };
+        Self::from_toml(&text, path, environment)
+    }
+
+    /// The same for text that was read already; `path` is for messages only.
+    pub fn from_toml(text: &str, path: &Path, environment: &Environment) -> Result<Self, ConfigError> {
+        let syntax = |source| ConfigError::Syntax { path: path.to_owned(), source: Box::new(source) };
+        let mut table: Table = text.parse().map_err(syntax)?;
+        let known = known_keys();
+        check_known(&table, &known, &mut Vec::new())?;
+        for (variable, value) in &environment.overrides {
+            let value = value.to_str().ok_or_else(|| ConfigError::MalformedVariable { variable: variable.clone() })?;
+            apply_override(&mut table, &known, variable, value)?;
+        }
+        let mut config: Self = serde_path_to_error::deserialize(Value::Table(table)).map_err(|error| {
+            ConfigError::WrongType { key: error.path().to_string(), reason: error.inner().message().to_owned() }
+        })?;
+        config.validate()?;
+        config.nodes.entry(DEFAULT_NODE.to_owned()).or_default();
+        Ok(config)
+    }
+
+    /// Every key with its default, named `section.key`, in the order of the names. A required key has an empty default.
+    pub fn reference() -> Vec<(String, Value)> {
+        fn walk(table: &Table, prefix: &str, keys: &mut Vec<(String, Value)>) {
+            for (name, value) in table {
+                let name = if prefix.is_empty() { name.clone() } else { format!("{prefix}.{name}") };
+                match value {
+                    Value::Table(table) => walk(table, &name, keys),
+                    value => keys.push((name, value.clone())),
+                }
+            }
+        }
+        let mut keys = Vec::new();
+        walk(&known_keys(), "", &mut keys);
+        keys
+    }
+}
+
+/// A configuration with one entry of everything, as a table.
+fn known_keys() -> Table {
+    let credential = Credential { vcenter_host: String::new(), username: String::new(), password_file: PathBuf::new() };
+    let config = Config {
+        nodes: BTreeMap::from([(ANY_NAME.to_owned(), Node::default())]),
+        credentials: BTreeMap::from([(ANY_NAME.to_owned(), credential)]),
+        ..Config::default()
+    };
+    match Value::try_from(config) {
+        Ok(Value::Table(table)) => table,
+        // The types above hold nothing that TOML cannot write; a unit test reads the result.
+        _ => Table::new(),
+    }
+}
+
+fn check_known(table: &Table, known: &Table, section: &mut Vec<String>) -> Result<(), ConfigError> {
+    for (name, value) in table {
+        let entry = known.get(ANY_NAME).or_else(|| known.get(name));
+        section.push(name.clone());
+        match (value, entry) {
+            (_, None) => return Err(unknown(section, known)),
+            (Value::Table(table), Some(Value::Table(known))) => check_known(table, known, section)?,
+            // A table for a value or a value for a table is a wrong type, which serde words better.
+            (_, Some(_)) => {}
+        }
+        section.pop();
+    }
+    Ok(())
+}
+
+/// The error for the key `path`, whose siblings are `known`.
+fn unknown(path: &[String], known: &Table) -> ConfigError {
+    let key = path.join(".");
+    let leaf = path.last().map_or("", String::as_str);
+    let all: Vec<String> = Config::reference().into_iter().map(|(key, _)| key).collect();
+    // The right key in the wrong section is likelier than a similar word in the right one.
+    let moved = all.iter().find(|known| known.rsplit('.').next() == Some(leaf));
+    let section = path.get(..path.len().saturating_sub(1)).unwrap_or_default();
+    let sibling = || {
+        let best = known.keys().map(|known| (strsim::jaro_winkler(known, leaf), known));
+        let best = best.max_by(|a, b| a.0.total_cmp(&b.0)).map_or("", |(_, known)| known);
+        section.iter().map(String::as_str).chain([best]).collect::<Vec<_>>().join(".")
+    };
+    ConfigError::UnknownKey { key, nearest: moved.cloned().unwrap_or_else(sibling) }
+}
+
+fn apply_override(table: &mut Table, known: &Table, variable: &str, text: &str) -> Result<(), ConfigError> {
+    let malformed = || ConfigError::MalformedVariable { variable: variable.to_owned() };
+    let path: Vec<String> =
+        variable.trim_start_matches(OVERRIDE_PREFIX).split("__").map(str::to_ascii_lowercase).collect();
+    let wanted = if NAMED_SECTIONS.contains(&path[0].as_str()) { 3 } else { 2 };
+    if path.len() != wanted || path.iter().any(String::is_empty) {
+        return Err(malformed());
+    }
+    let (mut target, mut known) = (table, known);
+    for (depth, name) in path.iter().enumerate() {
+        let entry = known.get(ANY_NAME).or_else(|| known.get(name)).ok_or_else(|| unknown(&path[..=depth], known))?;
+        match entry {
+            Value::Table(inner) if depth + 1 < path.len() => {
+                known = inner;
+                let slot = target.entry(name.clone()).or_insert_with(|| Value::Table(Table::new()));
+                target = slot.as_table_mut().ok_or_else(malformed)?;
+            }
+            example if depth + 1 == path.len() => {
+                target.insert(name.clone(), parse_like(example, &path.join("."), text)?);
+            }
+            _ => return Err(malformed()),
+        }
+    }
+    Ok(())
+}
+
+/// `text` as a value of the type that `example` has. A list is written with commas.
+fn parse_like(example: &Value, key: &str, text: &str) -> Result<Value, ConfigError> {
+    let wrong = |expected: &str| ConfigError::WrongType {
+        key: key.to_owned(),
+        reason: format!("{text:?} in the environment is no {expected}"),
+    };
+    Ok(match example {
+        Value::Integer(_) => Value::Integer(text.parse().map_err(|_| wrong("whole number"))?),
+        Value::Float(_) => Value::Float(text.parse().map_err(|_| wrong("number"))?),
+        Value::Boolean(_) => Value::Boolean(text.parse().map_err(|_| wrong("true or false"))?),
+        Value::Array(_) => {
+            let items = text.split(',').map(str::trim).filter(|item| !item.is_empty());
+            Value::Array(items.map(|item| Value::String(item.to_owned())).collect())
+        }
+        _ => Value::String(text.to_owned()),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_reference_names_every_section_and_both_named_ones() {
+        let keys: Vec<_> = Config::reference().into_iter().map(|(key, _)| key).collect();
+        for key in
+            ["server.bind", "auth.callback_peers", "database.url", "nodes.<name>.url", "credentials.<name>.username"]
+        {
+            assert!(keys.iter().any(|known| known == key), "{key} is missing in {keys:?}");
+        }
+    }
+}

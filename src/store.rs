@@ -1,0 +1,100 @@
+//! The database: pool, schema check and every line of SQL of the service.
+//!
+//! One file per group of tables. Queries are free functions over a connection, so that a caller can put several of them
+//! into one transaction: [`Store::write`] begins one, [`Store::read`] lends a connection. Nothing here knows HTTP or the
+//! rules of a backup; it knows tables and says in types what they can answer.
+
+pub mod backups;
+mod column;
+mod error;
+pub mod events;
+pub mod leases;
+mod page;
+pub mod points;
+pub mod repositories;
+mod schema;
+pub mod vms;
+
+use std::path::Path;
+use std::time::Duration;
+
+use sqlx::pool::PoolConnection;
+use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
+use sqlx::{ConnectOptions, Sqlite, SqlitePool, Transaction};
+
+pub use error::StoreError;
+pub use page::{Listing, Page};
+pub use schema::{SchemaError, migrations};
+
+/// One open connection, as the query functions of this module take it.
+pub type Connection = sqlx::SqliteConnection;
+
+/// Connections of the pool. A guess: WAL lets readers work beside the one writer, and handlers hold a connection for
+/// microseconds.
+const POOL_SIZE: u32 = 8;
+
+/// How long a statement waits for the writer before it, and how long a caller waits for a connection of the pool.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The open database of one hub. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Store {
+    pool: SqlitePool,
+}
+
+impl Store {
+    /// Opens or creates the database file at `path` and brings it to the schema of this binary.
+    ///
+    /// # Errors
+    ///
+    /// [`SchemaError`] when the file is no database, was written by a newer version, or its tables were changed by hand.
+    pub async fn open(path: &Path) -> Result<Self, SchemaError> {
+        let options = SqliteConnectOptions::new()
+            .filename(path)
+            .create_if_missing(true)
+            .journal_mode(SqliteJournalMode::Wal)
+            // A commit that was answered survives a power cut; the default of WAL may lose the last ones.
+            .synchronous(SqliteSynchronous::Full)
+            .foreign_keys(true)
+            .busy_timeout(BUSY_TIMEOUT)
+            .disable_statement_logging();
+        let pool = SqlitePoolOptions::new()
+            .max_connections(POOL_SIZE)
+            .acquire_timeout(BUSY_TIMEOUT)
+            .connect_with(options)
+            .await
+            .map_err(|source| SchemaError::Open { source: source.into() })?;
+        if let Err(error) = schema::prepare(&pool).await {
+            pool.close().await;
+            return Err(error);
+        }
+        Ok(Self { pool })
+    }
+
+    /// A connection for reading. Statements on it see each other's commits; several that must agree belong into one
+    /// [`Store::write`].
+    pub async fn read(&self) -> Result<PoolConnection<Sqlite>, StoreError> {
+        Ok(self.pool.acquire().await?)
+    }
+
+    /// A transaction that owns the write lock from its first moment, so that it never fails half-way because another
+    /// writer came first. Dropped without [`Transaction::commit`] it is rolled back.
+    ///
+    /// # Durability
+    ///
+    /// Once `commit` has returned, a crash or power cut loses nothing of it.
+    pub async fn write(&self) -> Result<Transaction<'static, Sqlite>, StoreError> {
+        Ok(self.pool.begin_with("BEGIN IMMEDIATE").await?)
+    }
+
+    /// Whether the database answers.
+    pub async fn ping(&self) -> Result<(), StoreError> {
+        sqlx::query("SELECT 1").execute(&self.pool).await?;
+        Ok(())
+    }
+
+    /// Waits for running statements and closes the file. Later calls fail.
+    pub async fn close(&self) {
+        self.pool.close().await;
+    }
+}
