@@ -50,6 +50,22 @@ pub enum LockError {
     },
 }
 
+impl LockError {
+    /// Whether using the repository all the same could harm another hub's data.
+    pub fn is_conflict(&self) -> bool {
+        matches!(self, Self::Held { .. } | Self::Foreign { .. })
+    }
+
+    /// The reason without paths, for a caller.
+    pub fn public(&self) -> String {
+        match self {
+            Self::Held { .. } => "another hub is using its folder".to_owned(),
+            Self::Foreign { found, .. } => format!("its folder is marked as repository {found}"),
+            Self::Unusable { source, .. } => source.kind().to_string(),
+        }
+    }
+}
+
 #[derive(Serialize, Deserialize)]
 struct Marker {
     id: String,

@@ -13,6 +13,7 @@ use super::events::{self, Actor};
 use super::{Connection, StoreError};
 use crate::backup::state::{DiskState, FailureCode, JobResult, JobState};
 use crate::clock::UtcTime;
+use crate::export::meter::Reading;
 use crate::id::{BackupId, VmId};
 
 pub use list::{Filter, list};
@@ -123,6 +124,16 @@ pub async fn claim_directory(connection: &mut Connection, vm: &VmId, name: &str)
     Ok(sqlx::query_scalar("SELECT dir FROM vms WHERE id = ?").bind(vm).fetch_one(connection).await?)
 }
 
+/// The folder of a VM, also when the VM was removed from the inventory.
+///
+/// # Errors
+/// The database's.
+pub async fn directory_of(connection: &mut Connection, vm: &VmId) -> Result<Option<String>, StoreError> {
+    let directory: Option<Option<String>> =
+        sqlx::query_scalar("SELECT dir FROM vms WHERE id = ?").bind(vm).fetch_optional(connection).await?;
+    Ok(directory.flatten())
+}
+
 /// Moves a job from one state to the next, with its event.
 ///
 /// # Errors
@@ -184,11 +195,14 @@ pub async fn set_node_outcome(
     Ok(())
 }
 
-/// Replaces the warnings of a job.
+/// Adds warnings to those of a job.
 ///
 /// # Errors
 /// The database's.
-pub async fn set_warnings(connection: &mut Connection, id: &BackupId, warnings: &[String]) -> Result<(), StoreError> {
+pub async fn add_warnings(connection: &mut Connection, id: &BackupId, more: &[String]) -> Result<(), StoreError> {
+    let Some(backup) = find(connection, id).await? else { return Ok(()) };
+    let mut warnings = backup.warnings;
+    warnings.extend_from_slice(more);
     sqlx::query("UPDATE backups SET warnings = ? WHERE id = ?")
         .bind(row::json_text(&warnings)?)
         .bind(id)
@@ -208,16 +222,17 @@ pub async fn update_disk(connection: &mut Connection, id: &BackupId, disk: &Disk
         .fetch_one(&mut *connection)
         .await?;
     let at = UtcTime::now();
+    let measured = |number: fn(&Reading) -> u64| disk.measured.as_ref().map(number).map(signed).transpose();
     sqlx::query(
-        "UPDATE backup_disks SET state = ?, covered_bytes = ?, written_bytes = ?, zeroed_bytes = ?, \
-         effective_type = COALESCE(?, effective_type), change_id = COALESCE(?, change_id), \
+        "UPDATE backup_disks SET state = ?, covered_bytes = COALESCE(?, covered_bytes), \
+         written_bytes = COALESCE(?, written_bytes), zeroed_bytes = COALESCE(?, zeroed_bytes), effective_type = COALESCE(?, effective_type), change_id = COALESCE(?, change_id), \
          error_message = COALESCE(?, error_message), sealed_at = COALESCE(?, sealed_at) \
          WHERE backup_id = ? AND disk_id = ?",
     )
     .bind(disk.state)
-    .bind(signed(disk.covered_bytes)?)
-    .bind(signed(disk.written_bytes)?)
-    .bind(signed(disk.zeroed_bytes)?)
+    .bind(measured(|reading| reading.covered_bytes)?)
+    .bind(measured(|reading| reading.written_bytes)?)
+    .bind(measured(|reading| reading.zeroed_bytes)?)
     .bind(disk.effective_type)
     .bind(disk.change_id)
     .bind(disk.error_message)
@@ -240,18 +255,21 @@ pub struct DiskUpdate<'a> {
     pub disk_id: u32,
     /// Where it is.
     pub state: DiskState,
-    /// Distinct bytes written or zeroed.
-    pub covered_bytes: u64,
-    /// Bytes written.
-    pub written_bytes: u64,
-    /// Bytes zeroed.
-    pub zeroed_bytes: u64,
+    /// What its export has seen; `None` keeps what is stored.
+    pub measured: Option<Reading>,
     /// What was observed; `None` keeps what is stored.
     pub effective_type: Option<&'a str>,
     /// The change id sent with `/complete`; `None` keeps what is stored.
     pub change_id: Option<&'a str>,
     /// What went wrong with it; `None` keeps what is stored.
     pub error_message: Option<&'a str>,
+}
+
+impl DiskUpdate<'_> {
+    /// A new state and nothing else.
+    pub fn state_only(disk_id: u32, state: DiskState) -> Self {
+        Self { disk_id, state, measured: None, effective_type: None, change_id: None, error_message: None }
+    }
 }
 
 /// One job.

@@ -46,6 +46,36 @@ pub async fn take(
     if let Some(holder) = holder {
         return Ok(Err(holder));
     }
+    insert(connection, kind, key, owner, boot_id).await?;
+    Ok(Ok(()))
+}
+
+/// Takes a lease whoever has it: for things whose possession is proven otherwise, such as a port by its socket.
+///
+/// # Errors
+/// The database's.
+pub async fn take_over(
+    connection: &mut Connection,
+    kind: LeaseKind,
+    key: &str,
+    owner: &BackupId,
+    boot_id: &str,
+) -> Result<(), StoreError> {
+    sqlx::query("DELETE FROM leases WHERE kind = ? AND key = ?")
+        .bind(kind.as_str())
+        .bind(key)
+        .execute(&mut *connection)
+        .await?;
+    insert(connection, kind, key, owner, boot_id).await
+}
+
+async fn insert(
+    connection: &mut Connection,
+    kind: LeaseKind,
+    key: &str,
+    owner: &BackupId,
+    boot_id: &str,
+) -> Result<(), StoreError> {
     sqlx::query("INSERT INTO leases (kind, key, owner, boot_id) VALUES (?, ?, ?, ?)")
         .bind(kind.as_str())
         .bind(key)
@@ -53,7 +83,7 @@ pub async fn take(
         .bind(boot_id)
         .execute(connection)
         .await?;
-    Ok(Ok(()))
+    Ok(())
 }
 
 /// Gives back everything an owner has. Repeatable.
