@@ -40,6 +40,14 @@ impl FileStorage {
     }
 }
 
+impl Drop for FileStorage {
+    /// Closing the file would do it, unless another thread is starting a process just now: the child holds a copy of the
+    /// descriptor, and with it the locks, until it runs its program.
+    fn drop(&mut self) {
+        crate::lock::unlock(&self.file);
+    }
+}
+
 impl Storage for FileStorage {
     fn read(&self, mut offset: u64, mut buffer: &mut [u8]) -> io::Result<()> {
         while !buffer.is_empty() {
