@@ -12,12 +12,14 @@ use super::{Reservation, Storage};
 /// One open file description for the whole session: locks, writes and syncs all go through it, because the kernel
 /// reports a failed writeback to each description once.
 #[derive(Debug)]
-pub(crate) struct FileStorage {
+pub struct FileStorage {
     file: File,
 }
 
 impl FileStorage {
-    pub(crate) fn new(file: File) -> Self {
+    /// Uses a file that is open for what will be asked of it. Locks are the caller's business, until the end: they are
+    /// given up with the storage.
+    pub fn new(file: File) -> Self {
         Self { file }
     }
 
