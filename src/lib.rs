@@ -5,7 +5,12 @@
 //! plain values that every layer may name.
 #![forbid(unsafe_code)]
 
+pub mod app;
 pub mod clock;
 pub mod config;
+pub mod http;
 pub mod id;
+pub mod secret;
+pub mod serve;
 pub mod store;
+pub mod telemetry;
