@@ -89,6 +89,8 @@ struct Event {
 struct Flush {
     issued: u64,
     replied: u64,
+    /// The image was closed, not only flushed.
+    close: bool,
 }
 
 /// A workload being run and recorded.
@@ -188,12 +190,12 @@ impl Run {
             Step::Flush => {
                 let issued = now(&self.clock);
                 self.image().flush().unwrap();
-                self.flushes.push(Flush { issued, replied: now(&self.clock) });
+                self.flushes.push(Flush { issued, replied: now(&self.clock), close: false });
             }
             Step::Reopen => {
                 let issued = now(&self.clock);
                 self.image().close().unwrap();
-                self.flushes.push(Flush { issued, replied: now(&self.clock) });
+                self.flushes.push(Flush { issued, replied: now(&self.clock), close: true });
                 self.image = Some(self.open());
             }
         }
@@ -253,6 +255,13 @@ impl Run {
         })
     }
 
+    /// Whether the image must be whole at that time: it was closed, and nothing was asked of it since.
+    fn must_be_closed(&self, time: u64) -> bool {
+        let close = self.flushes.iter().rfind(|flush| flush.close && flush.replied < time);
+        let quiet = |close: &Flush| !self.events.iter().any(|event| (close.issued..time).contains(&event.issued));
+        close.is_some_and(quiet)
+    }
+
     /// The first thing that is wrong with a crash state.
     fn fault(&self, state: &sim_disk::CrashState) -> Option<String> {
         let found = match read_disk(&state.content, &self.backing) {
@@ -273,6 +282,9 @@ impl Run {
             Ok(image) => image,
             Err(error) => return Some(format!("cannot be opened: {error}")),
         };
+        if !closed && self.must_be_closed(state.latest) {
+            return Some("was closed, and is dirty again".into());
+        }
         if closed && opened.check().unwrap().errors > 0 {
             return Some("is marked as closed, but its refcounts are too low".into());
         }
