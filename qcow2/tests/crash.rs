@@ -414,5 +414,5 @@ fn each_missing_barrier_is_found() {
         let found = run(start, &steps, &[missing]).1;
         assert!(found.is_some(), "an engine without {name} passes");
     }
-    assert!(run(Start::Reopened, &[WriteCluster, Reopen], &[1]).1.is_some(), "B1 of a close");
+    assert!(run(Start::Reopened, &[WriteCluster, Flush], &[1]).1.is_some(), "the one sync of a flush in place");
 }
