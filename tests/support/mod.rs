@@ -1,6 +1,7 @@
 //! What the tests of the service share: a real service in this process on free ports and in its own folder, and a small
 //! client for its API.
 #![allow(dead_code, unreachable_pub, reason = "every test binary uses its own part")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
 use std::path::Path;
 
