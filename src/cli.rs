@@ -1,9 +1,11 @@
 //! The command line: one file per noun, one enum of all commands, one meaning per exit code.
 //!
-//! Everything but `serve` is a client of the REST API and knows nothing that a script with curl would not.
+//! `serve` is the service and `image` works on files; everything else is a client of the REST API and knows nothing that a
+//! script with curl would not.
 
 mod client;
 mod error;
+mod image;
 mod output;
 mod repo;
 mod serve;
@@ -43,6 +45,9 @@ enum Command {
     /// The folders that backups go to.
     #[command(subcommand)]
     Repo(repo::Command),
+    /// qcow2 images, without a service.
+    #[command(subcommand)]
+    Image(image::Command),
 }
 
 /// Runs one command and tells the shell how it went.
@@ -71,5 +76,6 @@ async fn dispatch(command: Command, output: &Output) -> Result<Exit, CliError> {
         Command::Serve(arguments) => serve::run(arguments, output).await,
         Command::Vm(command) => vm::run(command, output).await,
         Command::Repo(command) => repo::run(command, output).await,
+        Command::Image(command) => image::run(command, output).await,
     }
 }

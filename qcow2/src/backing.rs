@@ -102,6 +102,20 @@ impl Layer {
     }
 }
 
+/// Virtual size in bytes of what an overlay at `overlay` would have below it. Its own folder bounds where that may be.
+///
+/// Refuses an image that was not closed: other tools would write to it without repairing it first, once it is a base.
+pub fn backing_size(backing: &Backing, overlay: &Path) -> Result<u64> {
+    let chain = Chain { root: overlay.parent().unwrap_or(Path::new("")).to_owned(), seen: Vec::new() };
+    let layer = Layer::open(backing, overlay, chain, 0)?;
+    match &layer {
+        Layer::Image(image) if image.is_dirty() => {
+            Err(Error::Backing { name: backing.name.clone(), reason: "was not closed; repair it first".into() })
+        }
+        _ => Ok(layer.size()),
+    }
+}
+
 /// The path of a relative name, made without following anything, beneath the root.
 fn resolve(name: &str, overlay: &Path, root: &Path) -> Result<PathBuf> {
     let refuse = |reason: &str| Err(Error::Backing { name: name.to_owned(), reason: reason.into() });

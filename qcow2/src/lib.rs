@@ -31,7 +31,7 @@ mod sync;
 mod tables;
 
 pub use async_image::AsyncImage;
-pub use backing::Layer;
+pub use backing::{Layer, backing_size};
 pub use check::{CheckReport, check};
 pub use create::{CreateOptions, create, create_on};
 pub use error::{Error, Result};

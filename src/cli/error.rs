@@ -87,6 +87,9 @@ pub enum CliError {
         /// What it may mean.
         ids: Vec<String>,
     },
+    /// An image cannot be made, opened or used.
+    #[error(transparent)]
+    Image(#[from] blockyard_qcow2::Error),
     /// Standard output is gone or full.
     #[error("standard output cannot be written")]
     Output {
@@ -109,7 +112,21 @@ impl CliError {
             Self::Start(StartError::StateInUse { .. }) | Self::Ambiguous { .. } => Exit::Conflict,
             Self::NotFound { .. } => Exit::NotFound,
             Self::Client(error) => error.exit(),
+            Self::Image(error) => image_exit(error),
             Self::Start(_) | Self::Runtime { .. } | Self::Output { .. } | Self::Signals { .. } => Exit::Failed,
         }
+    }
+}
+
+/// The exit code of what went wrong with an image.
+fn image_exit(error: &blockyard_qcow2::Error) -> Exit {
+    use blockyard_qcow2::Error;
+    match error {
+        Error::Open { source, .. } if source.kind() == std::io::ErrorKind::NotFound => Exit::NotFound,
+        Error::Open { source, .. } if source.kind() == std::io::ErrorKind::AlreadyExists => Exit::Conflict,
+        Error::Locked { .. } => Exit::Conflict,
+        Error::InvalidOption { .. } => Exit::Usage,
+        Error::Corrupt { .. } | Error::NotQcow2 => Exit::Damaged,
+        _ => Exit::Failed,
     }
 }
