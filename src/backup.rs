@@ -31,7 +31,7 @@ use registry::Registry;
 use state::{DiskState, FailureCode, JobState};
 
 use crate::config::Config;
-use crate::id::{BackupId, new_ulid};
+use crate::id::BackupId;
 use crate::listeners::ListenerOptions;
 use crate::listeners::ports::PortPool;
 use crate::node::{NodeClient, NodeClientError};
@@ -96,7 +96,12 @@ impl Backups {
     ///
     /// # Errors
     /// A node whose HTTP client cannot be made.
-    pub fn new(config: Arc<Config>, store: Store, locks: Arc<RepositoryLocks>) -> Result<Self, NodeClientError> {
+    pub fn new(
+        config: Arc<Config>,
+        store: Store,
+        locks: Arc<RepositoryLocks>,
+        boot_id: &str,
+    ) -> Result<Self, NodeClientError> {
         let mut nodes = BTreeMap::new();
         for (name, node) in &config.nodes {
             let connect_timeout = Duration::from_secs(node.connect_timeout_s);
@@ -107,7 +112,7 @@ impl Backups {
             ports: PortPool::new(config.nbd.bind),
             listener_options: ListenerOptions::new(&config.nbd),
             registry: Arc::new(Registry::new()),
-            boot_id: new_ulid().to_string(),
+            boot_id: boot_id.to_owned(),
             config,
             store,
             locks,
@@ -245,17 +250,24 @@ impl Backups {
             tracing::error!("some jobs could not be undone in time; the next start will");
         }
     }
+
+    /// Ends the tasks of all jobs where they are, as a kill would. Sockets close, files and rows stay for the next start.
+    pub(crate) fn abandon(&self) {
+        self.shared.registry.abort();
+    }
 }
 
 /// Runs a job in a task of its own. Should that panic, the job is ended from its record, as after a restart.
 fn supervise(shared: &Arc<Shared>, job: Job) {
     let shared = Arc::clone(shared);
     let id = job.facts.id.clone();
+    let running = tokio::spawn(job.run());
+    shared.registry.remember(&id, running.abort_handle());
     tokio::spawn(async move {
-        if tokio::spawn(job.run()).await.is_ok() {
-            return;
+        match running.await {
+            Err(ended) if ended.is_panic() => tracing::error!(job_id = %id, "the task of a job panicked"),
+            Ok(()) | Err(_) => return,
         }
-        tracing::error!(job_id = %id, "the task of a job panicked");
         let settled = async {
             let row = backups::find(&mut *shared.store.read().await?, &id).await?;
             match row {

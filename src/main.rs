@@ -1,3 +1,8 @@
-//! The `blockyard` binary: parses the command line and hands over to the library.
+//! The `blockyard` binary: hands the command line over to the library.
+#![forbid(unsafe_code)]
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    blockyard::cli::run(std::env::args_os())
+}

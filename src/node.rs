@@ -4,10 +4,11 @@
 //! may the caller undo? Each call has a connection of its own; there is no redirect, no proxy and no retry, and every way
 //! the call can end is sorted by what it proves. What to do about it is the job's business.
 
-use std::fmt;
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
+use serde::{Serialize, Serializer};
+
+use crate::secret::Secret;
 
 pub mod fake;
 
@@ -16,31 +17,8 @@ const ANSWER_MAX_BYTES: usize = 64 * 1024;
 /// How much of a refusal is told to the caller.
 const REFUSAL_MAX_CHARS: usize = 500;
 
-/// A password or token: usable, never printable.
-#[derive(Clone, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct Secret(String);
-
-impl Secret {
-    /// Wraps it.
-    pub fn new(secret: impl Into<String>) -> Self {
-        Self(secret.into())
-    }
-
-    /// The text itself, for the one place that sends it.
-    pub fn expose(&self) -> &str {
-        &self.0
-    }
-}
-
-impl fmt::Debug for Secret {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str("[secret]")
-    }
-}
-
 /// The body of the start call. The node requires every field.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize)]
 pub struct StartRequest {
     /// Our backup id; its prefix tells the client what to do.
     pub job_id: String,
@@ -51,6 +29,7 @@ pub struct StartRequest {
     /// Its user.
     pub vcenter_user: String,
     /// Its password.
+    #[serde(serialize_with = "exposed")]
     pub vcenter_password: Secret,
     /// The inventory path; its last segment is the name the client asks change ids by.
     pub vm_path: String,
@@ -62,6 +41,11 @@ pub struct StartRequest {
     pub backup_type: String,
     /// That of the lowest incremental disk; empty for a full.
     pub previous_change_id: String,
+}
+
+/// The one place where a password leaves the process.
+fn exposed<S: Serializer>(secret: &Secret, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(secret.expose())
 }
 
 /// What the start call proved.
@@ -239,9 +223,9 @@ mod tests {
 
     #[test]
     fn a_refusal_is_one_bounded_line_without_the_password() {
-        let text = printable(b"login failed\nfor admin / hunter2\x07", &Secret::new("hunter2"));
+        let text = printable(b"login failed\nfor admin / hunter2\x07", &Secret::from("hunter2".to_owned()));
         assert_eq!(text, "login failed for admin / [secret]");
-        assert_eq!(printable(&[b'x'; 10_000], &Secret::new("")).len(), REFUSAL_MAX_CHARS);
+        assert_eq!(printable(&[b'x'; 10_000], &Secret::from(String::new())).len(), REFUSAL_MAX_CHARS);
     }
 
     #[test]
@@ -251,7 +235,7 @@ mod tests {
             vm_name: "db".into(),
             vcenter_host: "vc".into(),
             vcenter_user: "admin".into(),
-            vcenter_password: Secret::new("hunter2"),
+            vcenter_password: Secret::from("hunter2".to_owned()),
             vm_path: "/DC/vm/db".into(),
             nbd_host: "127.0.0.1".into(),
             nbd_targets: String::new(),

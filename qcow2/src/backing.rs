@@ -11,17 +11,24 @@ use crate::error::{Error, Result};
 use crate::format::header::{Backing, BackingFormat};
 use crate::image::Image;
 use crate::lock::{self, Access};
-use crate::storage::Storage;
-use crate::storage::file::FileStorage;
+use crate::storage::{FileStorage, Storage};
+use crate::sync::Arc;
 
 /// The longest chain: a bound on recursion, far above what a repository allows.
 const DEPTH_MAX: usize = 64;
 
 /// The layer below an image.
 #[derive(Debug)]
-pub(crate) enum Layer {
+pub enum Layer {
+    /// Another image, open read-only.
     Image(Box<Image>),
-    Raw { storage: FileStorage, size: u64 },
+    /// The bytes of the disk themselves.
+    Raw {
+        /// Where they are.
+        storage: Arc<dyn Storage>,
+        /// How many of them belong to the disk; the rest reads as zeroes.
+        size: u64,
+    },
 }
 
 /// Where names of backing files are looked up, and which files the chain holds already.
@@ -64,7 +71,7 @@ impl Layer {
             BackingFormat::Raw => {
                 let storage = FileStorage::new(file);
                 let size = storage.length().map_err(Error::io("fstat", 0))?;
-                Ok(Self::Raw { storage, size })
+                Ok(Self::Raw { storage: Arc::new(storage), size })
             }
             BackingFormat::Qcow2 => {
                 Ok(Self::Image(Box::new(Image::open_file(file, &path, Access::ReadOnly, chain, cache_bytes)?)))
@@ -92,6 +99,20 @@ impl Layer {
             Self::Image(image) => image.read(offset, head),
             Self::Raw { storage, .. } => storage.read(offset, head).map_err(Error::io("read", offset)),
         }
+    }
+}
+
+/// Virtual size in bytes of what an overlay at `overlay` would have below it. Its own folder bounds where that may be.
+///
+/// Refuses an image that was not closed: other tools would write to it without repairing it first, once it is a base.
+pub fn backing_size(backing: &Backing, overlay: &Path) -> Result<u64> {
+    let chain = Chain { root: overlay.parent().unwrap_or(Path::new("")).to_owned(), seen: Vec::new() };
+    let layer = Layer::open(backing, overlay, chain, 0)?;
+    match &layer {
+        Layer::Image(image) if image.is_dirty() => {
+            Err(Error::Backing { name: backing.name.clone(), reason: "was not closed; repair it first".into() })
+        }
+        _ => Ok(layer.size()),
     }
 }
 

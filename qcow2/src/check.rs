@@ -8,8 +8,7 @@ use crate::image::read_header;
 use crate::lock::{self, Access};
 use crate::refcounts::{self, RefcountTable};
 use crate::references;
-use crate::storage::Storage;
-use crate::storage::file::FileStorage;
+use crate::storage::{FileStorage, Storage};
 
 /// How many broken rules a report spells out.
 const DETAILS_MAX: usize = 32;

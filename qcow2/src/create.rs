@@ -11,8 +11,7 @@ use crate::format::refcount::Width;
 use crate::geometry::{ENTRY, Geometry};
 use crate::refcounts::{self, RefcountTable};
 use crate::references::Counts;
-use crate::storage::Storage;
-use crate::storage::file::FileStorage;
+use crate::storage::{FileStorage, Storage};
 
 /// The shape of a new image.
 #[derive(Clone, Debug)]
@@ -56,6 +55,14 @@ pub fn create(path: &Path, options: &CreateOptions) -> Result<()> {
         let _ = std::fs::remove_file(path);
     }
     created
+}
+
+/// As [`create`], on storage that is empty so far.
+///
+/// # Durability
+/// The image is durable when this returns; its name is the caller's business.
+pub fn create_on(storage: &dyn Storage, options: &CreateOptions) -> Result<()> {
+    write_image(storage, plan(options)?)
 }
 
 /// Checks the options and lays out header and L1; the refcount structures follow behind them.

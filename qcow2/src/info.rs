@@ -7,7 +7,7 @@ use std::path::Path;
 use crate::error::{Error, Result};
 use crate::format::header::{Backing, CORRUPT};
 use crate::image::read_header;
-use crate::storage::file::FileStorage;
+use crate::storage::FileStorage;
 
 /// What an image says about itself.
 #[derive(Clone, Debug, PartialEq, Eq)]

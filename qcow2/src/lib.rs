@@ -26,13 +26,14 @@ mod info;
 mod lock;
 mod refcounts;
 mod references;
-mod storage;
+pub mod storage;
 mod sync;
 mod tables;
 
 pub use async_image::AsyncImage;
+pub use backing::{Layer, backing_size};
 pub use check::{CheckReport, check};
-pub use create::{CreateOptions, create};
+pub use create::{CreateOptions, create, create_on};
 pub use error::{Error, Result};
 pub use format::header::{Backing, BackingFormat};
 pub use image::{Durability, Extent, ExtentKind, Image, OpenOptions, ZeroMode};

@@ -25,6 +25,11 @@ impl Job {
     /// Publishes the restore point and ends the job. On an error nothing was published.
     pub(super) async fn commit(&mut self) -> Result<(), End> {
         self.refuse_failed_disks()?;
+        let findings = self.findings();
+        if !findings.is_empty() {
+            // Before the rename, so that a restart that rolls forward knows them too.
+            self.add_warnings(&findings).await?;
+        }
         self.advance(JobState::Committing, Actor::Service).await?;
         let manifest = Box::pin(self.manifest()).await?;
         let bytes = manifest.encode().map_err(|error| storage(&error.into()))?;
@@ -54,7 +59,6 @@ impl Job {
             rest(&mut pause).await;
         }
         // Given back before anyone can see that the job is over.
-        let result = self.result();
         let answer = self.completer.take().map(|completer| {
             let change_id = self.change_id_of(completer.disk_id);
             (completer.reply, self.sealed_answer(completer.disk_id, change_id))
@@ -63,15 +67,20 @@ impl Job {
         self.disks.clear();
         self.slot = None;
         let mut pause = PAUSE;
-        while let Err(error) = record(&self.shared.store, manifest, &self.facts.paths, &result).await {
-            tracing::error!(job_id = %id, %error, "the restore point is published but not recorded; trying again");
+        let result = loop {
+            match record(&self.shared.store, manifest, &self.facts.paths).await {
+                Ok(result) => break result,
+                Err(error) => {
+                    tracing::error!(job_id = %id, %error, "the restore point is published but not recorded; trying again");
+                }
+            }
             rest(&mut pause).await;
-        }
+        };
         self.view.send_modify(|view| {
             view.state = JobState::Committed;
-            view.result = result.result;
+            view.result = result;
         });
-        tracing::info!(job_id = %id, result = %result.result, "backup committed");
+        tracing::info!(job_id = %id, %result, "backup committed");
         self.presence = None;
         if let Some((reply, answer)) = answer {
             // A client that hung up has nothing to be told.
@@ -84,13 +93,10 @@ impl Job {
         running.sealed.as_ref()?.change_id.clone()
     }
 
-    /// Success, or what the operator must know.
-    fn result(&self) -> Outcome {
-        let mut warnings: Vec<String> =
-            self.disks.iter().filter_map(|running| running.sealed.as_ref()?.warning.clone()).collect();
-        warnings.extend(same_heads(&self.disks));
-        let result = if warnings.is_empty() { JobResult::Success } else { JobResult::Warning };
-        Outcome { result, warnings }
+    /// What the operator must know about the restore point.
+    fn findings(&self) -> Vec<String> {
+        let of_disks = self.disks.iter().filter_map(|running| running.sealed.as_ref()?.warning.clone());
+        of_disks.chain(same_heads(&self.disks)).collect()
     }
 
     async fn manifest(&mut self) -> Result<Manifest, Failed> {
@@ -125,11 +131,11 @@ impl Job {
     }
 }
 
-/// How a committed job ended.
-pub(super) struct Outcome {
-    pub(super) result: JobResult,
-    pub(super) warnings: Vec<String>,
-}
+/// The beginnings of warnings that are about the restore point and not about the request.
+const FINDINGS: [&str; 2] = [COVERAGE_INCOMPLETE, SAME_FIRST_MIB];
+/// A full image was committed without all of its bytes, as the configuration allows.
+pub(super) const COVERAGE_INCOMPLETE: &str = "coverage_incomplete";
+const SAME_FIRST_MIB: &str = "same_first_mib";
 
 fn manifest_disk(running: &RunningDisk, file_bytes: u64) -> Result<ManifestDisk, Failed> {
     let plan = &running.disk.plan;
@@ -167,7 +173,7 @@ fn same_heads(disks: &[RunningDisk]) -> Vec<String> {
         for second in disks.iter().skip(index + 1) {
             if head(first).is_some() && head(first) == head(second) {
                 let (first, second) = (first.disk.plan.disk_id, second.disk.plan.disk_id);
-                warnings.push(format!("same_first_mib: disks {first} and {second} begin with the same data"));
+                warnings.push(format!("{SAME_FIRST_MIB}: disks {first} and {second} begin with the same data"));
             }
         }
     }
@@ -191,16 +197,17 @@ pub(super) async fn record(
     store: &Store,
     manifest: &Manifest,
     paths: &BackupPaths,
-    outcome: &Outcome,
-) -> Result<(), ChangeError> {
+) -> Result<JobResult, ChangeError> {
     let id = &manifest.backup_id;
     let mut transaction = store.write().await?;
     let Some(row) = backups::find(&mut transaction, id).await? else {
         return Err(StoreError::from(sqlx::Error::RowNotFound).into());
     };
     if row.state == JobState::Committed {
-        return Ok(());
+        return Ok(row.result);
     }
+    let found = row.warnings.iter().any(|warning| FINDINGS.iter().any(|finding| warning.starts_with(finding)));
+    let result = if found { JobResult::Warning } else { JobResult::Success };
     let disks: Vec<PointDiskRow> = manifest.disks.iter().map(point_disk).collect();
     let directory_name = paths.published.strip_prefix(&paths.repository).unwrap_or(&paths.published);
     let point = NewPoint {
@@ -212,15 +219,12 @@ pub(super) async fn record(
         disks: &disks,
     };
     points::insert(&mut transaction, &point).await?;
-    if !outcome.warnings.is_empty() {
-        backups::add_warnings(&mut transaction, id, &outcome.warnings).await?;
-    }
     let change = Change {
         id,
         vm_id: &manifest.vm.id,
         from: row.state,
         to: JobState::Committed,
-        result: outcome.result,
+        result,
         code: None,
         message: None,
         by: Actor::Service,
@@ -228,7 +232,7 @@ pub(super) async fn record(
     backups::change_state(&mut transaction, &change).await?;
     leases::release_all(&mut transaction, id).await?;
     transaction.commit().await.map_err(StoreError::from)?;
-    Ok(())
+    Ok(result)
 }
 
 fn point_disk(disk: &ManifestDisk) -> PointDiskRow {

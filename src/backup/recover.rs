@@ -6,9 +6,9 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::commit::{self, Outcome};
+use super::commit;
 use super::job::{End, Failed};
-use super::state::{FailureCode, JobResult, JobState};
+use super::state::{FailureCode, JobState};
 use super::{Shared, undo};
 use crate::repository::directory;
 use crate::repository::layout::BackupPaths;
@@ -77,7 +77,7 @@ pub(super) async fn settle(shared: &Arc<Shared>, row: &BackupRow, failed: Failed
     match published(&paths, row).await? {
         Some(manifest) => {
             tracing::warn!(job_id = %row.id, "the restore point was published before the end; recording it");
-            commit::record(&shared.store, &manifest, &paths, &outcome_of(row)).await?;
+            commit::record(&shared.store, &manifest, &paths).await?;
         }
         None => {
             let staged = paths.clone();
@@ -120,9 +120,4 @@ async fn paths_of(shared: &Shared, row: &BackupRow) -> Result<Option<BackupPaths
     Ok(repository.zip(directory).map(|(repository, directory)| {
         BackupPaths::new(Path::new(&repository.path), &directory, row.id.as_str())
     }))
-}
-
-/// Warnings of the disks were not recorded yet; those of the request were, and do not change the result.
-fn outcome_of(_row: &BackupRow) -> Outcome {
-    Outcome { result: JobResult::Success, warnings: Vec::new() }
 }

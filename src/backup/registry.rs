@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
+use tokio::task::AbortHandle;
 
 use super::job::JobHandle;
 use crate::id::{BackupId, RepositoryId, VmId};
@@ -25,6 +26,7 @@ struct Inner {
     closed: bool,
     slots: BTreeMap<BackupId, Claim>,
     jobs: BTreeMap<BackupId, Arc<JobHandle>>,
+    tasks: BTreeMap<BackupId, AbortHandle>,
 }
 
 /// What a job claims.
@@ -121,6 +123,20 @@ impl Registry {
         Presence { id, registry: Arc::clone(self) }
     }
 
+    /// Keeps the means to end the task of a job that can be reached.
+    pub(super) fn remember(&self, id: &BackupId, task: AbortHandle) {
+        let mut inner = self.lock();
+        if inner.jobs.contains_key(id) {
+            inner.tasks.insert(id.clone(), task);
+        }
+    }
+
+    /// Ends the tasks of all jobs where they are.
+    pub(super) fn abort(&self) {
+        let tasks = std::mem::take(&mut self.lock().tasks);
+        tasks.values().for_each(AbortHandle::abort);
+    }
+
     /// A job that can be reached.
     pub(super) fn find(&self, id: &BackupId) -> Option<Arc<JobHandle>> {
         self.lock().jobs.get(id).cloned()
@@ -174,6 +190,7 @@ impl Drop for Presence {
     fn drop(&mut self) {
         let mut inner = self.registry.lock();
         inner.jobs.remove(&self.id);
+        inner.tasks.remove(&self.id);
         self.registry.report(&inner);
     }
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use blockyard_qcow2 as qcow2;
 use sha2::{Digest, Sha256};
 
+use super::commit::COVERAGE_INCOMPLETE;
 use super::job::{End, Failed, Job, SealedDisk};
 use super::prepare::image_failure;
 use super::state::{DiskState, FailureCode};
@@ -72,7 +73,7 @@ impl Job {
         );
         match self.shared.config.storage.coverage_full {
             CoverageFull::Require => Err(Failed::new(FailureCode::CoverageIncomplete, message).by(Actor::Client)),
-            CoverageFull::Warn => Ok(Some(format!("coverage_incomplete: {message}"))),
+            CoverageFull::Warn => Ok(Some(format!("{COVERAGE_INCOMPLETE}: {message}"))),
         }
     }
 

@@ -22,9 +22,9 @@ use crate::clock::UtcTime;
 use crate::config::{ExportNames, Node};
 use crate::id::{BackupId, RepositoryId, VmId, new_ulid};
 use crate::listeners::ports::{BoundPort, PortError};
-use crate::node::Secret;
 use crate::repository::directory;
 use crate::repository::layout::{self, BackupPaths};
+use crate::secret::{Secret, SecretError};
 use crate::store::backups::{self, BackupDiskRow, BackupRow};
 use crate::store::leases::{self, LeaseKind};
 use crate::store::points::PointDiskRow;
@@ -348,15 +348,19 @@ async fn credential(shared: &Shared, vm: &Vm) -> Result<(String, Secret), StartE
         .credentials
         .get(name)
         .ok_or_else(|| missing(format!("credentials.{name} is not in the configuration")))?;
-    let password = tokio::fs::read_to_string(&credential.password_file).await.map_err(|error| {
-        tracing::error!(credential = name, %error, "the password file cannot be read");
-        missing(format!("the password file of credentials.{name} cannot be read ({})", error.kind()))
-    })?;
-    let password = password.trim_end_matches(['\r', '\n']);
-    if password.is_empty() {
-        return Err(missing(format!("the password file of credentials.{name} is empty")));
+    let file = credential.password_file.clone();
+    let password = tokio::task::spawn_blocking(move || Secret::read(&file)).await.map_err(|_| StartError::Panicked)?;
+    match password {
+        Ok(password) => Ok((credential.username.clone(), password)),
+        Err(error) => {
+            tracing::error!(credential = name, %error, "the password cannot be read");
+            let why = match error {
+                SecretError::Unreadable { source, .. } => source.kind().to_string(),
+                SecretError::Empty { .. } => "it is empty".to_owned(),
+            };
+            Err(missing(format!("the password file of credentials.{name} cannot be used: {why}")))
+        }
     }
-    Ok((credential.username.clone(), Secret::new(password)))
 }
 
 /// Takes the VM, or says who has it.

@@ -72,10 +72,17 @@ struct Marker {
     format: u32,
 }
 
+/// One lock. The folder is remembered, as a repository may be given another one.
+#[derive(Debug)]
+struct Held {
+    path: PathBuf,
+    _lock: File,
+}
+
 /// The locks this process holds; they go with it.
 #[derive(Debug, Default)]
 pub struct RepositoryLocks {
-    held: Mutex<HashMap<String, File>>,
+    held: Mutex<HashMap<String, Held>>,
 }
 
 impl RepositoryLocks {
@@ -92,7 +99,7 @@ impl RepositoryLocks {
     pub fn acquire(&self, id: &str, path: &Path) -> Result<(), LockError> {
         let unusable = |source| LockError::Unusable { id: id.to_owned(), source };
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        if held.contains_key(id) {
+        if held.get(id).is_some_and(|held| held.path == path) {
             return Ok(());
         }
         let file = OpenOptions::new()
@@ -110,7 +117,7 @@ impl RepositoryLocks {
             Err(TryLockError::Error(error)) => return Err(unusable(error)),
         }
         check_marker(id, path)?;
-        held.insert(id.to_owned(), file);
+        held.insert(id.to_owned(), Held { path: path.to_owned(), _lock: file });
         Ok(())
     }
 

@@ -253,6 +253,12 @@ pub async fn find_by_name(connection: &mut Connection, name: &str) -> Result<Vec
     Ok(vms.fetch_all(connection).await?)
 }
 
+/// Id of the VM with this vCenter and path.
+pub async fn find_by_path(connection: &mut Connection, vcenter: &str, path: &str) -> Result<Option<VmId>, StoreError> {
+    let id = sqlx::query_scalar("SELECT id FROM vms WHERE vcenter = ?1 AND path = ?2 AND removed_at IS NULL");
+    Ok(id.bind(vcenter).bind(path).fetch_optional(connection).await?)
+}
+
 /// One page of the VMs.
 pub async fn list(
     connection: &mut Connection,

@@ -40,7 +40,7 @@ impl Image {
         self.storage.unlock();
         match &self.backing {
             Some(Layer::Image(image)) => image.unlock(),
-            Some(Layer::Raw { storage, .. }) => crate::storage::Storage::unlock(storage),
+            Some(Layer::Raw { storage, .. }) => storage.unlock(),
             None => {}
         }
     }

@@ -77,6 +77,11 @@ impl Image {
         self.access == Access::ReadOnly
     }
 
+    /// Whether the image had not been closed when it was opened.
+    pub fn is_dirty(&self) -> bool {
+        self.header.is_dirty()
+    }
+
     /// Where the image was opened.
     pub fn path(&self) -> &Path {
         &self.path

@@ -16,13 +16,12 @@ use crate::backing::{Chain, Layer};
 use crate::cluster_lock::ClusterLocks;
 use crate::error::{Error, Result};
 use crate::format::entry::decode_l1;
-use crate::format::header::{self, CORRUPT, Header};
+use crate::format::header::{self, Backing, CORRUPT, Header};
 use crate::geometry::{ENTRY, SECTOR};
 use crate::lock::{self, Access};
 use crate::refcounts::RefcountTable;
 use crate::references::{self, read_table};
-use crate::storage::Storage;
-use crate::storage::file::FileStorage;
+use crate::storage::{FileStorage, Storage};
 use crate::sync::{Arc, Mutex, RwLock};
 use crate::tables::Tables;
 
@@ -67,7 +66,30 @@ impl Image {
 
     /// Opens a file that is locked already.
     pub(crate) fn open_file(file: File, path: &Path, access: Access, chain: Chain, cache_bytes: usize) -> Result<Self> {
-        let storage: Arc<dyn Storage> = Arc::new(FileStorage::new(file));
+        let below = |backing: &Backing| Layer::open(backing, path, chain, cache_bytes);
+        Self::open_layers(Arc::new(FileStorage::new(file)), path, access, below, cache_bytes)
+    }
+
+    /// Opens an image on any storage. What lies below is given by the caller, for an image that names a backing file.
+    pub fn open_on(
+        storage: Arc<dyn Storage>,
+        access: Access,
+        below: Option<Layer>,
+        cache_bytes: usize,
+    ) -> Result<Self> {
+        let given = |backing: &Backing| {
+            below.ok_or_else(|| Error::Backing { name: backing.name.clone(), reason: "was not given".into() })
+        };
+        Self::open_layers(storage, Path::new(""), access, given, cache_bytes)
+    }
+
+    fn open_layers(
+        storage: Arc<dyn Storage>,
+        path: &Path,
+        access: Access,
+        below: impl FnOnce(&Backing) -> Result<Layer>,
+        cache_bytes: usize,
+    ) -> Result<Self> {
         let (header, sector) = read_header(&*storage)?;
         if access == Access::ReadWrite {
             refuse_read_only_features(&header)?;
@@ -79,10 +101,7 @@ impl Image {
             validate(&*storage, &header)?;
         }
         let l1 = read_l1(&*storage, &header)?;
-        let backing = match &header.backing {
-            Some(backing) => Some(Layer::open(backing, path, chain, cache_bytes)?),
-            None => None,
-        };
+        let backing = header.backing.as_ref().map(below).transpose()?;
         let length = storage.length().map_err(Error::io("fstat", 0))?;
         let geometry = header.geometry;
         let refcount_entries = header.refcount_width.entries(geometry.cluster_size());

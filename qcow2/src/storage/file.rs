@@ -12,12 +12,14 @@ use super::{Reservation, Storage};
 /// One open file description for the whole session: locks, writes and syncs all go through it, because the kernel
 /// reports a failed writeback to each description once.
 #[derive(Debug)]
-pub(crate) struct FileStorage {
+pub struct FileStorage {
     file: File,
 }
 
 impl FileStorage {
-    pub(crate) fn new(file: File) -> Self {
+    /// Uses a file that is open for what will be asked of it. Locks are the caller's business, until the end: they are
+    /// given up with the storage.
+    pub fn new(file: File) -> Self {
         Self { file }
     }
 
@@ -37,6 +39,14 @@ impl FileStorage {
             }
         }
         Ok(())
+    }
+}
+
+impl Drop for FileStorage {
+    /// Closing the file would do it, unless another thread is starting a process just now: the child holds a copy of the
+    /// descriptor, and with it the locks, until it runs its program.
+    fn drop(&mut self) {
+        crate::lock::unlock(&self.file);
     }
 }
 

@@ -3,14 +3,16 @@
 //! No cursor, no seek. A write is durable after a later successful sync that began after the write ended, or at once with
 //! [`Storage::write_durable`].
 
-pub(crate) mod file;
+mod file;
 
 use std::fmt::Debug;
 use std::io::{self, IoSlice};
 
+pub use file::FileStorage;
+
 /// What became of a request to reserve space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Reservation {
+pub enum Reservation {
     /// The range has space and reads as zeroes where nothing was written; the file reaches at least to its end.
     Done,
     /// The file system cannot reserve; a write may meet a full disk.
@@ -21,7 +23,7 @@ pub(crate) enum Reservation {
 ///
 /// Transfers are whole: an implementation goes on after short transfers and interruptions, and an error means that an
 /// unknown part may have been transferred.
-pub(crate) trait Storage: Send + Sync + Debug {
+pub trait Storage: Send + Sync + Debug {
     /// Fills the buffer; bytes past the end of the file read as zeroes.
     fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
 
@@ -50,5 +52,7 @@ pub(crate) trait Storage: Send + Sync + Debug {
     fn drop_cache(&self) -> io::Result<()>;
 
     /// Releases the locks held on the file.
-    fn unlock(&self);
+    ///
+    /// Without effect for storage that knows no locks.
+    fn unlock(&self) {}
 }

@@ -1,0 +1,79 @@
+//! What every request handler can reach: configuration, database, tokens, and where the service is in its life.
+
+use std::sync::Arc;
+
+use tokio::sync::watch;
+
+use crate::backup::Backups;
+use crate::config::Config;
+use crate::http::Tokens;
+use crate::node::NodeClientError;
+use crate::repository::lock::RepositoryLocks;
+use crate::store::Store;
+
+/// The shared state of one running service.
+pub type AppState = Arc<App>;
+
+/// One running service, without its sockets.
+#[derive(Debug)]
+pub struct App {
+    /// The configuration it was started with.
+    pub config: Arc<Config>,
+    /// Its database.
+    pub store: Store,
+    /// Its bearer tokens.
+    pub tokens: Tokens,
+    /// Its jobs.
+    pub backups: Backups,
+    /// The repositories that this process owns.
+    pub locks: Arc<RepositoryLocks>,
+    /// Names this process start; leases of another one are void.
+    pub boot_id: String,
+    phase: watch::Sender<Phase>,
+}
+
+/// Where the service is in its life: each phase follows the one before it, never the other way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Phase {
+    /// Records are brought in order; only the open routes answer.
+    Starting,
+    /// Everything is served.
+    Ready,
+    /// Running jobs end, new ones are refused.
+    Draining,
+}
+
+impl App {
+    /// The state of a service that is starting.
+    ///
+    /// # Errors
+    /// A node that cannot be called at all.
+    pub fn new(config: Config, store: Store, tokens: Tokens) -> Result<Self, NodeClientError> {
+        let boot_id = crate::id::new_ulid().to_string();
+        let config = Arc::new(config);
+        let locks = Arc::new(RepositoryLocks::new());
+        let backups = Backups::new(Arc::clone(&config), store.clone(), Arc::clone(&locks), &boot_id)?;
+        Ok(Self { config, store, tokens, backups, locks, boot_id, phase: watch::Sender::new(Phase::Starting) })
+    }
+
+    /// The phase now.
+    pub fn phase(&self) -> Phase {
+        *self.phase.borrow()
+    }
+
+    /// Tells when the phase changes.
+    pub fn watch_phase(&self) -> watch::Receiver<Phase> {
+        self.phase.subscribe()
+    }
+
+    /// Moves on to `phase`; never back.
+    pub(crate) fn advance(&self, phase: Phase) {
+        self.phase.send_if_modified(|now| {
+            let later = phase > *now;
+            if later {
+                *now = phase;
+            }
+            later
+        });
+    }
+}

@@ -1,0 +1,81 @@
+//! The command line: one file per noun, one enum of all commands, one meaning per exit code.
+//!
+//! `serve` is the service and `image` works on files; everything else is a client of the REST API and knows nothing that a
+//! script with curl would not.
+
+mod client;
+mod error;
+mod image;
+mod output;
+mod repo;
+mod serve;
+mod size;
+mod table;
+mod vm;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+pub use error::{CliError, Exit};
+pub use output::{Format, Output};
+
+/// Backs up all disks of a VM from one snapshot.
+#[derive(Debug, Parser)]
+#[command(name = "blockyard", version, propagate_version = true)]
+struct Cli {
+    /// Form of what is printed: text for people, json for programs (one document).
+    #[arg(long, global = true, value_enum, default_value_t = Format::Text)]
+    output: Format,
+    /// Print nothing but what was asked for, and errors.
+    #[arg(long, global = true)]
+    quiet: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the service.
+    Serve(serve::Arguments),
+    /// The VMs that can be backed up.
+    #[command(subcommand)]
+    Vm(vm::Command),
+    /// The folders that backups go to.
+    #[command(subcommand)]
+    Repo(repo::Command),
+    /// qcow2 images, without a service.
+    #[command(subcommand)]
+    Image(image::Command),
+}
+
+/// Runs one command and tells the shell how it went.
+pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(arguments) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version count as errors there, and have exit code 0. Without a terminal there is nobody to tell.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(Exit::Usage as u8));
+        }
+    };
+    let output = Output::new(cli.output, cli.quiet);
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(source) => return output.failure(&CliError::Runtime { source }),
+    };
+    match runtime.block_on(dispatch(cli.command, &output)) {
+        Ok(exit) => exit.into(),
+        Err(error) => output.failure(&error),
+    }
+}
+
+async fn dispatch(command: Command, output: &Output) -> Result<Exit, CliError> {
+    match command {
+        Command::Serve(arguments) => serve::run(arguments, output).await,
+        Command::Vm(command) => vm::run(command, output).await,
+        Command::Repo(command) => repo::run(command, output).await,
+        Command::Image(command) => image::run(command, output).await,
+    }
+}

@@ -1,0 +1,168 @@
+//! The REST API as a client sees it: address and token from the environment, documents in, documents out.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use reqwest::{Method, StatusCode};
+use serde_json::Value;
+
+use super::Exit;
+use crate::config::{Config, Server};
+use crate::secret::{Secret, SecretError};
+
+/// Base URL of the service, without `/api/v1`.
+const URL_VARIABLE: &str = "BLOCKYARD_URL";
+/// File that holds the token.
+const TOKEN_VARIABLE: &str = "BLOCKYARD_TOKEN_FILE";
+
+/// A service that answers at all does so within this; the longest answer waits for the node (`jobs.answer_within_s`).
+const REQUEST_LIMIT: Duration = Duration::from_secs(90);
+
+/// Why the service did not do what it was asked for.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// The token file cannot be read.
+    #[error("the token cannot be read (BLOCKYARD_TOKEN_FILE names its file)")]
+    Token(#[from] SecretError),
+    /// No answer.
+    #[error("the service at {url} does not answer (BLOCKYARD_URL names its address)")]
+    Unreachable {
+        /// Where it was looked for.
+        url: String,
+        /// What went wrong.
+        source: reqwest::Error,
+    },
+    /// An answer that is no success.
+    #[error("{detail}")]
+    Refused {
+        /// The HTTP status.
+        status: StatusCode,
+        /// The problem in words, with its code.
+        detail: String,
+        /// The problem document, or `null` when something else answered.
+        document: Value,
+    },
+    /// A success whose body is no JSON: something else listens there.
+    #[error("the answer of {url} is no JSON: is this Blockyard?")]
+    Malformed {
+        /// What was asked.
+        url: String,
+    },
+}
+
+impl ClientError {
+    pub(super) fn exit(&self) -> Exit {
+        match self {
+            Self::Token(_) | Self::Unreachable { .. } | Self::Malformed { .. } => Exit::Unreachable,
+            Self::Refused { status, .. } => match *status {
+                StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Exit::Unreachable,
+                StatusCode::NOT_FOUND => Exit::NotFound,
+                StatusCode::BAD_REQUEST | StatusCode::UNPROCESSABLE_ENTITY => Exit::Usage,
+                StatusCode::CONFLICT
+                | StatusCode::PRECONDITION_FAILED
+                | StatusCode::LOCKED
+                | StatusCode::PRECONDITION_REQUIRED => Exit::Conflict,
+                _ => Exit::Failed,
+            },
+        }
+    }
+}
+
+/// A client of one service.
+#[derive(Debug)]
+pub(super) struct Client {
+    http: reqwest::Client,
+    url: String,
+    token: Option<Secret>,
+}
+
+impl Client {
+    /// A client for what the environment names: by default the service with the default configuration. A missing default
+    /// token file is no error: the service may run without tokens.
+    pub(super) fn from_environment() -> Result<Self, ClientError> {
+        let default_url = || format!("http://{}", Server::default().bind);
+        let url = std::env::var(URL_VARIABLE).ok().filter(|url| !url.is_empty()).unwrap_or_else(default_url);
+        let token = match std::env::var_os(TOKEN_VARIABLE).filter(|path| !path.is_empty()) {
+            Some(path) => Some(Secret::read(&PathBuf::from(path))?),
+            None => Secret::read(&Config::default().token_file()).ok(),
+        };
+        let url = url.trim_end_matches('/').to_owned();
+        // The API is plain HTTP on this machine: a proxy would only hand the token to somebody else.
+        let http = reqwest::Client::builder()
+            .no_proxy()
+            .timeout(REQUEST_LIMIT)
+            .build()
+            .map_err(|source| ClientError::Unreachable { url: url.clone(), source })?;
+        Ok(Self { http, url, token })
+    }
+
+    /// GET of a path under `/api/v1`.
+    pub(super) async fn get(&self, path: &str, query: &[(&str, &str)]) -> Result<Value, ClientError> {
+        self.send(Method::GET, path, query, None).await
+    }
+
+    /// POST to a path under `/api/v1`.
+    pub(super) async fn post(&self, path: &str, body: &Value) -> Result<Value, ClientError> {
+        self.send(Method::POST, path, &[], Some(body)).await
+    }
+
+    /// DELETE of a path under `/api/v1`.
+    pub(super) async fn delete(&self, path: &str) -> Result<Value, ClientError> {
+        self.send(Method::DELETE, path, &[], None).await
+    }
+
+    /// All rows of a list, over all its pages, as one document.
+    pub(super) async fn list(&self, noun: &str, query: &[(&str, &str)]) -> Result<Value, ClientError> {
+        let path = format!("/{noun}");
+        let mut document = self.get(&path, query).await?;
+        while let Some(token) = document["next_page_token"].as_str() {
+            let query: Vec<_> = query.iter().copied().chain([("page_token", token)]).collect();
+            let mut next = self.get(&path, &query).await?;
+            let mut rows = document[noun].take();
+            if let (Some(rows), Some(more)) = (rows.as_array_mut(), next[noun].as_array_mut()) {
+                rows.append(more);
+            }
+            next[noun] = rows;
+            document = next;
+        }
+        Ok(document)
+    }
+
+    async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        query: &[(&str, &str)],
+        body: Option<&Value>,
+    ) -> Result<Value, ClientError> {
+        let url = format!("{}/api/v1{path}", self.url);
+        let unreachable = |source| ClientError::Unreachable { url: self.url.clone(), source };
+        let mut request = self.http.request(method, &url).query(query);
+        if let Some(token) = &self.token {
+            request = request.bearer_auth(token.expose());
+        }
+        if let Some(body) = body {
+            request = request.json(body);
+        }
+        let response = request.send().await.map_err(unreachable)?;
+        let status = response.status();
+        let text = response.bytes().await.map_err(unreachable)?;
+        if status == StatusCode::NO_CONTENT {
+            return Ok(Value::Null);
+        }
+        let document: Option<Value> = serde_json::from_slice(&text).ok();
+        match document {
+            Some(document) if status.is_success() => Ok(document),
+            None if status.is_success() => Err(ClientError::Malformed { url }),
+            document => Err(refused(status, document.unwrap_or_default())),
+        }
+    }
+}
+
+fn refused(status: StatusCode, document: Value) -> ClientError {
+    let detail = match (document["detail"].as_str(), document["code"].as_str()) {
+        (Some(detail), Some(code)) => format!("{detail} ({code})"),
+        _ => format!("the service answered {status}"),
+    };
+    ClientError::Refused { status, detail, document }
+}

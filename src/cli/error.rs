@@ -1,0 +1,132 @@
+//! How a command ends: the exit codes, and which error has which.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use super::client::ClientError;
+use crate::config::ConfigError;
+use crate::serve::StartError;
+
+/// The exit codes of every command; scripts may branch on them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Exit {
+    /// Done.
+    Ok = 0,
+    /// It failed.
+    Failed = 1,
+    /// The command line or the configuration is wrong.
+    Usage = 2,
+    /// Done, with warnings.
+    Warnings = 3,
+    /// What was named does not exist.
+    NotFound = 4,
+    /// Something is in the way, or it is running already.
+    Conflict = 5,
+    /// Data is damaged.
+    Damaged = 6,
+    /// The service does not answer, or refuses the token.
+    Unreachable = 7,
+    /// Ctrl-C.
+    Interrupted = 130,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit as u8)
+    }
+}
+
+/// Why a command did not do what it was asked for.
+#[derive(Debug, thiserror::Error)]
+pub enum CliError {
+    /// The threads that it needs cannot be started.
+    #[error("the runtime cannot be started")]
+    Runtime {
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The configuration cannot be used.
+    #[error("configuration: {0}")]
+    Config(#[from] ConfigError),
+    /// The service cannot start.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// The service refused, or did not answer.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// A file given on the command line cannot be read.
+    #[error("{} cannot be read", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A file given on the command line is no JSON.
+    #[error("{} is not valid JSON", path.display())]
+    NotJson {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        source: serde_json::Error,
+    },
+    /// Nothing has this name.
+    #[error("there is no {noun} named {name:?}")]
+    NotFound {
+        /// What was looked for.
+        noun: &'static str,
+        /// By which name.
+        name: String,
+    },
+    /// Several things have this name.
+    #[error("{} VMs are named {name:?}: use one of their ids ({})", ids.len(), ids.join(", "))]
+    Ambiguous {
+        /// The name.
+        name: String,
+        /// What it may mean.
+        ids: Vec<String>,
+    },
+    /// An image cannot be made, opened or used.
+    #[error(transparent)]
+    Image(#[from] blockyard_qcow2::Error),
+    /// Standard output is gone or full.
+    #[error("standard output cannot be written")]
+    Output {
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Signals cannot be waited for.
+    #[error("signals cannot be received")]
+    Signals {
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
+impl CliError {
+    /// The exit code of this error.
+    pub fn exit(&self) -> Exit {
+        match self {
+            Self::Config(_) | Self::Unreadable { .. } | Self::NotJson { .. } => Exit::Usage,
+            Self::Start(StartError::StateInUse { .. }) | Self::Ambiguous { .. } => Exit::Conflict,
+            Self::NotFound { .. } => Exit::NotFound,
+            Self::Client(error) => error.exit(),
+            Self::Image(error) => image_exit(error),
+            Self::Start(_) | Self::Runtime { .. } | Self::Output { .. } | Self::Signals { .. } => Exit::Failed,
+        }
+    }
+}
+
+/// The exit code of what went wrong with an image.
+fn image_exit(error: &blockyard_qcow2::Error) -> Exit {
+    use blockyard_qcow2::Error;
+    match error {
+        Error::Open { source, .. } if source.kind() == std::io::ErrorKind::NotFound => Exit::NotFound,
+        Error::Open { source, .. } if source.kind() == std::io::ErrorKind::AlreadyExists => Exit::Conflict,
+        Error::Locked { .. } => Exit::Conflict,
+        Error::InvalidOption { .. } => Exit::Usage,
+        Error::Corrupt { .. } | Error::NotQcow2 => Exit::Damaged,
+        _ => Exit::Failed,
+    }
+}
