@@ -12,6 +12,7 @@ use blockyard_qcow2::{self as qcow2, AsyncImage, ExtentKind, ZeroMode};
 
 pub mod gate;
 pub mod meter;
+mod rate;
 pub mod signals;
 
 use gate::{Gate, Pass};

@@ -15,6 +15,12 @@ pub struct DiskListener { lease: PortLease }
 /// a
 #[derive(Debug,Clone)]
 pub struct ListenerFigures {}
+impl ListenerFigures { /// a
+pub fn snapshot(&self) -> blockyard_nbd_Snapshot { blockyard_nbd_Snapshot::default() } }
+#[derive(Debug,Clone,Default)] #[allow(non_camel_case_types)] /// a
+pub struct blockyard_nbd_Snapshot { /// a
+ pub connections: u64, /// a
+ pub refused: u64 }
 impl DiskListener {
 /// a
 pub fn serve(bound: BoundPort, _export: ImageExport, _o: &ListenerOptions) -> Self { Self { lease: bound.lease } }

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::time::Instant;
 
+use super::rate::Rate;
 use super::signals::Signals;
 use crate::backup::coverage::Coverage;
 
@@ -30,14 +31,10 @@ pub struct Meter {
     zeroed_bytes: AtomicU64,
     read_bytes: AtomicU64,
     coverage: Mutex<Coverage>,
-    links: Mutex<Links>,
-    failure: Mutex<Option<Failure>>,
-}
-
-#[derive(Debug, Default)]
-struct Links {
+    rate: Mutex<Rate>,
     /// When the last connection went, while there is none.
-    lost_at: Option<Instant>,
+    lost_at: Mutex<Option<Instant>>,
+    failure: Mutex<Option<Failure>>,
 }
 
 /// One look at a [`Meter`]; `written_bytes + zeroed_bytes >= covered_bytes`.
@@ -78,7 +75,8 @@ impl Meter {
             zeroed_bytes: AtomicU64::new(0),
             read_bytes: AtomicU64::new(0),
             coverage: Mutex::default(),
-            links: Mutex::default(),
+            rate: Mutex::new(Rate::new(Instant::now())),
+            lost_at: Mutex::default(),
             failure: Mutex::default(),
         }
     }
@@ -103,7 +101,12 @@ impl Meter {
 
     /// Since when there has been no connection, when there was one before.
     pub fn disconnected_since(&self) -> Option<Instant> {
-        lock(&self.links).lost_at
+        *lock(&self.lost_at)
+    }
+
+    /// Payload written per second, over the last ten seconds.
+    pub fn written_per_second(&self) -> u64 {
+        lock(&self.rate).per_second(Instant::now())
     }
 
     /// Whether a write or zero request came after the gate was closed.
@@ -118,9 +121,9 @@ impl Meter {
 
     pub(super) fn connected(self: &Arc<Self>) -> ConnectionCount {
         {
-            let mut links = lock(&self.links);
+            let mut lost_at = lock(&self.lost_at);
             self.connections.fetch_add(1, Ordering::AcqRel);
-            links.lost_at = None;
+            *lost_at = None;
         }
         self.ever_connected.store(true, Ordering::Release);
         self.signals.change();
@@ -134,6 +137,7 @@ impl Meter {
 
     pub(super) fn written(&self, offset: u64, length: u64) {
         self.written_bytes.fetch_add(length, Ordering::AcqRel);
+        lock(&self.rate).add(length, Instant::now());
         self.covered(offset, length);
     }
 
@@ -169,9 +173,9 @@ impl Meter {
 impl Drop for ConnectionCount {
     fn drop(&mut self) {
         {
-            let mut links = lock(&self.meter.links);
+            let mut lost_at = lock(&self.meter.lost_at);
             if self.meter.connections.fetch_sub(1, Ordering::AcqRel) == 1 {
-                links.lost_at = Some(Instant::now());
+                *lost_at = Some(Instant::now());
             }
         }
         self.meter.signals.change();
