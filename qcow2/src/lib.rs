@@ -17,6 +17,7 @@ mod async_image;
 mod backing;
 mod check;
 mod cluster_lock;
+mod compressed;
 mod create;
 mod error;
 mod format;
