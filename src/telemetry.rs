@@ -4,6 +4,7 @@
 
 use std::error::Error;
 use std::fmt;
+use std::io::IsTerminal;
 
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -15,6 +16,7 @@ pub fn init(server: &Server) {
     // The filter was parsed once when the configuration was checked.
     let filter = EnvFilter::try_new(&server.log).unwrap_or_default();
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let builder = builder.with_ansi(std::io::stderr().is_terminal());
     let already_set = match server.log_format {
         LogFormat::Text => builder.with_target(false).finish().try_init(),
         LogFormat::Json => {

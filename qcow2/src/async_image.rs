@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use tokio::sync::Semaphore;
 
+use crate::buffer::{Buffer, BufferPool};
 use crate::check::CheckReport;
 use crate::error::{Error, Result};
 use crate::image::{Durability, Extent, Image, OpenOptions, ZeroMode};
@@ -12,6 +13,9 @@ use crate::sync::Arc;
 /// Operations of one image that run at once. More threads only queue up at the file's own lock; fewer leave the disk idle
 /// while a flush waits. (A guess; to be measured with the write path.)
 const AT_ONCE: usize = 8;
+
+/// Unused payload memory kept per image: a few of the largest requests that clients send. (A guess, as above.)
+const KEEP_BYTES: usize = 32 << 20;
 
 /// A shared handle on an [`Image`]; clones are cheap and mean the same image.
 ///
@@ -22,6 +26,7 @@ const AT_ONCE: usize = 8;
 pub struct AsyncImage {
     image: Arc<Image>,
     turns: Arc<Semaphore>,
+    buffers: BufferPool,
 }
 
 impl AsyncImage {
@@ -33,7 +38,8 @@ impl AsyncImage {
 
     /// Shares an open image.
     pub fn new(image: Image) -> Self {
-        Self { image: Arc::new(image), turns: Arc::new(Semaphore::new(AT_ONCE)) }
+        let (turns, buffers) = (Arc::new(Semaphore::new(AT_ONCE)), BufferPool::new(KEEP_BYTES));
+        Self { image: Arc::new(image), turns, buffers }
     }
 
     /// Virtual size in bytes.
@@ -49,6 +55,11 @@ impl AsyncImage {
     /// The first failed write or sync, if there was one.
     pub fn poison(&self) -> Option<&str> {
         self.image.poison()
+    }
+
+    /// Memory for a payload, aligned and used again; what it holds is arbitrary. Any other buffer will do too.
+    pub fn buffer(&self, length: usize) -> Buffer {
+        self.buffers.lend(length)
     }
 
     /// Fills the buffer from `offset` on and hands it back.

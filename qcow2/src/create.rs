@@ -77,7 +77,8 @@ fn plan(options: &CreateOptions) -> Result<Header> {
     if !options.size.is_multiple_of(512) || options.size > i64::MAX as u64 {
         return invalid("size", "must be a multiple of 512 bytes, below 2^63");
     }
-    let geometry = Geometry { cluster_bits: options.cluster_size.trailing_zeros(), size: options.size };
+    let cluster_bits = options.cluster_size.trailing_zeros();
+    let geometry = Geometry { cluster_bits, size: options.size, extended: false };
     if geometry.l1_entries() * ENTRY > L1_BYTES_MAX {
         return invalid("size", "is more than images of this cluster size can map (the L1 table ends at 32 MiB)");
     }

@@ -3,8 +3,11 @@
 /// Bytes that the crash model treats as written atomically: one sector of the disk.
 pub(crate) const SECTOR: u64 = 512;
 
-/// Bytes of one L1 or L2 entry.
+/// Bytes of one entry of the L1 table, the refcount table, and of a standard L2 table.
 pub(crate) const ENTRY: u64 = 8;
+
+/// Subclusters of a cluster with an extended L2 entry.
+pub(crate) const SUBCLUSTERS: u64 = 32;
 
 /// The shape of one image: cluster size and virtual size decide everything else.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,6 +16,8 @@ pub(crate) struct Geometry {
     pub(crate) cluster_bits: u32,
     /// Virtual size in bytes, at most 2^63 - 1.
     pub(crate) size: u64,
+    /// Extended L2 entries: 16 bytes, with 32 subclusters each.
+    pub(crate) extended: bool,
 }
 
 impl Geometry {
@@ -36,7 +41,17 @@ impl Geometry {
 
     /// Entries of one L2 table; also the number of clusters that one L1 entry maps.
     pub(crate) fn l2_entries(self) -> u64 {
-        self.cluster_size() / ENTRY
+        self.cluster_size() / self.l2_entry_size()
+    }
+
+    /// Bytes of one L2 entry.
+    pub(crate) fn l2_entry_size(self) -> u64 {
+        if self.extended { 2 * ENTRY } else { ENTRY }
+    }
+
+    /// The unit in which an L2 entry can differ: the cluster, or a 32nd of it.
+    pub(crate) fn unit(self) -> u64 {
+        if self.extended { self.cluster_size() / SUBCLUSTERS } else { self.cluster_size() }
     }
 
     pub(crate) fn l1_index(self, cluster: u64) -> usize {
@@ -85,7 +100,7 @@ mod tests {
 
     #[test]
     fn one_l2_table_of_64_kib_maps_512_mib() {
-        let geometry = Geometry { cluster_bits: 16, size: 1 << 40 };
+        let geometry = Geometry { cluster_bits: 16, size: 1 << 40, extended: false };
         assert_eq!(geometry.l1_entries(), 2048);
         assert_eq!(geometry.l1_index(geometry.cluster_of(512 << 20)), 1);
         assert_eq!(geometry.l2_index(geometry.cluster_of((512 << 20) - 1)), 8191);
@@ -93,7 +108,7 @@ mod tests {
 
     #[test]
     fn a_range_is_cut_at_table_borders_and_covers_itself() {
-        let geometry = Geometry { cluster_bits: 9, size: 1 << 20 };
+        let geometry = Geometry { cluster_bits: 9, size: 1 << 20, extended: false };
         let pieces: Vec<_> = geometry.by_table(32_000, 70_000).collect();
         assert_eq!(pieces, [(32_000, 768), (32_768, 32_768), (65_536, 32_768), (98_304, 3_696)]);
     }

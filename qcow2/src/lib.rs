@@ -15,8 +15,10 @@
 mod allocate;
 mod async_image;
 mod backing;
+mod buffer;
 mod check;
 mod cluster_lock;
+mod compressed;
 mod create;
 mod error;
 mod format;
@@ -32,6 +34,7 @@ mod tables;
 
 pub use async_image::AsyncImage;
 pub use backing::{Layer, backing_size};
+pub use buffer::{Buffer, BufferPool};
 pub use check::{CheckReport, check};
 pub use create::{CreateOptions, create, create_on};
 pub use error::{Error, Result};

@@ -171,14 +171,16 @@ pub(crate) fn count(storage: &dyn Storage, header: &Header, refcounts: Option<&R
 
 fn count_table(found: &mut References, table: &[u8], table_host: u64, header: &Header, length: u64) {
     let cluster_size = header.geometry.cluster_size();
-    for (index, raw) in entries(table).enumerate() {
-        if raw == 0 {
-            continue;
-        }
-        let at = table_host + index as u64 * ENTRY;
+    let words: Vec<u64> = entries(table).collect();
+    let size = header.geometry.l2_entry_size();
+    for (index, words) in words.chunks_exact((size / ENTRY) as usize).enumerate() {
+        let Some(&raw) = words.first().filter(|_| words.iter().any(|word| *word != 0)) else { continue };
+        let at = table_host + index as u64 * size;
         let fault = |rule| Error::corrupt("L2 entry", at, raw, rule);
-        let (host, copied) = match L2Entry::decode(raw, header.geometry, header.version, at) {
-            Ok(L2Entry::Unallocated | L2Entry::Zero { host: None, .. }) => continue,
+        let (host, copied) = match L2Entry::decode(words, header.geometry, header.version, at) {
+            Ok(L2Entry::Unallocated | L2Entry::Zero { host: None, .. } | L2Entry::Subclusters { host: None, .. }) => {
+                continue;
+            }
             Ok(L2Entry::Compressed { host, length: bytes }) => {
                 found.data_clusters += 1;
                 found.compressed_clusters += 1;
@@ -193,7 +195,7 @@ fn count_table(found: &mut References, table: &[u8], table_host: u64, header: &H
                 found.end = found.end.max((last + 1) * cluster_size);
                 continue;
             }
-            Ok(L2Entry::Data { host, copied }) => {
+            Ok(L2Entry::Data { host, copied } | L2Entry::Subclusters { host: Some(host), copied, .. }) => {
                 found.data_clusters += 1;
                 (host, copied)
             }

@@ -168,7 +168,7 @@ impl Tables {
             return false;
         }
         *slot = host;
-        let entries = vec![0; self.geometry.l2_entries() as usize].into();
+        let entries = vec![0; (self.geometry.cluster_size() / ENTRY) as usize].into();
         let table = self.table(host, entries, false);
         self.unclean.fetch_add(1, Ordering::Relaxed);
         self.evict(&mut state);
@@ -220,8 +220,11 @@ impl Tables {
         let mut bytes = vec![0; self.geometry.cluster_size() as usize];
         storage.read(host, &mut bytes).map_err(Error::io("read", host))?;
         let entries: Box<[u64]> = entries(&bytes).collect();
-        for (index, raw) in entries.iter().enumerate().filter(|(_, raw)| **raw != 0) {
-            L2Entry::decode(*raw, self.geometry, self.version, host + index as u64 * ENTRY)?;
+        let size = self.geometry.l2_entry_size();
+        for (index, words) in entries.chunks_exact((size / ENTRY) as usize).enumerate() {
+            if words.iter().any(|word| *word != 0) {
+                L2Entry::decode(words, self.geometry, self.version, host + index as u64 * size)?;
+            }
         }
         Ok(self.table(host, entries, true))
     }
@@ -250,14 +253,11 @@ impl TableView<'_> {
 
     /// The entry of a guest cluster of this table.
     pub(crate) fn entry(&self, cluster: u64) -> Result<L2Entry> {
-        let index = self.tables.geometry.l2_index(cluster);
+        let geometry = self.tables.geometry;
+        let (index, words) = (geometry.l2_index(cluster), (geometry.l2_entry_size() / ENTRY) as usize);
         let table = self.table();
-        L2Entry::decode(
-            table.entries[index],
-            self.tables.geometry,
-            self.tables.version,
-            table.host + index as u64 * ENTRY,
-        )
+        let at = table.host + index as u64 * geometry.l2_entry_size();
+        L2Entry::decode(&table.entries[index * words..(index + 1) * words], geometry, self.tables.version, at)
     }
 
     /// Whether what this entry says is what the disk says, and will stay so whatever a running flush does.
@@ -267,7 +267,7 @@ impl TableView<'_> {
         table.linked && !table.dirty.contains(sector) && !table.flushing.contains(sector)
     }
 
-    /// Changes the entry of a guest cluster of this table, in memory.
+    /// Changes the (standard) entry of a guest cluster of this table, in memory.
     pub(crate) fn set(&mut self, cluster: u64, raw: u64) {
         let index = self.tables.geometry.l2_index(cluster);
         if let Some(table) = self.state.tables.get_mut(&self.l1_index)

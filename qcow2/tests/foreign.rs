@@ -98,6 +98,92 @@ fn images_made_by_qemu_are_changed_and_stay_clean() {
 }
 
 #[test]
+fn images_of_every_kind_that_qemu_makes_are_read_right() {
+    let folder = folder();
+    let size = 6 * MIB + 512;
+    let mut bytes = vec![0; size as usize];
+    // Data that compresses, data that does not, holes, and a cluster that is only partly used.
+    bytes[..300_000].fill(0x41);
+    bytes[700_001..1_700_001].copy_from_slice(&pattern(1, 1_000_000));
+    bytes[3_000_000..3_500_000].copy_from_slice(&b"compressible text ".repeat(27_778)[..500_000]);
+    bytes[size as usize - 777..].copy_from_slice(&pattern(2, 777));
+    let raw = join(&folder, "source.raw");
+    std::fs::write(&raw, &bytes).unwrap();
+    let mut kinds: Vec<(&str, String)> = vec![("", "compat=0.10".into()), ("", "extended_l2=on".into())];
+    for cluster_size in ["512", "4k", "64k", "2M"] {
+        for compression in ["zlib", "zstd"] {
+            kinds.push(("-c", format!("cluster_size={cluster_size},compression_type={compression}")));
+        }
+        for refcount_bits in ["1", "8", "64"] {
+            kinds.push(("", format!("cluster_size={cluster_size},refcount_bits={refcount_bits}")));
+        }
+    }
+    kinds.push(("-c", "extended_l2=on,cluster_size=128k".into()));
+    for (compress, options) in kinds {
+        let path = join(&folder, "image.qcow2");
+        let mut arguments = vec!["convert", "-f", "raw", "-O", "qcow2", "-o", &options, text(&raw), text(&path)];
+        if !compress.is_empty() {
+            arguments.insert(1, compress);
+        }
+        succeed("qemu-img", &arguments);
+        let image = open(&path, Access::ReadOnly);
+        let mut found = vec![0xee; size as usize];
+        image.read(0, &mut found).unwrap();
+        assert!(found == bytes, "{options}");
+        for (offset, length) in [(1, 100), (299_990, 20), (700_000, 70_000), (size - 10, 10)] {
+            let mut part = vec![0xee; length];
+            image.read(offset, &mut part).unwrap();
+            assert!(part == bytes[offset as usize..offset as usize + length], "{options}: {length} at {offset}");
+        }
+        let report = image.check().unwrap();
+        assert_eq!((report.errors, report.leaks), (0, 0), "{options}: {report:?}");
+    }
+}
+
+#[test]
+fn subclusters_over_a_backing_file_are_read_one_by_one() {
+    let folder = folder();
+    let base = join(&folder, "base.qcow2");
+    qemu_create(&base, "cluster_size=65536", MIB);
+    qemu_io(&base, &["write -q -P 9 0 1M"]);
+    let path = join(&folder, "overlay.qcow2");
+    let options = "extended_l2=on,backing_file=base.qcow2,backing_fmt=qcow2";
+    qemu_create(&path, options, MIB);
+    qemu_io(&path, &["write -q -P 1 2k 2k", "write -q -z 10k 4k", "write -q -P 2 70k 100k", "discard -q 256k 64k"]);
+    let mut bytes = vec![9; 1 << 20];
+    for (from, to, value) in [(2, 4, 1), (10, 14, 0), (70, 170, 2), (256, 320, 0)] {
+        bytes[from << 10..to << 10].fill(value);
+    }
+    let image = open(&path, Access::ReadOnly);
+    let mut found = vec![0xee; 1 << 20];
+    image.read(0, &mut found).unwrap();
+    assert!(found == bytes);
+    assert_reads_as(&path, &bytes);
+}
+
+#[test]
+fn a_compressed_image_is_overwritten_without_harm_to_its_neighbours() {
+    let folder = folder();
+    let raw = join(&folder, "source.raw");
+    let mut bytes = b"0123456789abcdef".repeat(256 * 1024);
+    std::fs::write(&raw, &bytes).unwrap();
+    for compression in ["zlib", "zstd"] {
+        let path = join(&folder, "image.qcow2");
+        let options = format!("compression_type={compression}");
+        succeed("qemu-img", &["convert", "-c", "-f", "raw", "-O", "qcow2", "-o", &options, text(&raw), text(&path)]);
+        let image = open(&path, Access::ReadWrite);
+        let data = pattern(4, 100_000);
+        image.write(100_001, &data, LATER).unwrap();
+        bytes[100_001..200_001].copy_from_slice(&data);
+        image.zero(MIB, 128 * KIB, ZeroMode::Unmap, LATER).unwrap();
+        bytes[1 << 20..(1 << 20) + (128 << 10)].fill(0);
+        image.close().unwrap();
+        assert_clean(&path);
+        assert_reads_as(&path, &bytes);
+    }
+}
+
+#[test]
 fn an_overlay_keeps_what_it_does_not_cover_and_its_base_is_untouched() {
     let folder = folder();
     let base = join(&folder, "base.qcow2");

@@ -138,14 +138,16 @@ impl Config {
         Ok(config)
     }
 
-    /// Every key with its default, named `section.key`, in the order of the names. A required key has an empty default.
-    pub fn reference() -> Vec<(String, Value)> {
-        fn walk(table: &Table, prefix: &str, keys: &mut Vec<(String, Value)>) {
+    /// Every key with its default as it is written in the file, named `section.key`, in the order of the names. A required
+    /// key has an empty default.
+    pub fn reference() -> Vec<(String, String)> {
+        fn walk(table: &Table, prefix: &str, keys: &mut Vec<(String, String)>) {
             for (name, value) in table {
                 let name = if prefix.is_empty() { name.clone() } else { format!("{prefix}.{name}") };
                 match value {
                     Value::Table(table) => walk(table, &name, keys),
-                    value => keys.push((name, value.clone())),
+                    // Texts, numbers and lists of texts look the same in JSON and TOML.
+                    value => keys.push((name, serde_json::to_string(value).unwrap_or_default())),
                 }
             }
         }

@@ -115,15 +115,12 @@ impl Config {
                 ));
             }
         }
-        let listeners = [Some(self.server.bind), self.server.callbacks_bind].into_iter().flatten();
-        for port in listeners.map(|address| address.port()) {
-            if ranges
-                .iter()
-                .map(|(_, range)| range)
-                .chain([&self.nbd.port_range])
-                .any(|range| range.ports().contains(&port))
-            {
-                return Err(invalid("nbd.port_range", format!("contains port {port}, on which the API listens")));
+        let own =
+            self.nodes.iter().filter_map(|(name, node)| Some((format!("nodes.{name}.port_range"), node.port_range?)));
+        for (key, range) in own.chain([("nbd.port_range".to_owned(), self.nbd.port_range)]) {
+            let listeners = [Some(self.server.bind), self.server.callbacks_bind].into_iter().flatten();
+            if let Some(port) = listeners.map(|address| address.port()).find(|port| range.ports().contains(port)) {
+                return Err(invalid(key, format!("contains port {port}, on which the API listens")));
             }
         }
         Ok(())

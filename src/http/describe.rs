@@ -1,6 +1,7 @@
 //! The description of the API: OpenAPI from the handlers' types, and the pages that show it without a network.
 
 use axum::Router;
+use axum::http::StatusCode;
 use axum::response::Html;
 use axum::routing::get;
 use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityScheme};
@@ -47,6 +48,15 @@ pub(super) fn complete(openapi: &mut OpenApi) {
     for item in openapi.paths.paths.values_mut() {
         let operations = [&mut item.get, &mut item.put, &mut item.post, &mut item.delete];
         for operation in operations.into_iter().flatten() {
+            for (status, response) in &mut operation.responses.responses {
+                if let RefOr::T(response) = response
+                    && response.description.is_empty()
+                {
+                    // The standard demands a text, and the words of the status say all there is to say.
+                    let reason = status.parse().ok().and_then(|status: StatusCode| status.canonical_reason());
+                    response.description = reason.unwrap_or("Success").to_owned();
+                }
+            }
             operation.responses.responses.insert("default".to_owned(), RefOr::T(problem.clone()));
         }
     }

@@ -37,13 +37,14 @@ pub(super) async fn attach(mut request: Request, next: Next) -> Response {
     request.extensions_mut().insert(id.clone());
     async move {
         let mut response = next.run(request).await;
-        tracing::info!(
-            %method,
-            path,
-            status = response.status().as_u16(),
-            milliseconds = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
-            "answered"
-        );
+        let status = response.status().as_u16();
+        let milliseconds = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        // Probes come every few seconds for ever.
+        if response.status().is_success() && matches!(path.as_str(), "/health" | "/readyz") {
+            tracing::debug!(%method, path, status, milliseconds, "answered");
+        } else {
+            tracing::info!(%method, path, status, milliseconds, "answered");
+        }
         if let Ok(value) = HeaderValue::from_str(&id.0) {
             response.headers_mut().insert(HEADER, value);
         }

@@ -25,11 +25,60 @@ pub(crate) enum L2Entry {
     Data { host: u64, copied: bool },
     /// Compressed data: byte offset and the number of bytes up to the end of its last sector.
     Compressed { host: u64, length: u64 },
+    /// 32 subclusters with a state each (extended L2 entries), over a host cluster or without one.
+    Subclusters { host: Option<u64>, copied: bool, states: Subclusters },
+}
+
+/// The second word of an extended entry: bit x says that subcluster x is allocated, bit 32 + x that it reads as zeroes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Subclusters(u64);
+
+impl Subclusters {
+    pub(crate) fn is_allocated(self, index: u64) -> bool {
+        self.0 >> index & 1 == 1
+    }
+
+    pub(crate) fn reads_zero(self, index: u64) -> bool {
+        self.0 >> (32 + index) & 1 == 1
+    }
 }
 
 impl L2Entry {
-    /// Decodes a standard entry. `at` is the host offset of the entry itself, for the error.
-    pub(crate) fn decode(raw: u64, geometry: Geometry, version: u32, at: u64) -> Result<Self> {
+    /// Decodes an entry. `words` holds one word, or two with extended entries; `at` is the host offset of the entry itself,
+    /// for the error.
+    pub(crate) fn decode(words: &[u64], geometry: Geometry, version: u32, at: u64) -> Result<Self> {
+        match *words {
+            [raw] => Self::decode_standard(raw, geometry, version, at),
+            [raw, states] => Self::decode_extended(raw, states, geometry, version, at),
+            _ => Ok(Self::Unallocated),
+        }
+    }
+
+    fn decode_extended(raw: u64, states: u64, geometry: Geometry, version: u32, at: u64) -> Result<Self> {
+        let corrupt = |rule| Err(Error::corrupt("subcluster bitmap", at + 8, states, rule));
+        if raw & (ZERO | COMPRESSED) == ZERO {
+            return Err(Error::corrupt("L2 entry", at, raw, "extended entries have no zero bit"));
+        }
+        let (host, copied) = match Self::decode_standard(raw, geometry, version, at)? {
+            Self::Data { host, copied } => (Some(host), copied),
+            Self::Compressed { .. } if states != 0 => return corrupt("a compressed cluster has no subclusters"),
+            compressed @ Self::Compressed { .. } => return Ok(compressed),
+            _ => (None, false),
+        };
+        let (allocated, zero) = (states & 0xffff_ffff, states >> 32);
+        if allocated & zero != 0 {
+            return corrupt("a subcluster is allocated or reads as zeroes, not both");
+        }
+        if allocated != 0 && host.is_none() {
+            return corrupt("an allocated subcluster needs a host cluster");
+        }
+        if states == 0 && host.is_none() {
+            return Ok(Self::Unallocated);
+        }
+        Ok(Self::Subclusters { host, copied, states: Subclusters(states) })
+    }
+
+    fn decode_standard(raw: u64, geometry: Geometry, version: u32, at: u64) -> Result<Self> {
         let corrupt = |rule| Err(Error::corrupt("L2 entry", at, raw, rule));
         if raw & COMPRESSED != 0 {
             if raw & COPIED != 0 {
@@ -109,7 +158,7 @@ pub(crate) fn encode_l1(host: u64) -> u64 {
 mod tests {
     use super::*;
 
-    const GEOMETRY: Geometry = Geometry { cluster_bits: 16, size: 1 << 30 };
+    const GEOMETRY: Geometry = Geometry { cluster_bits: 16, size: 1 << 30, extended: false };
 
     #[test]
     fn every_kind_survives_a_round_trip() {
@@ -120,7 +169,7 @@ mod tests {
             (data(0x50000), L2Entry::Data { host: 0x50000, copied: true }),
             (0x50000, L2Entry::Data { host: 0x50000, copied: false }),
         ] {
-            assert_eq!(L2Entry::decode(raw, GEOMETRY, 3, 0).unwrap(), entry);
+            assert_eq!(L2Entry::decode(&[raw], GEOMETRY, 3, 0).unwrap(), entry);
         }
     }
 
@@ -128,15 +177,30 @@ mod tests {
     fn compressed_entries_give_the_bytes_to_the_end_of_their_last_sector() {
         let raw = COMPRESSED | (3 << 54) | 0x5_0123;
         let expected = L2Entry::Compressed { host: 0x5_0123, length: 4 * 512 - 0x123 };
-        assert_eq!(L2Entry::decode(raw, GEOMETRY, 3, 0).unwrap(), expected);
+        assert_eq!(L2Entry::decode(&[raw], GEOMETRY, 3, 0).unwrap(), expected);
+    }
+
+    #[test]
+    fn subclusters_have_a_state_each_and_contradictions_are_refused() {
+        let extended = Geometry { extended: true, ..GEOMETRY };
+        let decode = |raw, states| L2Entry::decode(&[raw, states], extended, 3, 0);
+        let Ok(L2Entry::Subclusters { host: Some(0x50000), copied: true, states }) = decode(data(0x50000), 5 << 32 | 2)
+        else {
+            panic!("{:?}", decode(data(0x50000), 5 << 32 | 2));
+        };
+        assert!(states.is_allocated(1) && states.reads_zero(0) && states.reads_zero(2) && !states.is_allocated(3));
+        assert_eq!(decode(0, 0).unwrap(), L2Entry::Unallocated);
+        for (raw, states) in [(data(0x50000), 1 << 32 | 1), (0, 1), (COMPRESSED | 0x50000, 1), (0x50001, 0)] {
+            assert!(decode(raw, states).is_err(), "{raw:#x} {states:#x}");
+        }
     }
 
     #[test]
     fn corrupt_entries_are_refused() {
         for raw in [COPIED, COPIED | 1, 0x50200, 0x50002, 1 << 61, COMPRESSED | COPIED | 0x50000, COMPRESSED | 512] {
-            assert!(L2Entry::decode(raw, GEOMETRY, 3, 0).is_err(), "{raw:#x}");
+            assert!(L2Entry::decode(&[raw], GEOMETRY, 3, 0).is_err(), "{raw:#x}");
         }
-        assert!(L2Entry::decode(1, GEOMETRY, 2, 0).is_err(), "zero cluster in version 2");
+        assert!(L2Entry::decode(&[1], GEOMETRY, 2, 0).is_err(), "zero cluster in version 2");
         for raw in [COPIED, 0x50200, 1, 1 << 60] {
             assert!(decode_l1(raw, GEOMETRY, 0).is_err(), "{raw:#x}");
         }

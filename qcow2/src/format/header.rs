@@ -126,7 +126,12 @@ impl Header {
         let compression_type = if header_length > 104 { bytes.get(104).copied().ok_or_else(truncated)? } else { 0 };
         refuse_unsupported(u32_at(32)?, incompatible, compression_type)?;
 
-        let geometry = Geometry { cluster_bits: cluster_size.trailing_zeros(), size: u64_at(24)? };
+        let extended = incompatible & EXTENDED_L2 != 0;
+        if extended && cluster_size < 16384 {
+            let rule = "extended L2 entries need clusters of at least 16 KiB";
+            return Err(Error::corrupt("header field incompatible_features", 72, incompatible, rule));
+        }
+        let geometry = Geometry { cluster_bits: cluster_size.trailing_zeros(), size: u64_at(24)?, extended };
         let width = Width::from_order(refcount_order).ok_or_else(|| {
             Error::corrupt("header field refcount_order", 96, u64::from(refcount_order), "must be at most 6")
         })?;
@@ -288,10 +293,7 @@ fn refuse_unsupported(crypt_method: u32, incompatible: u64, compression_type: u8
     if incompatible & EXTERNAL_DATA != 0 {
         return Err(Error::unsupported("images with an external data file"));
     }
-    if incompatible & EXTENDED_L2 != 0 {
-        return Err(Error::unsupported("extended L2 entries (subclusters)"));
-    }
-    let unknown = incompatible & !(DIRTY | CORRUPT | COMPRESSION_TYPE);
+    let unknown = incompatible & !(DIRTY | CORRUPT | COMPRESSION_TYPE | EXTENDED_L2);
     if unknown != 0 {
         return Err(Error::unsupported(format!("unknown incompatible feature bits {unknown:#x}")));
     }
@@ -367,7 +369,7 @@ mod tests {
     fn header() -> Header {
         Header {
             version: 3,
-            geometry: Geometry { cluster_bits: 16, size: 1 << 30 },
+            geometry: Geometry { cluster_bits: 16, size: 1 << 30, extended: false },
             backing: Some(Backing { name: "base.qcow2".into(), format: BackingFormat::Qcow2 }),
             l1_entries: 2,
             l1_offset: 0x30000,

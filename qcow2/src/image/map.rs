@@ -44,7 +44,7 @@ impl Image {
         for (start, piece) in self.geometry().by_table(offset, length) {
             for run in self.runs(start, piece)? {
                 let kind = match run.source {
-                    Source::Host(_) => ExtentKind::Data,
+                    Source::Host(_) | Source::Compressed { .. } => ExtentKind::Data,
                     Source::Zero { allocated: true } => ExtentKind::ZeroAllocated,
                     Source::Zero { allocated: false } => ExtentKind::Zero,
                     Source::Below => {

@@ -22,6 +22,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::allocate::Allocator;
 use crate::backing::Layer;
 use crate::cluster_lock::ClusterLocks;
+use crate::compressed::Inflated;
 use crate::error::{Error, Result};
 use crate::format::header::Header;
 use crate::geometry::{Geometry, SECTOR};
@@ -50,6 +51,7 @@ pub struct Image {
     tables: Tables,
     allocator: Allocator,
     clusters: ClusterLocks,
+    inflated: Inflated,
     flush: Mutex<flush::FlushState>,
     /// Counts changes that are complete but not durable by themselves; a flush covers all up to a value of it.
     changes: AtomicU64,

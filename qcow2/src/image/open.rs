@@ -14,6 +14,7 @@ use super::{HeaderSector, Image};
 use crate::allocate::Allocator;
 use crate::backing::{Chain, Layer};
 use crate::cluster_lock::ClusterLocks;
+use crate::compressed::Inflated;
 use crate::error::{Error, Result};
 use crate::format::entry::decode_l1;
 use crate::format::header::{self, Backing, CORRUPT, Header};
@@ -112,6 +113,7 @@ impl Image {
             tables: Tables::new(&header, l1.clone(), cache_bytes),
             allocator: Allocator::new(geometry, refcount_entries, geometry.round_up(length)),
             clusters: ClusterLocks::default(),
+            inflated: Inflated::default(),
             flush: Mutex::new(FlushState::new(l1)),
             changes: AtomicU64::new(0),
             poison: OnceLock::new(),
@@ -142,6 +144,9 @@ fn refuse_read_only_features(header: &Header) -> Result<()> {
     }
     if header.incompatible & CORRUPT != 0 {
         return Err(Error::unsupported("writing to an image that is marked corrupt; repair it first"));
+    }
+    if header.geometry.extended {
+        return Err(Error::unsupported("writing to an image with extended L2 entries (subclusters)"));
     }
     if header.snapshots > 0 {
         return Err(Error::unsupported("writing to an image with internal snapshots"));

@@ -1,6 +1,7 @@
 //! Reading: look the mapping up, let go of it, move bytes.
 
 use super::Image;
+use crate::compressed::{Compression, inflate};
 use crate::error::{Error, Result};
 use crate::format::entry::L2Entry;
 
@@ -9,6 +10,8 @@ use crate::format::entry::L2Entry;
 pub(super) enum Source {
     /// From this host offset on.
     Host(u64),
+    /// From a compressed cluster: `length` bytes at `host` give the whole cluster, of which the run is a part.
+    Compressed { host: u64, length: u64 },
     /// Zeroes, said by an entry; with space of its own or without.
     Zero { allocated: bool },
     /// The layer below, or zeroes without one.
@@ -40,6 +43,7 @@ impl Image {
                 buffer = rest;
                 match run.source {
                     Source::Host(host) => self.storage.read(host, part).map_err(Error::io("read", host))?,
+                    Source::Compressed { host, length } => self.read_compressed(host, length, run.offset, part)?,
                     Source::Zero { .. } => part.fill(0),
                     Source::Below => match &self.backing {
                         Some(layer) => layer.read(run.offset, part)?,
@@ -48,6 +52,19 @@ impl Image {
                 }
             }
         }
+        Ok(())
+    }
+
+    /// Fills `part`, which lies within one compressed cluster.
+    fn read_compressed(&self, host: u64, length: u64, offset: u64, part: &mut [u8]) -> Result<()> {
+        let cluster = self.inflated.cluster(host, || {
+            let mut payload = vec![0; length as usize];
+            self.storage.read(host, &mut payload).map_err(Error::io("read", host))?;
+            let compression = Compression::from_header(self.header.compression_type);
+            inflate(compression, &payload, self.cluster_size(), host)
+        })?;
+        let within = self.geometry().offset_in_cluster(offset) as usize;
+        part.copy_from_slice(&cluster[within..within + part.len()]);
         Ok(())
     }
 
@@ -63,12 +80,19 @@ impl Image {
         let mut at = offset;
         while at < end {
             let cluster = geometry.cluster_of(at);
-            let piece = (geometry.start_of(cluster) + geometry.cluster_size()).min(end) - at;
+            let unit = geometry.unit();
+            let piece = (at / unit * unit + unit).min(end) - at;
+            let within = geometry.offset_in_cluster(at);
             let source = match table.entry(cluster)? {
                 L2Entry::Unallocated => Source::Below,
                 L2Entry::Zero { host, .. } => Source::Zero { allocated: host.is_some() },
-                L2Entry::Data { host, .. } => Source::Host(host + geometry.offset_in_cluster(at)),
-                L2Entry::Compressed { .. } => return Err(Error::unsupported("reading compressed clusters")),
+                L2Entry::Data { host, .. } => Source::Host(host + within),
+                L2Entry::Compressed { host, length } => Source::Compressed { host, length },
+                L2Entry::Subclusters { host, states, .. } => match (within / unit, host) {
+                    (index, Some(host)) if states.is_allocated(index) => Source::Host(host + within),
+                    (index, _) if states.reads_zero(index) => Source::Zero { allocated: host.is_some() },
+                    _ => Source::Below,
+                },
             };
             match runs.last_mut() {
                 Some(last) if continues(last, source) => last.length += piece,

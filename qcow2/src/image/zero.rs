@@ -112,7 +112,9 @@ impl Image {
                 let length = self.cluster_size().min(self.size() - start);
                 (!self.below_reads_zero(start, length)?).then_some(entry::ZERO_PLAIN)
             }
-            (L2Entry::Zero { .. } | L2Entry::Data { .. } | L2Entry::Compressed { .. }, _) => Some(plain),
+            // Images with subclusters are never open for writing.
+            (L2Entry::Zero { .. } | L2Entry::Data { .. } | L2Entry::Compressed { .. }, _)
+            | (L2Entry::Subclusters { .. }, _) => Some(plain),
         })
     }
 }
