@@ -1,31 +1,92 @@
-//! Listeners.
-use std::time::Duration;
+//! One NBD listener per disk: a leased port, an export, and the server that joins them.
+//!
+//! A listener is made for one disk of one job and dies with it; it cannot be pointed at anything else. Which ports there
+//! are is [`ports`]' business.
+
 pub mod ports;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use blockyard_nbd::stats::{ExportStats, Snapshot};
+use blockyard_nbd::{Budget, BudgetLimits, Exports, Handle, Limits, ListPolicy, Options, Server};
+
 use crate::config;
 use crate::export::ImageExport;
 use ports::{BoundPort, PortLease};
-/// a
-#[derive(Debug,Clone)]
-pub struct ListenerOptions {}
-impl ListenerOptions { /// a
- pub fn new(_: &config::Nbd) -> Self { Self {} } }
-/// a
+
+/// What all listeners of a process share.
+#[derive(Clone, Debug)]
+pub struct ListenerOptions {
+    options: Options,
+}
+
+impl ListenerOptions {
+    /// Those of `[nbd]`, with one memory budget for all.
+    pub fn new(nbd: &config::Nbd) -> Self {
+        let budget = Budget::new(&BudgetLimits { bytes: nbd.memory_budget_bytes, ..BudgetLimits::default() });
+        let limits = Limits { handshake_deadline: Duration::from_secs(nbd.handshake_timeout_s), ..Limits::default() };
+        let list = if nbd.list_exports { ListPolicy::Show } else { ListPolicy::Hide };
+        let connections_per_export = usize::try_from(nbd.max_connections_per_export).unwrap_or(usize::MAX);
+        Self { options: Options { limits, list, connections_per_export, ..Options::new(budget) } }
+    }
+}
+
+/// A disk that clients can reach. Dropped without [`Self::stop`], it closes at once.
 #[derive(Debug)]
-pub struct DiskListener { lease: PortLease }
-/// a
-#[derive(Debug,Clone)]
-pub struct ListenerFigures {}
-impl ListenerFigures { /// a
-pub fn snapshot(&self) -> blockyard_nbd_Snapshot { blockyard_nbd_Snapshot::default() } }
-#[derive(Debug,Clone,Default)] #[allow(non_camel_case_types)] /// a
-pub struct blockyard_nbd_Snapshot { /// a
- pub connections: u64, /// a
- pub refused: u64 }
+pub struct DiskListener {
+    server: Handle,
+    stats: Arc<ExportStats>,
+    // After the server: the number is free only when nothing listens on it.
+    lease: PortLease,
+}
+
+/// What a listener counts; readable at any time, also after it was stopped.
+#[derive(Clone, Debug)]
+pub struct ListenerFigures(Arc<ExportStats>);
+
+impl ListenerFigures {
+    /// All figures now.
+    pub fn snapshot(&self) -> Snapshot {
+        self.0.snapshot()
+    }
+}
+
+/// A listener that could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// The export cannot be served.
+    #[error("the export cannot be served: {0}")]
+    Export(#[from] blockyard_nbd::server::ExportsError),
+    /// The socket is not usable.
+    #[error("the listener is not usable: {0}")]
+    Socket(#[from] std::io::Error),
+}
+
 impl DiskListener {
-/// a
-pub fn serve(bound: BoundPort, _export: ImageExport, _o: &ListenerOptions) -> Self { Self { lease: bound.lease } }
-/// a
-pub fn figures(&self) -> ListenerFigures { ListenerFigures {} }
-/// a
-pub async fn stop(self, _drain: Duration) { drop(self.lease) }
+    /// Answers clients on a bound port from now on.
+    ///
+    /// # Errors
+    /// An export or socket that cannot be served; the port is given back.
+    pub fn serve(bound: BoundPort, export: &ImageExport, options: &ListenerOptions) -> Result<Self, ListenError> {
+        let exports = Exports::single(Arc::new(export.clone()))?;
+        let name = blockyard_nbd::Export::name(export);
+        let server = Server::start(bound.listener, exports, options.options.clone())?;
+        // The export was given a line above, so there are counters for its name.
+        let stats = server.stats(name).unwrap_or_default();
+        Ok(Self { server, stats, lease: bound.lease })
+    }
+
+    /// What it counts.
+    pub fn figures(&self) -> ListenerFigures {
+        ListenerFigures(Arc::clone(&self.stats))
+    }
+
+    /// Takes no new connections, answers requests in flight for at most `drain`, closes all sockets, gives the port back.
+    pub async fn stop(self, drain: Duration) {
+        let port = self.lease.port();
+        let stopped = self.server.stop(drain).await;
+        tracing::debug!(port, ?stopped, "listener stopped");
+        drop(self.lease);
+    }
 }

@@ -200,9 +200,7 @@ pub(super) async fn record(
 ) -> Result<JobResult, ChangeError> {
     let id = &manifest.backup_id;
     let mut transaction = store.write().await?;
-    let Some(row) = backups::find(&mut transaction, id).await? else {
-        return Err(StoreError::from(sqlx::Error::RowNotFound).into());
-    };
+    let row = backups::load(&mut transaction, id).await?;
     if row.state == JobState::Committed {
         return Ok(row.result);
     }

@@ -35,7 +35,7 @@ impl Job {
         let paths = self.facts.paths.clone();
         self.work.run(move || directory::create_staged(&paths)).await.map_err(|error: io::Error| storage(&error))?;
         let images = self.create_images().await?;
-        self.serve(images);
+        self.serve(images)?;
         self.persist().await?;
         Ok(())
     }
@@ -68,19 +68,23 @@ impl Job {
     }
 
     /// Gives each disk its listener. The ports are bound since the job was accepted; from here on they answer.
-    fn serve(&mut self, images: Vec<AsyncImage>) {
+    fn serve(&mut self, images: Vec<AsyncImage>) -> Result<(), Failed> {
         let ports = std::mem::take(&mut self.ports);
         let mut live = Vec::with_capacity(images.len());
         for ((disk, image), port) in self.facts.disks.iter().zip(images).zip(ports) {
             let name = &disk.plan.export_name;
             let export = ImageExport::new(name, image, qcow2::Access::ReadWrite, std::sync::Arc::clone(&self.signals));
-            let listener = DiskListener::serve(port, export.clone(), &self.shared.listener_options);
+            let listener = DiskListener::serve(port, &export, &self.shared.listener_options).map_err(|error| {
+                tracing::error!(%error, "a listener could not be made");
+                Failed::new(FailureCode::ImageFailed, format!("disk {} cannot be served", disk.plan.disk_id))
+            })?;
             let figures = listener.figures();
             live.push(LiveDisk { disk_id: disk.plan.disk_id, export: export.clone(), figures });
             self.disks.push(RunningDisk { disk: disk.clone(), export, listener: Some(listener), sealed: None });
         }
         // Set once per job: this is the only place, and it runs once.
         let _ = self.handle.live.set(live);
+        Ok(())
     }
 
     /// Stores that everything listens and that the node is about to be called: after a restart this means that a client

@@ -206,9 +206,7 @@ pub(super) async fn finish(
     disks: &[(u32, crate::export::meter::Reading)],
 ) -> Result<(), ChangeError> {
     let mut transaction = store.write().await?;
-    let Some(row) = backups::find(&mut transaction, id).await? else {
-        return Err(StoreError::from(sqlx::Error::RowNotFound).into());
-    };
+    let row = backups::load(&mut transaction, id).await?;
     if row.state.is_terminal() {
         return Ok(());
     }

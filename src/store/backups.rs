@@ -280,6 +280,14 @@ pub async fn find(connection: &mut Connection, id: &BackupId) -> Result<Option<B
     Ok(sqlx::query_as("SELECT * FROM backups WHERE id = ?").bind(id).fetch_optional(connection).await?)
 }
 
+/// One job that must be there.
+///
+/// # Errors
+/// As [`find`]; a row that is missing is a failure of the database.
+pub async fn load(connection: &mut Connection, id: &BackupId) -> Result<BackupRow, StoreError> {
+    Ok(sqlx::query_as("SELECT * FROM backups WHERE id = ?").bind(id).fetch_one(connection).await?)
+}
+
 /// The disks of a job in ascending order of number.
 ///
 /// # Errors
