@@ -213,7 +213,7 @@ pub struct Failed {
 
 impl Failed {
     /// A failure that this service found.
-    pub(super) fn new(code: FailureCode, message: impl Into<String>) -> Self {
+    pub(crate) fn new(code: FailureCode, message: impl Into<String>) -> Self {
         Self { code, message: message.into(), by: Actor::Service }
     }
 

@@ -9,7 +9,6 @@
 
 mod client;
 mod faults;
-mod link;
 mod log;
 mod server;
 mod socket;
@@ -75,7 +74,7 @@ struct Shared {
     /// Lets a client that reached its pause point go on.
     resume: Notify,
     /// Connections that clients forgot to close.
-    leaked: Mutex<Vec<client::Leak>>,
+    leaked: Mutex<Vec<blockyard_nbd::client::Client>>,
 }
 
 impl FakeNode {

@@ -245,7 +245,7 @@ async fn a_client_that_dies_in_the_middle_of_a_write_leaves_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn enospc_fails_the_job_once_and_keeps_every_older_point() {
-    // A repository of 24 MiB: the first backup fits, the second one of other data does not.
+    // A repository of 20 MiB: the first backup fits (10.5 MiB of it are data), a second one does not.
     let rig = Rig::with(Plan {
         disks: vec![(2000, content(5, 14 << 20))],
         toml: "[storage]\nmin_free_bytes = 0\nfull_estimate_ratio = 0.01\n".to_owned(),
@@ -254,7 +254,7 @@ async fn enospc_fails_the_job_once_and_keeps_every_older_point() {
     .await;
     let small = rig.service.folder.path().join("small");
     std::fs::create_dir(&small).unwrap();
-    rig::tool("mount (and root)", "mount", &["-t", "tmpfs", "-o", "size=24m", "tmpfs", small.to_str().unwrap()]);
+    rig::tool("mount (and root)", "mount", &["-t", "tmpfs", "-o", "size=20m", "tmpfs", small.to_str().unwrap()]);
     let _mounted = Mounted(small.clone());
     let body = json!({"id": "small", "name": "small", "path": small});
     rig.service.post("/api/v1/repositories", &body).await.expect_status(201);

@@ -120,7 +120,7 @@ mod tests {
     #[test]
     fn every_failure_of_a_job_is_a_known_problem() {
         for &code in FailureCode::ALL {
-            let problem = failure(&Failed { code, message: "why".into(), by: crate::store::events::Actor::Service });
+            let problem = failure(&Failed::new(code, "why"));
             assert!(problem.code().status().as_u16() >= 400);
         }
     }
