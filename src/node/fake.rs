@@ -5,7 +5,7 @@
 //! misbehave: every way in which node or client can go wrong is a value in [`Faults`]. What it did is kept in a [`Log`]
 //! that tests wait on, so that none of them has to guess how long something takes.
 //!
-//! One `POST /api/v1/backup/start` starts one client task ([`client`]) over the disks the fake was given ([`Source`]).
+//! One `POST /api/v1/backup/start` starts one client task (`client`) over the disks the fake was given ([`Source`]).
 
 mod client;
 mod faults;

@@ -13,11 +13,7 @@ async fn client_that_dies_or_never_comes_ends_as_failed_with_its_code() {
     let cases = [
         (Faults { never_connect: true, ..Faults::default() }, "first_contact_s = 1", "no_client"),
         (Faults { die_after_bytes: Some(1 << 20), ..Faults::default() }, "reconnect_s = 1", "client_disconnected"),
-        (
-            Faults { pause: Some(PausePoint::Connected(0)), ..Faults::default() },
-            "idle_s = 1\nstalled_s = 1",
-            "stalled",
-        ),
+        (Faults { pause: Some(PausePoint::Connected(0)), ..Faults::default() }, "idle_s = 1\nstalled_s = 1", "stalled"),
         (
             Faults { pause: Some(PausePoint::BeforeConnect(0)), ..Faults::default() },
             "idle_s = 1\nstalled_s = 1",
@@ -54,12 +50,9 @@ async fn a_committed_job_raises_no_alert_and_tells_every_state_once() {
     rig.end_of(id_of(&started)).await;
     assert!(alerts(&rig, id_of(&started)).await.is_empty());
     let store = &rig.service.service.app().store;
-    let told = events::about(&mut *store.read().await.unwrap(), id_of(&started)).await.unwrap();
-    let states: Vec<&str> = told
-        .iter()
-        .filter(|(kind, _)| kind == "job.state")
-        .map(|(_, data)| data["state"].as_str().unwrap())
-        .collect();
+    let told = events::about(&mut store.read().await.unwrap(), id_of(&started)).await.unwrap();
+    let states: Vec<&str> =
+        told.iter().filter(|(kind, _)| kind == "job.state").map(|(_, data)| data["state"].as_str().unwrap()).collect();
     let expected = ["accepted", "preparing", "starting", "transferring", "sealing", "committing", "committed"];
     assert_eq!(states, expected);
     assert!(told.iter().any(|(kind, data)| kind == "point.committed" && data["sequence"] == 1));
@@ -68,7 +61,8 @@ async fn a_committed_job_raises_no_alert_and_tells_every_state_once() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stalled_job_goes_on_when_its_client_does() {
     let faults = Faults { pause: Some(PausePoint::AfterBytes(2 << 20)), ..Faults::default() };
-    let rig = Rig::with(Plan { toml: "[jobs]\nidle_s = 1\nstalled_s = 600\n".to_owned(), faults, ..Plan::default() }).await;
+    let rig =
+        Rig::with(Plan { toml: "[jobs]\nidle_s = 1\nstalled_s = 600\n".to_owned(), faults, ..Plan::default() }).await;
     let started = rig.start().await;
     let stalled = rig.when_in(id_of(&started), "stalled").await;
     assert_eq!((&stalled["status"], &stalled["disks"][0]["state"]), (&json!("running"), &json!("writing")));
@@ -83,7 +77,8 @@ async fn a_stalled_job_goes_on_when_its_client_does() {
 #[tokio::test(flavor = "multi_thread")]
 async fn any_sign_of_life_keeps_a_job_from_stalling() {
     let faults = Faults { pause: Some(PausePoint::Connected(0)), ..Faults::default() };
-    let rig = Rig::with(Plan { toml: "[jobs]\nidle_s = 2\nstalled_s = 1\n".to_owned(), faults, ..Plan::default() }).await;
+    let rig =
+        Rig::with(Plan { toml: "[jobs]\nidle_s = 2\nstalled_s = 1\n".to_owned(), faults, ..Plan::default() }).await;
     let started = rig.start().await;
     rig.paused().await;
     // For longer than both limits together the only signs are callbacks, one kind at a time.
@@ -94,7 +89,8 @@ async fn any_sign_of_life_keeps_a_job_from_stalling() {
             let path = format!("/api/v1/telemetry/backup/{id}");
             rig.service.request_without_token(reqwest::Method::POST, &path).json(&json!({"status": "running"}))
         } else {
-            rig.service.request_without_token(reqwest::Method::GET, "/api/v1/backups/changeid?vm_name=db-server&disk_id=0")
+            rig.service
+                .request_without_token(reqwest::Method::GET, "/api/v1/backups/changeid?vm_name=db-server&disk_id=0")
         };
         crate::support::send(request).await.expect_status(200);
     }
@@ -123,8 +119,14 @@ async fn progress_is_right_with_a_client_that_sends_no_numbers() {
     assert!(backup["started_at"].is_string());
     rig.node.resume();
     let backup = rig.end_of(id_of(&started)).await;
-    assert_eq!((&backup["disks"][1]["zeroed_bytes"], &backup["disks"][1]["written_bytes"]), (&json!(4 << 20), &json!(0)));
-    assert_eq!((&backup["disks"][1]["state"], &backup["disks"][1]["effective_type"]), (&json!("sealed"), &json!("full")));
+    assert_eq!(
+        (&backup["disks"][1]["zeroed_bytes"], &backup["disks"][1]["written_bytes"]),
+        (&json!(4 << 20), &json!(0))
+    );
+    assert_eq!(
+        (&backup["disks"][1]["state"], &backup["disks"][1]["effective_type"]),
+        (&json!("sealed"), &json!("full"))
+    );
     assert_eq!((&backup["disks"][0]["connections"], &backup["transfer_speed_bps"]), (&json!(0), &json!(0)));
 }
 
@@ -292,6 +294,6 @@ impl Drop for Mounted {
 
 async fn alerts(rig: &Rig, id: &str) -> Vec<Value> {
     let store = &rig.service.service.app().store;
-    let told = events::about(&mut *store.read().await.unwrap(), id).await.unwrap();
+    let told = events::about(&mut store.read().await.unwrap(), id).await.unwrap();
     told.into_iter().filter(|(kind, _)| kind == "alert").map(|(_, data)| data).collect()
 }

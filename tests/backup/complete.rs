@@ -14,7 +14,8 @@ async fn restore_point_holds_all_disks_of_one_snapshot_or_does_not_exist() {
     rig.paused().await;
     // Two of three disks are sealed, the third is copied: there is nothing yet.
     let backup = rig.backup(id_of(&started)).await;
-    let states: Vec<&str> = backup["disks"].as_array().unwrap().iter().map(|disk| disk["state"].as_str().unwrap()).collect();
+    let states: Vec<&str> =
+        backup["disks"].as_array().unwrap().iter().map(|disk| disk["state"].as_str().unwrap()).collect();
     assert_eq!(states, ["sealed", "sealed", "writing"], "{backup:#}");
     assert!(rig.points().await.is_empty());
     rig.service.get(&format!("/api/v1/points/{}", id_of(&started))).await.expect_problem(404, "point_not_found");
@@ -50,8 +51,7 @@ async fn vm_with_one_unsealed_disk_has_no_new_point_and_no_new_change_id() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn telemetry_completed_changes_nothing_but_the_hint() {
-    let faults =
-        Faults { lie_in_telemetry: true, pause: Some(PausePoint::BeforeConnect(0)), ..Faults::default() };
+    let faults = Faults { lie_in_telemetry: true, pause: Some(PausePoint::BeforeConnect(0)), ..Faults::default() };
     let rig = Rig::faulty(faults).await;
     let started = rig.start().await;
     rig.paused().await;
@@ -151,7 +151,8 @@ async fn forged_complete_from_a_foreign_peer_or_for_an_idle_disk_is_refused() {
     let rig = Rig::with(Plan { toml, faults, ..Plan::default() }).await;
     let started = rig.start().await;
     rig.complete(id_of(&started), 0, "forged/1").await.expect_problem(403, "callback_peer_refused");
-    let question = rig.service.request_without_token(reqwest::Method::GET, "/api/v1/backups/changeid?vm_name=db-server");
+    let question =
+        rig.service.request_without_token(reqwest::Method::GET, "/api/v1/backups/changeid?vm_name=db-server");
     crate::support::send(question).await.expect_problem(403, "callback_peer_refused");
     assert_eq!(rig.backup(id_of(&started)).await["state"], "starting");
     assert!(rig.points().await.is_empty());
@@ -394,7 +395,13 @@ async fn changeid_is_always_200_and_flat_strings() {
         let path = format!("/api/v1/backups/changeid?{query}");
         crate::support::send(rig.service.request_without_token(reqwest::Method::GET, &path)).await
     };
-    for query in ["vm_name=nobody&disk_id=0", "vm_name=db-server&disk_id=0", "vm_name=db-server&disk_id=999", "vm_name=x", "vm_name="] {
+    for query in [
+        "vm_name=nobody&disk_id=0",
+        "vm_name=db-server&disk_id=0",
+        "vm_name=db-server&disk_id=999",
+        "vm_name=x",
+        "vm_name=",
+    ] {
         let answer = ask(query).await.expect_status(200).json();
         let object = answer.as_object().unwrap();
         assert!(object.values().all(serde_json::Value::is_string), "{answer}");

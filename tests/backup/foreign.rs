@@ -72,9 +72,12 @@ async fn copy_three_disks(disks: Vec<(PathBuf, u64)>) {
     for (disk_id, (source, size)) in disks.iter().enumerate() {
         let image = folder.join(format!("disk-{disk_id}.qcow2"));
         let (image, source) = (image.to_str().unwrap(), source.to_str().unwrap());
-        let check: Value =
-            serde_json::from_str(&rig::tool("qemu-utils", "qemu-img", &["check", "--output=json", "-f", "qcow2", image]))
-                .unwrap();
+        let check: Value = serde_json::from_str(&rig::tool(
+            "qemu-utils",
+            "qemu-img",
+            &["check", "--output=json", "-f", "qcow2", image],
+        ))
+        .unwrap();
         let none = |field: &str| check.get(field).is_none_or(|count| count == 0);
         assert!(none("corruptions") && none("leaks") && check["check-errors"] == 0, "{check}");
         rig::tool("qemu-utils", "qemu-img", &["compare", "-f", "qcow2", "-F", "raw", image, source]);

@@ -29,7 +29,8 @@ async fn vm_names_with_disk2_comma_percent_unicode_and_200_characters_back_up_co
         // vCenter writes a slash inside a name as %2f in its paths.
         body["path"] = format!("/DC1/vm/{}", name.replace('/', "%2f")).into();
         body["credential"] = "main".into();
-        body["disks"] = rig::sizes(&disks).iter().map(|(key, size)| json!({"device_key": key, "size_bytes": size})).collect();
+        body["disks"] =
+            rig::sizes(&disks).iter().map(|(key, size)| json!({"device_key": key, "size_bytes": size})).collect();
         let answer = rig.service.post("/api/v1/vms", &body).await;
         if name.chars().any(char::is_control) && answer.status == 400 {
             continue;
@@ -62,7 +63,12 @@ async fn vm_names_with_disk2_comma_percent_unicode_and_200_characters_back_up_co
 #[tokio::test(flavor = "multi_thread")]
 async fn disk_numbers_survive_gaps_second_controllers_and_more_than_ten_disks() {
     let disks: Vec<(u32, Vec<u8>)> = (0..12)
-        .map(|index| (if index < 6 { 2000 + index } else { 16_000 + index * 16 }, content(index as u8 + 1, 4096 + 512 * index as usize)))
+        .map(|index| {
+            (
+                if index < 6 { 2000 + index } else { 16_000 + index * 16 },
+                content(index as u8 + 1, 4096 + 512 * index as usize),
+            )
+        })
         .collect();
     let rig = Rig::with(Plan { disks, ..Plan::default() }).await;
     let first = rig.start().await;
@@ -76,7 +82,8 @@ async fn disk_numbers_survive_gaps_second_controllers_and_more_than_ten_disks() 
     rig.disks.push((2050, content(99, 2048)));
     let mut body = crate::support::vm_body("db-server");
     body["credential"] = "main".into();
-    body["disks"] = rig::sizes(&rig.disks).iter().map(|(key, size)| json!({"device_key": key, "size_bytes": size})).collect();
+    body["disks"] =
+        rig::sizes(&rig.disks).iter().map(|(key, size)| json!({"device_key": key, "size_bytes": size})).collect();
     rig.service.put(&format!("/api/v1/vms/{}", rig.vm), show.header("etag"), &body).await.expect_status(200);
     let disks = rig
         .disks
@@ -96,7 +103,19 @@ async fn disk_numbers_survive_gaps_second_controllers_and_more_than_ten_disks() 
         .collect();
     assert_eq!(
         numbers,
-        [(0, 2000), (2, 2002), (3, 2003), (4, 2004), (5, 2005), (7, 16_112), (8, 16_128), (9, 16_144), (10, 16_160), (11, 16_176), (12, 2050)]
+        [
+            (0, 2000),
+            (2, 2002),
+            (3, 2003),
+            (4, 2004),
+            (5, 2005),
+            (7, 16_112),
+            (8, 16_128),
+            (9, 16_144),
+            (10, 16_160),
+            (11, 16_176),
+            (12, 2050)
+        ]
     );
     assert_eq!(second["disk_results"][10]["reason"], "disk_new");
     let backup = rig.end_of(id_of(&second)).await;

@@ -53,7 +53,8 @@ async fn tags_as_an_array_are_a_400_with_a_pointer() {
 async fn unknown_vms_and_repositories_and_vms_without_disks_are_404() {
     let rig = Rig::new().await;
     let empty = rig::add_vm(&rig.service, "empty", &[]).await;
-    let start = |vm: &str, repository: &str| json!({"vm_context_id": vm, "repository_id": repository, "backup_type": "full"});
+    let start =
+        |vm: &str, repository: &str| json!({"vm_context_id": vm, "repository_id": repository, "backup_type": "full"});
     for (body, code) in [
         (json!({"vm_name": "nobody", "repository_id": "main", "backup_type": "full"}), "vm_not_found"),
         (start("vm-01JC0A7K2E5H8M3P6R9T1V4X7Z", "main"), "vm_not_found"),
@@ -73,7 +74,10 @@ async fn duplicate_or_missing_device_keys_refuse_the_job_before_any_side_effect(
     let mut body = crate::support::vm_body("twins");
     body["credential"] = "main".into();
     for (disks, code) in [
-        (json!([{"device_key": 2000, "size_bytes": 512}, {"device_key": 2000, "size_bytes": 512}]), "disk_key_duplicate"),
+        (
+            json!([{"device_key": 2000, "size_bytes": 512}, {"device_key": 2000, "size_bytes": 512}]),
+            "disk_key_duplicate",
+        ),
         (json!([{"device_key": 2001, "size_bytes": 512}, {"unit_number": 1, "size_bytes": 512}]), "disk_key_duplicate"),
         (json!([{"size_bytes": 512}]), "disk_key_missing"),
         (json!([{"device_key": 2000, "size_bytes": 0}]), "disk_size_invalid"),
@@ -293,7 +297,8 @@ async fn port_held_by_a_foreign_process_is_skipped_and_never_announced() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_more_jobs_run_than_may() {
-    let rig = Rig::with(Plan { toml: "[jobs]\nmax_running = 1\n".to_owned(), faults: waiting(), ..Plan::default() }).await;
+    let rig =
+        Rig::with(Plan { toml: "[jobs]\nmax_running = 1\n".to_owned(), faults: waiting(), ..Plan::default() }).await;
     let other = rig::add_vm(&rig.service, "other", &[(2000, 512)]).await;
     let started = rig.start().await;
     let body = json!({"vm_context_id": other, "repository_id": "main", "backup_type": "full"});

@@ -225,9 +225,12 @@ impl Rig {
             }
             let directories = backup_directories(&self.repository);
             assert_eq!(directories.len(), published, "{caller}: {directories:?}");
-            assert!(directories.iter().all(|name| name.parse::<blockyard::id::BackupId>().is_ok()), "{caller}: {directories:?}");
+            assert!(
+                directories.iter().all(|name| name.parse::<blockyard::id::BackupId>().is_ok()),
+                "{caller}: {directories:?}"
+            );
             let store = &self.service.service.app().store;
-            let leases = leases::count(&mut *store.read().await.unwrap()).await.unwrap();
+            let leases = leases::count(&mut store.read().await.unwrap()).await.unwrap();
             assert_eq!(leases, 0, "{caller}: leases in the database");
             assert!(self.service.service.app().backups.running().is_empty(), "{caller}: a job is running");
         }
@@ -340,12 +343,9 @@ pub fn expect_image_equals(image: &Path, bytes: &[u8]) {
     tool("qemu-utils", "qemu-img", &["check", "-f", "qcow2", image.to_str().unwrap()]);
     let (image, raw) = (image.to_str().unwrap(), raw.path().to_str().unwrap());
     tool("qemu-utils", "qemu-img", &["compare", "-f", "qcow2", "-F", "raw", image, raw]);
-    let info: Value = serde_json::from_str(&tool(
-        "qemu-utils",
-        "qemu-img",
-        &["info", "--output=json", "-f", "qcow2", image],
-    ))
-    .unwrap();
+    let info: Value =
+        serde_json::from_str(&tool("qemu-utils", "qemu-img", &["info", "--output=json", "-f", "qcow2", image]))
+            .unwrap();
     assert_eq!(info["virtual-size"], bytes.len() as u64);
 }
 

@@ -45,10 +45,8 @@ async fn every_disk_of_the_vm_is_in_the_job() {
             (number("disk_id"), number("device_key"), number("size_bytes"))
         })
         .collect();
-    let expected: Vec<(u64, u64, u64)> = (0..)
-        .zip(sizes(&rig.disks))
-        .map(|(disk_id, (key, size))| (disk_id, u64::from(key), size))
-        .collect();
+    let expected: Vec<(u64, u64, u64)> =
+        (0..).zip(sizes(&rig.disks)).map(|(disk_id, (key, size))| (disk_id, u64::from(key), size)).collect();
     assert_eq!(disks, expected);
     assert_eq!(started["disks_count"], 3);
     assert_eq!(started["total_bytes"], expected.iter().map(|disk| disk.2).sum::<u64>());
@@ -140,20 +138,43 @@ async fn start_answer_has_exactly_the_contract_fields_for_all_disks() {
     assert_eq!(
         fields(&started),
         of(&[
-            "backup_id", "backup_job_id", "vm_context_id", "vm_name", "repository_id", "backup_type", "type",
-            "requested_type", "status", "disk_results", "nbd_targets_string", "disks_count", "total_bytes", "created_at",
-            "tags", "warnings",
+            "backup_id",
+            "backup_job_id",
+            "vm_context_id",
+            "vm_name",
+            "repository_id",
+            "backup_type",
+            "type",
+            "requested_type",
+            "status",
+            "disk_results",
+            "nbd_targets_string",
+            "disks_count",
+            "total_bytes",
+            "created_at",
+            "tags",
+            "warnings",
         ])
     );
     for disk in started["disk_results"].as_array().unwrap() {
         assert_eq!(
             fields(disk),
             of(&[
-                "disk_id", "device_key", "nbd_port", "nbd_export_name", "status", "backup_type", "reason", "size_bytes",
+                "disk_id",
+                "device_key",
+                "nbd_port",
+                "nbd_export_name",
+                "status",
+                "backup_type",
+                "reason",
+                "size_bytes",
                 "qcow2_path",
             ])
         );
-        assert_eq!((&disk["status"], &disk["backup_type"], &disk["reason"]), (&json!("started"), &json!("full"), &json!("first_backup")));
+        assert_eq!(
+            (&disk["status"], &disk["backup_type"], &disk["reason"]),
+            (&json!("started"), &json!("full"), &json!("first_backup"))
+        );
         let path = disk["qcow2_path"].as_str().unwrap();
         let id = id_of(&started);
         let vm_directory = format!("db-server-{}", &rig.vm[rig.vm.len() - 4..]);
@@ -199,7 +220,8 @@ async fn disks_are_found_by_vm_id_even_when_two_vms_share_a_name() {
     let problem = rig.service.post("/api/v1/backups/vm", &by_name).await.expect_problem(409, "vm_ambiguous");
     assert_eq!(problem["candidates"].as_array().unwrap().len(), 2);
     // The id wins over the name.
-    let body = json!({"vm_context_id": other["id"], "vm_name": "nobody", "repository_id": "main", "backup_type": "auto"});
+    let body =
+        json!({"vm_context_id": other["id"], "vm_name": "nobody", "repository_id": "main", "backup_type": "auto"});
     let started = rig.service.post("/api/v1/backups/vm", &body).await.expect_status(200).json();
     assert_eq!((&started["disks_count"], &started["total_bytes"]), (&json!(1), &json!(1_048_576)));
     let started = rig.start().await;
@@ -213,7 +235,8 @@ async fn unknown_fields_are_accepted_and_named_in_warnings() {
     body["total_bytes"] = 1.into();
     body["Tags"] = json!({});
     let started = rig.service.post("/api/v1/backups/vm", &body).await.expect_status(200).json();
-    let warnings: Vec<&str> = started["warnings"].as_array().unwrap().iter().map(|text| text.as_str().unwrap()).collect();
+    let warnings: Vec<&str> =
+        started["warnings"].as_array().unwrap().iter().map(|text| text.as_str().unwrap()).collect();
     assert_eq!(warnings.len(), 2, "{warnings:?}");
     assert!(warnings.iter().any(|text| text.contains("total_bytes")), "{warnings:?}");
     assert_eq!(rig.backup(id_of(&started)).await["warnings"], started["warnings"]);
@@ -232,7 +255,9 @@ async fn absent_policy_and_parent_are_stored_as_null() {
     let row = blockyard::store::backups::load(&mut connection, &id).await.unwrap();
     assert_eq!(row.policy_id, None);
     let disks = blockyard::store::backups::disks(&mut connection, &id).await.unwrap();
-    assert!(disks.iter().all(|disk| disk.parent_id.is_none() && disk.from_change_id.is_none() && disk.change_id.is_none()));
+    assert!(
+        disks.iter().all(|disk| disk.parent_id.is_none() && disk.from_change_id.is_none() && disk.change_id.is_none())
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -292,11 +317,9 @@ async fn sixty_four_disks_are_served_by_one_start() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn unguessable_export_names_still_end_in_the_disk_number() {
-    let rig = Rig::with(rig::Plan {
-        toml: "[nbd]\nexport_names = \"unguessable\"\n".to_owned(),
-        ..rig::Plan::default()
-    })
-    .await;
+    let rig =
+        Rig::with(rig::Plan { toml: "[nbd]\nexport_names = \"unguessable\"\n".to_owned(), ..rig::Plan::default() })
+            .await;
     let started = rig.start().await;
     let names: BTreeSet<&str> = started["disk_results"]
         .as_array()

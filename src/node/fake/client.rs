@@ -116,9 +116,8 @@ impl Client {
         }
         // Regions end at whole sectors, the last one at the end of the disk.
         let region = (size / REGIONS).next_multiple_of(512).max(512);
-        let mut positions: Vec<(u64, u64)> = (0..REGIONS)
-            .map(|index| ((index * region).min(size), ((index + 1) * region).min(size)))
-            .collect();
+        let mut positions: Vec<(u64, u64)> =
+            (0..REGIONS).map(|index| ((index * region).min(size), ((index + 1) * region).min(size))).collect();
         let mut copied = 0;
         while positions.iter().any(|(position, end)| position < end) {
             for (position, end) in &mut positions {
@@ -294,7 +293,8 @@ mod tests {
     #[test]
     fn targets_are_taken_apart_as_the_real_client_does() {
         let targets =
-            parse_targets("2016:nbd://127.0.0.1:10101/vm-disk1,2000:nbd://127.0.0.1:10100/vm-disk0", "backup-1").unwrap();
+            parse_targets("2016:nbd://127.0.0.1:10101/vm-disk1,2000:nbd://127.0.0.1:10100/vm-disk0", "backup-1")
+                .unwrap();
         let found: Vec<(u32, u32)> = targets.iter().map(|target| (target.device_key, target.disk_id)).collect();
         assert_eq!(found, [(2000, 0), (2016, 1)]);
         assert_eq!(targets[0].uri, "nbd://127.0.0.1:10100/vm-disk0".parse().unwrap());
