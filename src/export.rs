@@ -4,6 +4,7 @@
 //! the [`meter`]; nothing here decides what a job does about it. The image is closed by its owner, never by a connection.
 
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -44,6 +45,18 @@ impl ImageExport {
             gate: Arc::default(),
             meter: Arc::new(Meter::new(signals)),
         }
+    }
+
+    /// Opens the image of a restore point and offers it for reading.
+    ///
+    /// # Errors
+    /// Whatever keeps the image, or one below it, from being opened.
+    pub async fn open_read_only(name: &str, path: &Path) -> Result<Self, qcow2::Error> {
+        let mut options = qcow2::OpenOptions::new(qcow2::Access::ReadOnly);
+        // Overlays name their parent as a sibling folder of their own.
+        options.backing_root = path.parent().and_then(Path::parent).map(Path::to_owned);
+        let image = AsyncImage::open(path.to_owned(), options).await?;
+        Ok(Self::new(name, image, qcow2::Access::ReadOnly, Arc::default()))
     }
 
     /// What was seen so far.

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use super::client::ClientError;
 use crate::config::ConfigError;
+use crate::demo::DemoError;
 use crate::serve::StartError;
 
 /// The exit codes of every command; scripts may branch on them.
@@ -87,6 +88,9 @@ pub enum CliError {
         /// What it may mean.
         ids: Vec<String>,
     },
+    /// The demo could not be shown.
+    #[error(transparent)]
+    Demo(#[from] DemoError),
     /// An image cannot be made, opened or used.
     #[error(transparent)]
     Image(#[from] blockyard_qcow2::Error),
@@ -111,9 +115,10 @@ impl CliError {
             Self::Config(_) | Self::Unreadable { .. } | Self::NotJson { .. } => Exit::Usage,
             Self::Start(StartError::StateInUse { .. }) | Self::Ambiguous { .. } => Exit::Conflict,
             Self::NotFound { .. } => Exit::NotFound,
+            Self::Demo(DemoError::NotEmpty(_) | DemoError::Disk { .. }) => Exit::Usage,
             Self::Client(error) => error.exit(),
             Self::Image(error) => image_exit(error),
-            Self::Start(_) | Self::Runtime { .. } | Self::Output { .. } | Self::Signals { .. } => Exit::Failed,
+            Self::Start(_) | Self::Demo(_) | Self::Runtime { .. } | Self::Output { .. } | Self::Signals { .. } => Exit::Failed,
         }
     }
 }

@@ -32,6 +32,19 @@ impl Output {
         Self { format, quiet }
     }
 
+    /// Whether notes are left away.
+    pub fn is_quiet(&self) -> bool {
+        self.quiet
+    }
+
+    /// Tells a person who waits what is going on, on standard error.
+    pub fn note(&self, text: &str) {
+        if !self.quiet && self.format == Format::Text {
+            // With standard error gone there is nobody to tell.
+            let _ = writeln!(io::stderr().lock(), "{text}");
+        }
+    }
+
     /// The form asked for.
     pub fn format(&self) -> Format {
         self.format

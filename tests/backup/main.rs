@@ -9,6 +9,7 @@ mod support;
 mod cancel;
 mod client;
 mod complete;
+mod demo;
 mod foreign;
 mod lists;
 mod names;
