@@ -1,15 +1,14 @@
 //! The command line: one file per noun, one enum of all commands, one meaning per exit code.
 //!
-//! `serve` is the service, `demo` brings its own, and `image` works on files; everything else is a client of the REST API
-//! and knows nothing that a script with curl would not.
+//! `serve` is the service, `demo` brings its own, and `image` and `nbd` work on files; everything else is a client of the REST
+//! API and knows nothing that a script with curl would not.
 
-mod backup;
 mod client;
 mod demo;
 mod error;
 mod image;
+mod nbd;
 mod output;
-mod point;
 mod repo;
 mod serve;
 mod size;
@@ -42,7 +41,7 @@ struct Cli {
 enum Command {
     /// Run the service.
     Serve(serve::Arguments),
-    /// Show the whole product without VMware: back up three disks, read them back, compare.
+    /// Try everything on this machine: back up and compare three disks, without VMware or configuration.
     Demo(demo::Arguments),
     /// The VMs that can be backed up.
     #[command(subcommand)]
@@ -50,12 +49,8 @@ enum Command {
     /// The folders that backups go to.
     #[command(subcommand)]
     Repo(repo::Command),
-    /// Start, watch and cancel backups.
-    #[command(subcommand)]
-    Backup(backup::Command),
-    /// The restore points that backups left.
-    #[command(subcommand)]
-    Point(point::Command),
+    /// Serve one qcow2 image over NBD until SIGTERM or Ctrl-C.
+    Nbd(nbd::Arguments),
     /// qcow2 images, without a service.
     #[command(subcommand)]
     Image(image::Command),
@@ -85,11 +80,10 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 async fn dispatch(command: Command, output: &Output) -> Result<Exit, CliError> {
     match command {
         Command::Serve(arguments) => serve::run(arguments, output).await,
-        Command::Demo(arguments) => demo::run(arguments, output).await,
+        Command::Demo(arguments) => Box::pin(demo::run(arguments, output)).await,
         Command::Vm(command) => vm::run(command, output).await,
         Command::Repo(command) => repo::run(command, output).await,
-        Command::Backup(command) => backup::run(command, output).await,
-        Command::Point(command) => point::run(command, output).await,
+        Command::Nbd(arguments) => nbd::run(arguments, output).await,
         Command::Image(command) => image::run(command, output).await,
     }
 }

@@ -11,7 +11,6 @@ pub mod backup;
 pub mod cli;
 pub mod clock;
 pub mod config;
-pub mod demo;
 pub mod export;
 pub mod http;
 pub mod id;

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use super::client::ClientError;
+use super::demo::DemoError;
 use crate::config::ConfigError;
-use crate::demo::DemoError;
 use crate::serve::StartError;
 
 /// The exit codes of every command; scripts may branch on them.
@@ -88,12 +88,32 @@ pub enum CliError {
         /// What it may mean.
         ids: Vec<String>,
     },
-    /// The demo could not be shown.
-    #[error(transparent)]
-    Demo(#[from] DemoError),
     /// An image cannot be made, opened or used.
     #[error(transparent)]
     Image(#[from] blockyard_qcow2::Error),
+    /// An address cannot be listened on.
+    #[error("cannot listen on {address}: is it in use?")]
+    Bind {
+        /// The address, or the path of the socket.
+        address: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// An address that others can reach.
+    #[error("{address} is not loopback: without encryption an image is served to this machine only")]
+    NotLoopback {
+        /// The address.
+        address: std::net::IpAddr,
+    },
+    /// The export cannot be served under this name.
+    #[error("the image cannot be exported: {reason}")]
+    Export {
+        /// What is wrong with the name.
+        reason: String,
+    },
+    /// The demo ended before its table.
+    #[error(transparent)]
+    Demo(#[from] DemoError),
     /// Standard output is gone or full.
     #[error("standard output cannot be written")]
     Output {
@@ -112,13 +132,18 @@ impl CliError {
     /// The exit code of this error.
     pub fn exit(&self) -> Exit {
         match self {
-            Self::Config(_) | Self::Unreadable { .. } | Self::NotJson { .. } => Exit::Usage,
+            Self::Config(_)
+            | Self::Unreadable { .. }
+            | Self::NotJson { .. }
+            | Self::NotLoopback { .. }
+            | Self::Export { .. } => Exit::Usage,
+            Self::Bind { .. } => Exit::Conflict,
             Self::Start(StartError::StateInUse { .. }) | Self::Ambiguous { .. } => Exit::Conflict,
             Self::NotFound { .. } => Exit::NotFound,
-            Self::Demo(DemoError::NotEmpty(_) | DemoError::Disk { .. }) => Exit::Usage,
             Self::Client(error) => error.exit(),
             Self::Image(error) => image_exit(error),
-            Self::Start(_) | Self::Demo(_) | Self::Runtime { .. } | Self::Output { .. } | Self::Signals { .. } => Exit::Failed,
+            Self::Demo(error) => error.exit(),
+            Self::Start(_) | Self::Runtime { .. } | Self::Output { .. } | Self::Signals { .. } => Exit::Failed,
         }
     }
 }

@@ -32,19 +32,6 @@ impl Output {
         Self { format, quiet }
     }
 
-    /// Whether notes are left away.
-    pub fn is_quiet(&self) -> bool {
-        self.quiet
-    }
-
-    /// Tells a person who waits what is going on, on standard error.
-    pub fn note(&self, text: &str) {
-        if !self.quiet && self.format == Format::Text {
-            // With standard error gone there is nobody to tell.
-            let _ = writeln!(io::stderr().lock(), "{text}");
-        }
-    }
-
     /// The form asked for.
     pub fn format(&self) -> Format {
         self.format
@@ -64,6 +51,19 @@ impl Output {
             Format::Text if self.quiet => Ok(()),
             Format::Text => self.line(&note(document)),
             Format::Json => self.line(&format!("{document:#}")),
+        }
+    }
+
+    /// Whether notes are printed at all: not when they were declined, and not around a document.
+    pub fn has_notes(&self) -> bool {
+        self.format == Format::Text && !self.quiet
+    }
+
+    /// Tells on standard error what is going on, unless nobody wants to know.
+    pub fn note(&self, note: &str) {
+        if self.has_notes() {
+            // A note that nobody can read is not missed.
+            let _ = writeln!(io::stderr().lock(), "{note}");
         }
     }
 

@@ -7,9 +7,9 @@
 mod support;
 
 mod cancel;
+mod cli;
 mod client;
 mod complete;
-mod demo;
 mod foreign;
 mod lists;
 mod names;

@@ -13,7 +13,6 @@ use blockyard_nbd::client::{Client as NbdClient, Uri};
 use blockyard_nbd::{Durability, ZeroFlags};
 use bytes::Bytes;
 use serde_json::json;
-use tokio::time::Instant;
 
 use super::faults::{CompleteFault, PausePoint};
 use super::log::{Event, StartCall};
@@ -98,9 +97,8 @@ impl Client {
         if self.config.faults.complete == CompleteFault::Early {
             self.complete(target.disk_id, &disk.change_id).await?;
         }
-        let begun = Instant::now();
         let bytes = self.copy(&link, target, disk).await?;
-        self.shared.log.push(Event::Copied { disk_id: target.disk_id, bytes, took: begun.elapsed() });
+        self.shared.log.push(Event::Copied { disk_id: target.disk_id, bytes });
         self.telemetry("completed").await?;
         self.pause_at(PausePoint::BeforeComplete(index)).await;
         self.complete_as_told(target, disk).await?;

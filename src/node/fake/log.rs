@@ -58,8 +58,6 @@ pub enum Event {
         disk_id: u32,
         /// How many bytes were written or zeroed.
         bytes: u64,
-        /// How long that took.
-        took: std::time::Duration,
     },
     /// A write was refused.
     WriteFailed {
