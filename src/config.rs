@@ -4,6 +4,7 @@
 //! only when something behaves differently by it; `docs/configuration.md` describes each one and a test holds the two equal.
 //! An empty text means "not set" and is `None` in these types.
 
+mod form;
 mod load;
 mod ports;
 mod validate;
@@ -15,6 +16,7 @@ use std::path::PathBuf;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use form::{blank, networks};
 pub use load::{ConfigError, Environment};
 pub use ports::{PortRange, PortRangeError};
 
@@ -326,54 +328,5 @@ impl Default for Storage {
             full_estimate_ratio: 0.5,
             coverage_full: CoverageFull::Require,
         }
-    }
-}
-
-/// An optional value that is written as text, where the empty text means "not set".
-mod blank {
-    use serde::de::value::StringDeserializer;
-    use serde::de::{Deserialize, Deserializer, IntoDeserializer};
-    use serde::ser::{Serialize, Serializer};
-
-    pub(super) fn serialize<T: Serialize, S: Serializer>(value: &Option<T>, serializer: S) -> Result<S::Ok, S::Error> {
-        match value {
-            Some(value) => value.serialize(serializer),
-            None => serializer.serialize_str(""),
-        }
-    }
-
-    pub(super) fn deserialize<'de, T: Deserialize<'de>, D: Deserializer<'de>>(
-        deserializer: D,
-    ) -> Result<Option<T>, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        if text.is_empty() {
-            return Ok(None);
-        }
-        let text: StringDeserializer<D::Error> = text.into_deserializer();
-        T::deserialize(text).map(Some)
-    }
-}
-
-/// Networks as text; a single address stands for itself.
-mod networks {
-    use std::net::IpAddr;
-
-    use ipnet::IpNet;
-    use serde::de::{Deserialize, Deserializer, Error};
-    use serde::ser::Serializer;
-
-    pub(super) fn serialize<S: Serializer>(networks: &[IpNet], serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_seq(networks.iter().map(ToString::to_string))
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<IpNet>, D::Error> {
-        Vec::<String>::deserialize(deserializer)?
-            .iter()
-            .map(|text| {
-                text.parse().or_else(|_| text.parse::<IpAddr>().map(IpNet::from)).map_err(|_| {
-                    D::Error::custom(format_args!("{text:?} is no network such as 127.0.0.0/8 and no address"))
-                })
-            })
-            .collect()
     }
 }

@@ -1,6 +1,6 @@
 //! The HTTP side: routes, who may call them, what goes wrong, and the description of it all.
 //!
-//! A route group is a file with a `routes` function; adding one is a line in [`api`]. The description is made from the
+//! A route group is a file with a `routes` function; adding one is a line in `api`. The description is made from the
 //! handlers' types, so a route that is served is described, and one that is described is served. Handlers are thin: they
 //! parse, call the layer below, and answer.
 

@@ -1,8 +1,23 @@
 //! An NBD server and a small client for tokio.
+//!
+//! [`Server::start`] serves [`Export`]s on a bound listener; [`client`] talks to any NBD server. Memory is bounded over
+//! the whole process by one [`Budget`]. [`wire`], [`handshake`] and [`transmission`] are the protocol without I/O.
 #![forbid(unsafe_code)]
 
+pub mod budget;
+pub mod client;
 pub mod error;
 pub mod export;
+pub mod handshake;
+pub mod limits;
+pub mod server;
+mod session;
+pub mod stats;
+pub mod transmission;
+pub mod wire;
 
+pub use budget::Budget;
 pub use error::{Error, ErrorKind};
 pub use export::{Buffer, Device, Durability, Export, Extent, ZeroFlags};
+pub use limits::{BudgetLimits, Limits};
+pub use server::{Exports, Handle, ListPolicy, Options, Server, Stopped};

@@ -10,9 +10,6 @@ use crate::refcounts::{self, RefcountTable};
 use crate::references;
 use crate::storage::{FileStorage, Storage};
 
-/// How many broken rules a report spells out.
-const DETAILS_MAX: usize = 32;
-
 /// What a check found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CheckReport {
@@ -56,13 +53,13 @@ pub(crate) fn check_storage(storage: &dyn Storage) -> Result<CheckReport> {
     let width = header.refcount_width;
     let differences = refcounts::compare(storage, header.geometry, width, &table, &found.counts, length)?;
     Ok(CheckReport {
-        errors: found.faults.len() as u64 + differences.too_low,
+        errors: found.faults.count + differences.too_low,
         leaks: differences.too_high,
         allocated_clusters: found.data_clusters,
         compressed_clusters: found.compressed_clusters,
         total_clusters: header.geometry.clusters(),
         image_end: found.end,
         dirty: header.is_dirty(),
-        details: found.faults.iter().take(DETAILS_MAX).map(Error::to_string).collect(),
+        details: found.faults.first.iter().map(Error::to_string).collect(),
     })
 }

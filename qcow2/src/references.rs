@@ -93,9 +93,32 @@ pub(crate) struct References {
     pub(crate) data_clusters: u64,
     pub(crate) compressed_clusters: u64,
     /// Rules broken, in the order in which they were met.
-    pub(crate) faults: Vec<Error>,
+    pub(crate) faults: Faults,
     /// Highest used host byte plus one.
     pub(crate) end: u64,
+}
+
+/// Broken rules: all are counted, the first ones are kept, so that no image can fill the memory with its faults.
+#[derive(Debug, Default)]
+pub(crate) struct Faults {
+    pub(crate) first: Vec<Error>,
+    pub(crate) count: u64,
+}
+
+impl Faults {
+    const KEPT: usize = 32;
+
+    fn push(&mut self, fault: Error) {
+        self.count += 1;
+        if self.first.len() < Self::KEPT {
+            self.first.push(fault);
+        }
+    }
+
+    /// The first fault, as an error.
+    pub(crate) fn refuse(self) -> Result<()> {
+        self.first.into_iter().next().map_or(Ok(()), Err)
+    }
 }
 
 const ONE_OWNER: &str = "each cluster of the file has one owner";
@@ -189,9 +212,11 @@ fn count_table(found: &mut References, table: &[u8], table_host: u64, header: &H
                     found.faults.push(fault("compressed data must be inside the file"));
                     continue;
                 }
-                (host / cluster_size..=last).for_each(|cluster| {
-                    found.counts.add(cluster);
-                });
+                for cluster in host / cluster_size..=last {
+                    if found.counts.add(cluster) > 0 && found.copied.load(cluster) > 0 {
+                        found.faults.push(fault("compressed data must not share a cluster that has the COPIED bit"));
+                    }
+                }
                 found.end = found.end.max((last + 1) * cluster_size);
                 continue;
             }

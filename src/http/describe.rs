@@ -64,7 +64,7 @@ pub(super) fn complete(openapi: &mut OpenApi) {
 
 /// `/openapi.json`, `/docs` and `/docs/problems`.
 pub(super) fn pages(openapi: OpenApi) -> Router<AppState> {
-    let config = Config::new(["/openapi.json"]).try_it_out_enabled(true).persist_authorization(true);
+    let config = Config::new(["/openapi.json"]).try_it_out_enabled(true);
     Router::new()
         .route("/docs/problems", get(|| async { Html(codes::html()) }))
         .merge(SwaggerUi::new("/docs").url("/openapi.json", openapi).config(config))

@@ -1,7 +1,7 @@
 //! Errors as callers see them: problem documents of RFC 9457 with a stable code.
 //!
 //! A handler returns a [`Problem`]; what depends on the request (path, time, request id) is added on the way out by
-//! [`finish`], which also turns every plain error of the framework into a document. The codes are in `codes`. A detail is
+//! `finish`, which also turns every plain error of the framework into a document. The codes are in `codes`. A detail is
 //! for the caller: it never holds a secret, SQL or an internal path. What the log keeps is written where the error happens.
 
 use std::collections::BTreeMap;

@@ -122,3 +122,16 @@ async fn foreign_hosts_and_origins_are_refused_everywhere() {
         ask("origin", format!("http://127.0.0.1:{port}")).await.expect_status(200);
     }
 }
+
+#[tokio::test]
+async fn address_for_callbacks_serves_nothing_else() {
+    let service = TestService::start_with("[server]\ncallbacks_bind = \"127.0.0.1:0\"").await;
+    let address = service.service.callbacks_address().unwrap();
+    assert_ne!(address, service.service.address());
+    let client = reqwest::Client::builder().no_proxy().build().unwrap();
+    for path in ["/api/v1/vms", "/api/v1/repositories", "/health", "/docs/", "/openapi.json"] {
+        let request = client.get(format!("http://{address}{path}"));
+        send(request.try_clone().unwrap().bearer_auth(&service.token)).await.expect_problem(404, "not_found");
+        send(request).await.expect_problem(401, "token_missing");
+    }
+}

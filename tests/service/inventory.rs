@@ -248,3 +248,16 @@ async fn removed_vm_is_gone_and_unknown_ids_never_were() {
     assert_eq!(service.get("/api/v1/vms").await.json()["total"], 0);
     service.add_vm("db", &[(2000, 512)]).await;
 }
+
+#[tokio::test]
+async fn of_two_that_add_the_same_vm_at_once_one_wins() {
+    let service = TestService::start().await;
+    let body = vm_body("raced");
+    let requests =
+        (0..8).map(|_| crate::support::send(service.request(reqwest::Method::POST, "/api/v1/vms").json(&body)));
+    let mut tasks = tokio::task::JoinSet::new();
+    requests.for_each(|request| drop(tasks.spawn(request)));
+    let mut statuses: Vec<u16> = tasks.join_all().await.iter().map(|answer| answer.status.as_u16()).collect();
+    statuses.sort_unstable();
+    assert_eq!(statuses, [201, 409, 409, 409, 409, 409, 409, 409]);
+}

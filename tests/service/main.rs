@@ -13,5 +13,6 @@ mod inventory;
 mod listing;
 mod problems;
 mod process;
+mod removal;
 mod repositories;
 mod schema;

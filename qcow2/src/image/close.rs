@@ -62,9 +62,7 @@ impl Image {
         // After a crash the old structures may say anything; new ones are made, and the old ones become free space.
         let table = if rebuild { None } else { Some(RefcountTable::load(storage, &self.header)?) };
         let mut found = references::count(storage, &self.header, table.as_ref())?;
-        if let Some(fault) = found.faults.into_iter().next() {
-            return Err(fault);
-        }
+        found.faults.refuse()?;
         let width = self.header.refcount_width;
         let table = table.unwrap_or_default();
         let (table, end) = refcounts::set(storage, geometry, width, table, &mut found.counts, self.allocator.end())?;

@@ -158,10 +158,7 @@ fn refuse_read_only_features(header: &Header) -> Result<()> {
 fn validate(storage: &dyn Storage, header: &Header) -> Result<()> {
     // Of a dirty image the refcount structures mean nothing; closing makes them anew.
     let table = if header.is_dirty() { None } else { Some(RefcountTable::load(storage, header)?) };
-    match references::count(storage, header, table.as_ref())?.faults.into_iter().next() {
-        Some(fault) => Err(fault),
-        None => Ok(()),
-    }
+    references::count(storage, header, table.as_ref())?.faults.refuse()
 }
 
 fn read_l1(storage: &dyn Storage, header: &Header) -> Result<Vec<u64>> {

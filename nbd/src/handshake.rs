@@ -1,0 +1,449 @@
+//! The handshake without I/O: bytes of the client in, [`Action`]s out.
+//!
+//! The driver sends the greeting, feeds what arrives, and does what [`Handshake::next`] says until it says `Wait`. What
+//! was fed beyond the handshake are the first requests: [`Handshake::into_rest`]. Clock, caps and the opening of exports
+//! are the driver's. "Fixed newstyle negotiation" and "Option types" are the sections behind each answer.
+#![deny(clippy::indexing_slicing)]
+
+use std::sync::Arc;
+
+use crate::transmission::{BASE_ALLOCATION_ID, ContextSet, Mode, Terms};
+use crate::wire::option::{
+    BlockSizes, ExportInfo, INFO_BLOCK_SIZE, INFO_DESCRIPTION, INFO_EXPORT, INFO_NAME, InfoRequest, MetaRequest,
+    OPTION_HEADER_LENGTH, OptionCode, OptionHeader, ReplyType, WantedInfo, encode_reply, prefixed,
+};
+use crate::wire::{FIXED_NEWSTYLE, MAX_ERROR_TEXT, MAX_PAYLOAD, MAX_STRING, NO_ZEROES, string, truncated};
+use crate::{Error, ErrorKind};
+
+/// Option data up to this many bytes are looked at; a list of 4096 metadata queries fits.
+const MAX_PARSED: u32 = 64 << 10;
+/// Option data up to this many bytes are read and dropped; above, the client is not worth it.
+const MAX_DISCARDED: u32 = 1 << 20;
+
+/// What the handshake knows of an export.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExportFacts {
+    /// The name.
+    pub name: String,
+    /// One line for humans.
+    pub description: String,
+    /// Size in bytes, below 2^63.
+    pub size: u64,
+    /// Whether writes are refused.
+    pub read_only: bool,
+    /// A power of two, `512 <= preferred <= 64 MiB`.
+    pub preferred_block_size: u32,
+}
+
+/// Whether LIST tells the exports.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ListPolicy {
+    /// It does.
+    #[default]
+    Show,
+    /// It is answered ERR_POLICY.
+    Hide,
+}
+
+/// How the server feels about this client.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Stance {
+    /// Served.
+    Welcome,
+    /// Every option is answered ERR_POLICY with this text.
+    Refused(String),
+    /// Every option is answered ERR_SHUTDOWN.
+    ShuttingDown,
+}
+
+/// What one handshake is held to.
+#[derive(Clone, Debug)]
+pub struct Policy {
+    /// Answer to LIST.
+    pub list: ListPolicy,
+    /// Most options.
+    pub options: u32,
+    /// Most bytes of option data.
+    pub option_bytes: u64,
+}
+
+/// What was agreed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Negotiated {
+    /// Index into the exports that the handshake was made with.
+    pub export: usize,
+    /// Form of replies.
+    pub mode: Mode,
+    /// Metadata contexts for this export.
+    pub contexts: ContextSet,
+}
+
+/// What the driver does next.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Feed more bytes.
+    Wait,
+    /// Send these.
+    Send(Vec<u8>),
+    /// Open the export with this index, then call [`Handshake::opened`].
+    Open(usize),
+    /// The handshake is over; nothing more is to be sent before the first reply.
+    Enter(Negotiated),
+    /// Close, for a reason worth a log line. What was sent must still reach the client.
+    Close(&'static str),
+}
+
+#[derive(Debug)]
+enum State {
+    ClientFlags,
+    Header,
+    Data(OptionHeader),
+    /// Drop so many more bytes of the option, then answer.
+    Discard(OptionHeader, u32),
+    Opening(OptionCode, Negotiated, WantedInfo),
+    Entering(Negotiated),
+    Closed(&'static str),
+}
+
+/// One handshake, seen from the server.
+#[derive(Debug)]
+pub struct Handshake {
+    exports: Arc<[ExportFacts]>,
+    policy: Policy,
+    stance: Stance,
+    state: State,
+    inbox: Vec<u8>,
+    /// Bytes of the inbox that are done with; they are dropped at the next feed.
+    consumed: usize,
+    outbox: Vec<u8>,
+    zeroes: bool,
+    fixed: bool,
+    mode: Mode,
+    contexts: Option<(usize, ContextSet)>,
+    options: u32,
+    option_bytes: u64,
+}
+
+impl Handshake {
+    /// A handshake whose greeting has been sent.
+    pub fn new(exports: Arc<[ExportFacts]>, policy: Policy, stance: Stance) -> Self {
+        Self {
+            exports,
+            policy,
+            stance,
+            state: State::ClientFlags,
+            inbox: Vec::new(),
+            consumed: 0,
+            outbox: Vec::new(),
+            zeroes: true,
+            fixed: false,
+            mode: Mode::default(),
+            contexts: None,
+            options: 0,
+            option_bytes: 0,
+        }
+    }
+
+    /// Takes bytes of the client, any number of them.
+    pub fn feed(&mut self, bytes: &[u8]) {
+        self.inbox.drain(..self.consumed);
+        self.consumed = 0;
+        self.inbox.extend_from_slice(bytes);
+    }
+
+    /// From now on options are answered ERR_SHUTDOWN.
+    pub fn shut_down(&mut self) {
+        self.stance = Stance::ShuttingDown;
+    }
+
+    /// The next thing to do; call it until it says [`Action::Wait`].
+    #[allow(clippy::should_implement_trait)]
+    pub fn next(&mut self) -> Action {
+        loop {
+            if !self.outbox.is_empty() {
+                return Action::Send(std::mem::take(&mut self.outbox));
+            }
+            let went_on = match &self.state {
+                State::ClientFlags => self.client_flags(),
+                State::Header => self.header(),
+                State::Data(header) => self.data(*header),
+                State::Discard(header, left) => self.discard(*header, *left),
+                State::Opening(_, negotiated, _) => return Action::Open(negotiated.export),
+                State::Entering(negotiated) => return Action::Enter(*negotiated),
+                State::Closed(reason) => return Action::Close(reason),
+            };
+            if went_on.is_none() && self.outbox.is_empty() {
+                return Action::Wait;
+            }
+        }
+    }
+
+    /// The answer to [`Action::Open`]: the export is open, or it is not and the client may try something else.
+    pub fn opened(&mut self, result: Result<(), Error>) {
+        let State::Opening(code, negotiated, wanted) = self.state else { return };
+        self.state = State::Header;
+        let result = match self.stance {
+            Stance::ShuttingDown => Err(Error::new(ErrorKind::Shutdown, "the server is shutting down")),
+            _ => result,
+        };
+        match (result, code) {
+            (Ok(()), OptionCode::GO) => {
+                self.information(code, negotiated, wanted);
+                self.reply(code, ReplyType::ACK, &[]);
+                self.state = State::Entering(negotiated);
+            }
+            (Ok(()), _) => {
+                if let Some(info) = self.export_info(negotiated) {
+                    self.outbox.extend(info.encode());
+                }
+                if self.zeroes {
+                    self.outbox.extend([0; 124]);
+                }
+                self.state = State::Entering(negotiated);
+            }
+            (Err(error), OptionCode::GO) => {
+                let reply = match error.kind {
+                    ErrorKind::NotPermitted => ReplyType::ERR_POLICY,
+                    ErrorKind::Shutdown => ReplyType::ERR_SHUTDOWN,
+                    _ => ReplyType::ERR_PLATFORM,
+                };
+                self.refuse(code, reply, &error.text);
+            }
+            (Err(_), _) => self.state = State::Closed("EXPORT_NAME cannot be refused politely"),
+        }
+    }
+
+    /// What was fed and not used: requests that were sent right behind GO.
+    pub fn into_rest(mut self) -> Vec<u8> {
+        self.inbox.drain(..self.consumed);
+        self.inbox
+    }
+
+    /// The unused part of what was fed.
+    fn unread(&self) -> &[u8] {
+        self.inbox.get(self.consumed..).unwrap_or_default()
+    }
+
+    fn client_flags(&mut self) -> Option<()> {
+        let flags = u32::from_be_bytes(*self.unread().first_chunk()?);
+        self.consumed += 4;
+        let known = u32::from(FIXED_NEWSTYLE | NO_ZEROES);
+        self.fixed = flags & u32::from(FIXED_NEWSTYLE) != 0;
+        self.zeroes = flags & u32::from(NO_ZEROES) == 0;
+        self.state = if flags & !known == 0 { State::Header } else { State::Closed("unknown client flags") };
+        Some(())
+    }
+
+    fn header(&mut self) -> Option<()> {
+        let bytes: [u8; OPTION_HEADER_LENGTH] = *self.unread().first_chunk()?;
+        self.consumed += OPTION_HEADER_LENGTH;
+        let Some(header) = OptionHeader::decode(bytes) else {
+            self.state = State::Closed("wrong option magic");
+            return Some(());
+        };
+        self.options += 1;
+        self.option_bytes += u64::from(header.length);
+        self.state = if self.options > self.policy.options {
+            State::Closed("too many options")
+        } else if header.code == OptionCode::ABORT {
+            // Its data are ignored, and the connection ends: no need to wait for them.
+            self.reply(header.code, ReplyType::ACK, &[]);
+            State::Closed("the client aborted")
+        } else if header.length > MAX_DISCARDED || self.option_bytes > self.policy.option_bytes {
+            State::Closed("too many bytes of options")
+        } else if header.code == OptionCode::EXPORT_NAME {
+            match (&self.stance, usize::try_from(header.length)) {
+                (Stance::Welcome, Ok(length)) if length <= MAX_STRING => State::Data(header),
+                _ => State::Closed("EXPORT_NAME cannot be refused politely"),
+            }
+        } else if !self.fixed {
+            State::Closed("an option from a client that is not fixed newstyle")
+        } else if header.length > MAX_PARSED || !has_data(header.code) || self.stance != Stance::Welcome {
+            State::Discard(header, header.length)
+        } else {
+            State::Data(header)
+        };
+        Some(())
+    }
+
+    fn discard(&mut self, header: OptionHeader, left: u32) -> Option<()> {
+        let there = self.unread().len().min(usize::try_from(left).unwrap_or(usize::MAX));
+        self.consumed += there;
+        let left = left.saturating_sub(u32::try_from(there).unwrap_or(u32::MAX));
+        self.state = State::Discard(header, left);
+        if left > 0 {
+            return None;
+        }
+        self.state = State::Header;
+        self.answer_without_data(header);
+        Some(())
+    }
+
+    /// Options whose data were dropped: those that take none, unknown ones, and any from a client that is not welcome.
+    fn answer_without_data(&mut self, OptionHeader { code, length }: OptionHeader) {
+        match &self.stance {
+            Stance::Welcome => {}
+            Stance::Refused(text) => {
+                let text = text.clone();
+                return self.refuse(code, ReplyType::ERR_POLICY, &text);
+            }
+            Stance::ShuttingDown => return self.refuse(code, ReplyType::ERR_SHUTDOWN, "the server is shutting down"),
+        }
+        match code {
+            OptionCode::LIST | OptionCode::STRUCTURED_REPLY if length > 0 => {
+                self.refuse(code, ReplyType::ERR_INVALID, "the option takes no data");
+            }
+            OptionCode::LIST => self.list(),
+            OptionCode::STRUCTURED_REPLY if self.mode == Mode::Simple => {
+                self.mode = Mode::Structured;
+                self.reply(code, ReplyType::ACK, &[]);
+            }
+            OptionCode::STRUCTURED_REPLY => {
+                self.refuse(code, ReplyType::ERR_INVALID, "structured replies were negotiated before");
+            }
+            OptionCode::INFO | OptionCode::GO | OptionCode::LIST_META_CONTEXT | OptionCode::SET_META_CONTEXT => {
+                if code == OptionCode::SET_META_CONTEXT {
+                    self.contexts = None;
+                }
+                self.refuse(code, ReplyType::ERR_TOO_BIG, "the option is longer than 65536 bytes");
+            }
+            _ => self.refuse(code, ReplyType::ERR_UNSUP, "the option is not supported"),
+        }
+    }
+
+    fn data(&mut self, header: OptionHeader) -> Option<()> {
+        let length = usize::try_from(header.length).ok()?;
+        let data = self.unread().get(..length)?.to_vec();
+        self.consumed += length;
+        self.state = State::Header;
+        match header.code {
+            OptionCode::EXPORT_NAME => self.export_name(&data),
+            OptionCode::LIST_META_CONTEXT | OptionCode::SET_META_CONTEXT => self.meta_context(header.code, &data),
+            code => self.info(code, &data),
+        }
+        Some(())
+    }
+
+    fn export_name(&mut self, data: &[u8]) {
+        let export = string(data).and_then(|name| self.find(name));
+        self.state = match export {
+            Some(export) => State::Opening(OptionCode::EXPORT_NAME, self.agreed(export), WantedInfo::default()),
+            None => State::Closed("EXPORT_NAME for an export that is not here"),
+        };
+    }
+
+    fn info(&mut self, code: OptionCode, data: &[u8]) {
+        let request = match InfoRequest::decode(data) {
+            Ok(request) => request,
+            Err(text) => return self.refuse(code, ReplyType::ERR_INVALID, text),
+        };
+        let Some(export) = self.find(request.name) else { return self.unknown(code, request.name) };
+        let negotiated = self.agreed(export);
+        if code == OptionCode::GO {
+            self.state = State::Opening(code, negotiated, request.wanted);
+        } else {
+            self.information(code, negotiated, request.wanted);
+            self.reply(code, ReplyType::ACK, &[]);
+        }
+    }
+
+    fn meta_context(&mut self, code: OptionCode, data: &[u8]) {
+        let set = code == OptionCode::SET_META_CONTEXT;
+        if set {
+            // Also a SET that fails replaces what an earlier one selected.
+            self.contexts = None;
+            if self.mode == Mode::Simple {
+                return self.refuse(code, ReplyType::ERR_INVALID, "negotiate structured replies first");
+            }
+        }
+        let request = match MetaRequest::decode(data) {
+            Ok(request) => request,
+            Err(text) => return self.refuse(code, ReplyType::ERR_INVALID, text),
+        };
+        let Some(export) = self.find(request.name) else { return self.unknown(code, request.name) };
+        let mut queries = request.queries().peekable();
+        // LIST without queries asks for everything and knows `base:` as a wildcard; SET knows neither.
+        let all = !set && queries.peek().is_none();
+        let base_allocation = all || queries.any(|query| query == BASE_ALLOCATION || (!set && query == "base:"));
+        if base_allocation {
+            let id = if set { BASE_ALLOCATION_ID } else { 0 };
+            self.reply(code, ReplyType::META_CONTEXT, &[&id.to_be_bytes(), BASE_ALLOCATION.as_bytes()]);
+        }
+        if set {
+            self.contexts = Some((export, ContextSet { base_allocation }));
+        }
+        self.reply(code, ReplyType::ACK, &[]);
+    }
+
+    fn list(&mut self) {
+        let code = OptionCode::LIST;
+        if self.policy.list == ListPolicy::Hide {
+            return self.refuse(code, ReplyType::ERR_POLICY, "listing is not allowed here");
+        }
+        for export in self.exports.clone().iter() {
+            self.reply(code, ReplyType::SERVER, &[&prefixed(&export.name), export.description.as_bytes()]);
+        }
+        self.reply(code, ReplyType::ACK, &[]);
+    }
+
+    /// The answers of INFO and GO before their ACK.
+    fn information(&mut self, code: OptionCode, negotiated: Negotiated, wanted: WantedInfo) {
+        let exports = self.exports.clone();
+        let Some(facts) = exports.get(negotiated.export) else { return };
+        let Some(info) = self.export_info(negotiated) else { return };
+        self.reply(code, ReplyType::INFO, &[&INFO_EXPORT.to_be_bytes(), &info.encode()]);
+        if wanted.name {
+            self.reply(code, ReplyType::INFO, &[&INFO_NAME.to_be_bytes(), facts.name.as_bytes()]);
+        }
+        if wanted.description {
+            self.reply(code, ReplyType::INFO, &[&INFO_DESCRIPTION.to_be_bytes(), facts.description.as_bytes()]);
+        }
+        let sizes = BlockSizes { minimum: 1, preferred: facts.preferred_block_size, maximum: MAX_PAYLOAD };
+        self.reply(code, ReplyType::INFO, &[&INFO_BLOCK_SIZE.to_be_bytes(), &sizes.encode()]);
+    }
+
+    fn export_info(&self, negotiated: Negotiated) -> Option<ExportInfo> {
+        let facts = self.exports.get(negotiated.export)?;
+        Some(ExportInfo { size: facts.size, flags: negotiated.terms(facts).flags() })
+    }
+
+    /// The export of that name; the empty one is the only export, if there is just one.
+    fn find(&self, name: &str) -> Option<usize> {
+        let found = self.exports.iter().position(|export| export.name == name);
+        found.or((name.is_empty() && self.exports.len() == 1).then_some(0))
+    }
+
+    /// What entering `export` now would mean. Contexts that were selected for another export do not count.
+    fn agreed(&self, export: usize) -> Negotiated {
+        let contexts = self.contexts.filter(|(selected, _)| *selected == export);
+        Negotiated { export, mode: self.mode, contexts: contexts.map(|(_, set)| set).unwrap_or_default() }
+    }
+
+    fn unknown(&mut self, code: OptionCode, name: &str) {
+        let name = truncated(name, 256);
+        self.refuse(code, ReplyType::ERR_UNKNOWN, &format!("there is no export \"{name}\" here"));
+    }
+
+    fn refuse(&mut self, code: OptionCode, reply: ReplyType, text: &str) {
+        self.reply(code, reply, &[truncated(text, MAX_ERROR_TEXT).as_bytes()]);
+    }
+
+    fn reply(&mut self, code: OptionCode, reply: ReplyType, data: &[&[u8]]) {
+        encode_reply(&mut self.outbox, code, reply, data);
+    }
+}
+
+impl Negotiated {
+    /// What requests are checked against.
+    pub fn terms(&self, facts: &ExportFacts) -> Terms {
+        Terms { size: facts.size, read_only: facts.read_only, mode: self.mode, contexts: self.contexts }
+    }
+}
+
+/// The one metadata context served.
+const BASE_ALLOCATION: &str = "base:allocation";
+
+/// Whether the data of the option mean something here.
+fn has_data(code: OptionCode) -> bool {
+    matches!(code, OptionCode::INFO | OptionCode::GO | OptionCode::LIST_META_CONTEXT | OptionCode::SET_META_CONTEXT)
+}

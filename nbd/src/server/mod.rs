@@ -1,0 +1,199 @@
+//! Listeners: TCP and Unix sockets that somebody else has bound, the exports they offer, and how they stop.
+//!
+//! [`Server::start`] serves at once; the [`Handle`] it returns is the server's life. One connection is
+//! `connection`'s business, from accept to close.
+
+mod connection;
+mod exports;
+mod half_open;
+mod socket;
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::{Instant, timeout, timeout_at};
+
+pub use self::exports::{Exports, ExportsError};
+use self::half_open::HalfOpen;
+pub use self::socket::{Address, Listener};
+use crate::budget::Budget;
+pub use crate::handshake::ListPolicy;
+use crate::limits::Limits;
+use crate::session::{Phase, reached};
+use crate::stats::ExportStats;
+
+/// How long accepting rests after a failure, usually for want of file descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// What a server is started with, next to a listener and exports.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Bounds of each connection.
+    pub limits: Limits,
+    /// The bounds shared by all servers of the process.
+    pub budget: Arc<Budget>,
+    /// Whether clients may list the exports.
+    pub list: ListPolicy,
+    /// Connections in the transmission phase per export, at least 1; one more is told "too many connections".
+    pub connections_per_export: usize,
+}
+
+impl Options {
+    /// The defaults, on this budget: exports are listed, 16 connections each.
+    pub fn new(budget: Arc<Budget>) -> Self {
+        Self { limits: Limits::default(), budget, list: ListPolicy::default(), connections_per_export: 16 }
+    }
+}
+
+/// What the connections of one server share.
+#[derive(Debug)]
+struct Shared {
+    exports: Exports,
+    limits: Arc<Limits>,
+    budget: Arc<Budget>,
+    list: ListPolicy,
+    connections_per_export: usize,
+    half_open: Arc<HalfOpen>,
+    phase: watch::Sender<Phase>,
+}
+
+/// An NBD server on one listener.
+#[derive(Debug)]
+pub struct Server;
+
+impl Server {
+    /// Serves the listener from now on; clients that connect after this returns are answered. Must be called within a
+    /// tokio runtime. Fails only if the listener does not know its own address.
+    pub fn start(listener: impl Into<Listener>, exports: Exports, options: Options) -> io::Result<Handle> {
+        let listener = listener.into();
+        let address = listener.address()?;
+        let Options { limits, budget, list, connections_per_export } = options;
+        let half_open = HalfOpen::new(limits.half_open);
+        let (limits, phase) = (Arc::new(limits), watch::Sender::new(Phase::Running));
+        let shared = Arc::new(Shared { exports, limits, budget, list, connections_per_export, half_open, phase });
+        let accepting = tokio::spawn(accept(listener, shared.clone()));
+        Ok(Handle { address, shared, accepting })
+    }
+}
+
+/// A running server. Dropping it aborts everything: the port is free and the connections are closed as soon as the runtime
+/// gets to it, and device calls that have begun run to their end. [`Handle::stop`] is the polite way.
+#[derive(Debug)]
+pub struct Handle {
+    address: Address,
+    shared: Arc<Shared>,
+    accepting: JoinHandle<()>,
+}
+
+/// How a server stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stopped {
+    /// All requests were finished in time.
+    Drained,
+    /// Some were answered ESHUTDOWN without waiting for their device calls.
+    Cut {
+        /// Connections with a device call that still runs, and will run to its end.
+        running: usize,
+    },
+}
+
+impl Handle {
+    /// Where it listens.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// One URI for each export, in the order given.
+    pub fn uris(&self) -> Vec<String> {
+        self.shared.exports.iter().map(|(name, _)| self.address.uri(name)).collect()
+    }
+
+    /// The counters of an export; they outlive the server.
+    pub fn stats(&self, export: &str) -> Option<Arc<ExportStats>> {
+        self.shared.exports.iter().find(|(name, _)| *name == export).map(|(_, entry)| entry.stats.clone())
+    }
+
+    /// Stops: no new connections; new requests get ESHUTDOWN; those under way are waited for up to `drain`, then answered
+    /// ESHUTDOWN; devices are flushed; all tasks have ended on return, but for device calls that did not.
+    ///
+    /// # Durability
+    /// Each device open for writing was asked to flush, and the failure of that is logged, not returned: who needs to know
+    /// asks the device.
+    ///
+    /// # Cancellation
+    /// Dropping the future aborts what is left, as dropping the handle does.
+    pub async fn stop(mut self, drain: Duration) -> Stopped {
+        let deadline = Instant::now() + drain;
+        let shared = self.shared.clone();
+        let devices = shared.exports.writable_devices();
+        shared.phase.send_replace(Phase::Draining);
+        let drained = timeout_at(deadline, nobody_connected(&shared.exports)).await.is_ok();
+        shared.phase.send_replace(Phase::Cut);
+        // Each connection takes at most one linger to send and one to be heard out; more means a bug, and is cut short.
+        let patience = shared.limits.linger * 2 + ACCEPT_PAUSE;
+        if timeout(patience, &mut self.accepting).await.is_err() {
+            tracing::warn!("connections did not end in time and are aborted");
+            self.accepting.abort();
+            let _ = (&mut self.accepting).await;
+        }
+        let running: usize = shared.exports.iter().map(|(_, entry)| *entry.stats.connections().borrow()).sum();
+        for device in devices {
+            // In a task of its own: a flush that takes too long is left alone, not broken off.
+            let flush = tokio::spawn(async move { device.flush().await });
+            match timeout_at(deadline.max(Instant::now() + shared.limits.linger), flush).await {
+                Ok(Ok(Ok(()))) => {}
+                other => tracing::warn!(?other, "flush at the end failed"),
+            }
+        }
+        if drained { Stopped::Drained } else { Stopped::Cut { running } }
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.accepting.abort();
+    }
+}
+
+async fn nobody_connected(exports: &Exports) {
+    for (_, entry) in exports.iter() {
+        // The sender lives in the entry, so waiting cannot fail.
+        let _ = entry.stats.connections().wait_for(|connections| *connections == 0).await;
+    }
+}
+
+/// Accepts until the server stops, then waits for the connections. Dropping it aborts them.
+async fn accept(listener: Listener, shared: Arc<Shared>) {
+    let mut phase = shared.phase.subscribe();
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            biased;
+            () = reached(&mut phase, Phase::Draining) => break,
+            Some(ended) = connections.join_next() => report(ended),
+            accepted = listener.accept() => match accepted {
+                Ok((stream, peer)) => {
+                    let shared = shared.clone();
+                    connections.spawn(async move { stream.handle(shared, peer).await });
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "accept failed");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            },
+        }
+    }
+    drop(listener);
+    while let Some(ended) = connections.join_next().await {
+        report(ended);
+    }
+}
+
+fn report(ended: Result<(), tokio::task::JoinError>) {
+    if let Err(error) = ended {
+        tracing::error!(%error, "a connection panicked");
+    }
+}

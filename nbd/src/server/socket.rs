@@ -1,0 +1,146 @@
+//! What differs between TCP and Unix sockets: accepting, socket options, and how an address reads as a URI.
+
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
+use socket2::{SockRef, TcpKeepalive};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+
+use super::{Shared, connection};
+
+/// After this much silence the peer's system is asked whether it still lives.
+const KEEPALIVE: Duration = Duration::from_secs(60);
+/// So long may sent bytes wait for the peer's system to acknowledge them.
+const USER_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// What an export name or socket path keeps of itself in a URI: RFC 3986's unreserved characters and the slash.
+const KEPT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~').remove(b'/');
+
+/// A bound socket to serve.
+#[derive(Debug)]
+pub enum Listener {
+    /// TCP.
+    Tcp(TcpListener),
+    /// A Unix stream socket. Whoever bound it removes its file.
+    Unix(UnixListener),
+}
+
+impl From<TcpListener> for Listener {
+    fn from(listener: TcpListener) -> Self {
+        Self::Tcp(listener)
+    }
+}
+
+impl From<UnixListener> for Listener {
+    fn from(listener: UnixListener) -> Self {
+        Self::Unix(listener)
+    }
+}
+
+/// Where a server listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Address {
+    /// Address and port.
+    Tcp(SocketAddr),
+    /// Path of the socket; empty if it has none.
+    Unix(PathBuf),
+}
+
+impl Address {
+    /// The NBD URI of an export here.
+    pub fn uri(&self, export: &str) -> String {
+        let export = percent_encode(export.as_bytes(), KEPT);
+        match self {
+            Self::Tcp(address) => format!("nbd://{address}/{export}"),
+            Self::Unix(path) => {
+                let path = percent_encode(path.as_os_str().as_encoded_bytes(), KEPT);
+                format!("nbd+unix:///{export}?socket={path}")
+            }
+        }
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            Self::Unix(path) => path.display().fmt(f),
+        }
+    }
+}
+
+impl Listener {
+    pub(super) fn address(&self) -> io::Result<Address> {
+        Ok(match self {
+            Self::Tcp(listener) => Address::Tcp(listener.local_addr()?),
+            Self::Unix(listener) => {
+                Address::Unix(listener.local_addr()?.as_pathname().map(PathBuf::from).unwrap_or_default())
+            }
+        })
+    }
+
+    /// The next connection, and what to call it in the log.
+    pub(super) async fn accept(&self) -> io::Result<(Stream, String)> {
+        Ok(match self {
+            Self::Tcp(listener) => {
+                let (stream, peer) = listener.accept().await?;
+                (Stream::Tcp(stream), peer.to_string())
+            }
+            Self::Unix(listener) => (Stream::Unix(listener.accept().await?.0), "unix".to_owned()),
+        })
+    }
+}
+
+/// An accepted connection.
+pub(super) enum Stream {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+impl Stream {
+    pub(super) async fn handle(self, shared: Arc<Shared>, peer: String) {
+        match self {
+            Self::Tcp(stream) => {
+                if let Err(error) = tune(&stream) {
+                    tracing::debug!(%peer, %error, "socket options not set");
+                }
+                let (reader, writer) = stream.into_split();
+                connection::handle(shared, reader, writer, peer).await;
+            }
+            Self::Unix(stream) => {
+                let (reader, writer) = stream.into_split();
+                connection::handle(shared, reader, writer, peer).await;
+            }
+        }
+    }
+}
+
+/// Replies leave at once ("Protocol phases"), and a peer that vanished is noticed.
+fn tune(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let socket = SockRef::from(stream);
+    socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE / 4))?;
+    #[cfg(target_os = "linux")]
+    socket.set_tcp_user_timeout(Some(USER_TIMEOUT))?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn uris_are_percent_encoded_and_bracket_ipv6() {
+        let v4 = Address::Tcp("127.0.0.1:10809".parse().unwrap());
+        assert_eq!(v4.uri("vm 1/disk?ä"), "nbd://127.0.0.1:10809/vm%201/disk%3F%C3%A4");
+        let v6 = Address::Tcp("[::1]:5".parse().unwrap());
+        assert_eq!(v6.uri(""), "nbd://[::1]:5/");
+        let unix = Address::Unix("/run/a b&c".into());
+        assert_eq!(unix.uri("d"), "nbd+unix:///d?socket=/run/a%20b%26c");
+    }
+}

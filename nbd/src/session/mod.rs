@@ -1,0 +1,320 @@
+//! The transmission phase over any stream: a reader, the requests under way, and a writer of its own, so that replies
+//! nobody collects do not keep WRITE payload from coming in.
+//!
+//! ```text
+//!  socket ─► Intake ─► check ─► device call (to its end, whatever becomes of the client)
+//!                                    │
+//!  socket ◄─ send ◄── Flight: slots and queued frames
+//! ```
+//! Knows no TCP and no handshake. Memory: a permit of the budget before each payload, and a fixed number of slots.
+
+mod execute;
+mod flight;
+mod intake;
+mod outgoing;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+use self::execute::{LongWrite, launch};
+use self::flight::Flight;
+use self::intake::{Dry, Intake};
+use self::outgoing::{Drained, Frame};
+use crate::budget::{Budget, Share};
+use crate::limits::Limits;
+use crate::stats::{ExportStats, Place};
+use crate::transmission::{Admission, Aftermath, Task, Terms, Verdict, check, failure, piece_end, success};
+use crate::wire::reply::Last;
+use crate::wire::request::{COMPACT_LENGTH, Request};
+use crate::{Device, Durability, Error};
+
+/// How far a server has come in stopping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Phase {
+    /// It serves.
+    Running,
+    /// New requests are answered ESHUTDOWN, those under way are waited for.
+    Draining,
+    /// Those under way are answered ESHUTDOWN.
+    Cut,
+}
+
+/// Waits until the server has come as far as `phase`. A server that is gone altogether has come to the end.
+pub(crate) async fn reached(server: &mut watch::Receiver<Phase>, phase: Phase) {
+    let _ = server.wait_for(|now| *now >= phase).await;
+}
+
+/// How a connection ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// The client said goodbye.
+    Disconnected,
+    /// The client went away without a word, or the socket failed.
+    Gone,
+    /// The client sent something that is not NBD.
+    NotNbd,
+    /// The client announced more payload than the protocol lets it.
+    TooLong,
+    /// The client stopped in the middle of a message, or did not collect its replies.
+    Stalled,
+    /// A device call panicked.
+    Broken,
+    /// The server is stopping.
+    Stopped,
+}
+
+/// What the reader, the requests and the writer of one connection share.
+pub(crate) struct Connection {
+    device: Arc<dyn Device>,
+    terms: Terms,
+    limits: Arc<Limits>,
+    input: Arc<Share>,
+    output: Arc<Share>,
+    flight: Flight,
+    place: Place,
+}
+
+impl Connection {
+    pub(crate) fn new(
+        device: Arc<dyn Device>,
+        terms: Terms,
+        limits: Arc<Limits>,
+        budget: &Budget,
+        place: Place,
+    ) -> Arc<Self> {
+        let input = Share::new(&budget.input, limits.input_bytes);
+        let output = Share::new(&budget.output, limits.output_bytes);
+        let flight = Flight::new(limits.requests_in_flight);
+        Arc::new(Self { device, terms, limits, input, output, flight, place })
+    }
+
+    fn stats(&self) -> &ExportStats {
+        self.place.stats()
+    }
+}
+
+/// The place of one request in its connection; see [`Flight`].
+pub(crate) struct Slot {
+    connection: Arc<Connection>,
+    index: usize,
+}
+
+impl Slot {
+    fn connection(&self) -> &Arc<Connection> {
+        &self.connection
+    }
+
+    /// Queues a part of the reply; an error means that nobody wants the rest.
+    fn send(&self, frame: Frame) -> Result<(), Frame> {
+        self.connection.flight.push(self.index, frame, Last::No)
+    }
+
+    /// Queues the last part of the reply.
+    fn finish(self, frame: Frame) {
+        let (connection, index) = (self.connection.clone(), self.index);
+        // The frame holds the slot: refused, both go together.
+        drop(connection.flight.push(index, frame.with_slot(self), Last::Yes));
+    }
+
+    /// Answers a request without content.
+    fn answer(self, request: &Request, result: Result<(), Error>) {
+        let mode = self.connection.terms.mode;
+        let frame = match result {
+            Ok(()) => Frame::new(success(mode, request.command, request.cookie)),
+            Err(error) => {
+                self.connection.stats().errors.fetch_add(1, Relaxed);
+                tracing::debug!(command = request.command.0, kind = ?error.kind, %error, "request failed");
+                let (head, body) = failure(mode, request, &error);
+                Frame::new(head).with_body(body)
+            }
+        };
+        self.finish(frame);
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.connection.flight.end(self.index);
+    }
+}
+
+/// Serves a connection until it ends. `rest` are the bytes that came behind the handshake.
+///
+/// # Cancellation
+/// Dropping the future closes the connection; device calls that have begun run to their end.
+pub(crate) async fn serve<R, W>(
+    connection: Arc<Connection>,
+    reader: R,
+    writer: W,
+    rest: &[u8],
+    mut phase: watch::Receiver<Phase>,
+) -> Ending
+where
+    R: AsyncRead + Unpin,
+    W: AsyncWrite + Unpin + Send + 'static,
+{
+    let limits = connection.limits.clone();
+    let mut intake = Intake::new(reader, rest, limits.stall_deadline);
+    let sender = connection.clone();
+    let mut writer = Leash(tokio::spawn(async move { outgoing::send(&sender, writer).await }));
+    let _guard = KillOnDrop(connection.clone());
+
+    let ending = tokio::select! {
+        biased;
+        () = connection.flight.dead() => Ending::Broken,
+        ending = stopping(&connection, phase.clone()) => ending,
+        ending = receive(&connection, &mut intake, &phase) => ending,
+    };
+    let last_words = matches!(ending, Ending::Disconnected | Ending::TooLong | Ending::Stopped);
+    if !last_words {
+        connection.flight.kill();
+    }
+    connection.flight.finish();
+    let drained = tokio::select! {
+        drained = &mut writer.0 => drained,
+        () = reached(&mut phase, Phase::Cut) => {
+            connection.flight.cut(connection.terms.mode);
+            match timeout(limits.linger, &mut writer.0).await {
+                Ok(drained) => drained,
+                Err(_) => Ok(Drained::Stalled),
+            }
+        }
+    };
+    let ending = match drained {
+        Ok(Drained::Stalled) => Ending::Stalled,
+        Ok(Drained::Broken) if ending == Ending::Broken => Ending::Gone,
+        _ => ending,
+    };
+    if ending == Ending::Stalled {
+        connection.stats().stalled.fetch_add(1, Relaxed);
+    }
+    // The place in the export is free from here on, unless a device call still runs.
+    drop((_guard, writer, connection));
+    if last_words {
+        let _ = timeout(limits.linger, intake.drain(limits.linger_bytes)).await;
+    }
+    ending
+}
+
+/// Ends the connection's writer and requests if the future that serves it is dropped or panics.
+struct KillOnDrop(Arc<Connection>);
+
+impl Drop for KillOnDrop {
+    fn drop(&mut self) {
+        self.0.flight.kill();
+    }
+}
+
+/// A task that ends with its owner.
+struct Leash<T>(JoinHandle<T>);
+
+impl<T> Drop for Leash<T> {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Waits until the server stops and nothing is under way, or until it does not wait any longer.
+async fn stopping(connection: &Connection, mut phase: watch::Receiver<Phase>) -> Ending {
+    reached(&mut phase, Phase::Draining).await;
+    tokio::select! {
+        () = connection.flight.quiet() => {}
+        // Here, and not later: a request whose payload is being received goes away with the reader.
+        () = reached(&mut phase, Phase::Cut) => connection.flight.cut(connection.terms.mode),
+    }
+    Ending::Stopped
+}
+
+/// Reads requests and starts them.
+async fn receive<R: AsyncRead + Unpin>(
+    connection: &Arc<Connection>,
+    intake: &mut Intake<R>,
+    phase: &watch::Receiver<Phase>,
+) -> Ending {
+    loop {
+        match receive_one(connection, intake, phase).await {
+            Ok(None) => {}
+            Ok(Some(ending)) => return ending,
+            Err(Dry::Gone) => return Ending::Gone,
+            Err(Dry::Stalled) => return Ending::Stalled,
+        }
+    }
+}
+
+async fn receive_one<R: AsyncRead + Unpin>(
+    connection: &Arc<Connection>,
+    intake: &mut Intake<R>,
+    phase: &watch::Receiver<Phase>,
+) -> Result<Option<Ending>, Dry> {
+    connection.flight.room().await;
+    let header = intake.header::<COMPACT_LENGTH>().await?;
+    let Some(request) = Request::decode_compact(&header) else { return Ok(Some(Ending::NotNbd)) };
+    let admission = match *phase.borrow() {
+        Phase::Running => Admission::Open,
+        Phase::Draining | Phase::Cut => Admission::ShuttingDown,
+    };
+    let verdict = check(&connection.terms, &request, admission);
+    if verdict == Verdict::Disconnect {
+        return Ok(Some(Ending::Disconnected));
+    }
+    connection.stats().requests.fetch_add(1, Relaxed);
+    let Some(index) = connection.flight.begin(request) else { return Ok(Some(Ending::Broken)) };
+    let slot = Slot { connection: connection.clone(), index };
+    match verdict {
+        Verdict::Disconnect | Verdict::Run(Task::Nothing) => slot.answer(&request, Ok(())),
+        Verdict::Run(Task::Write { offset, length, durability }) if length <= connection.limits.piece_bytes => {
+            let permit = connection.input.acquire(length).await;
+            let mut buffer = connection.device.buffer(offset, length as usize);
+            intake.payload((*buffer).as_mut()).await?;
+            launch(execute::write(slot, request, buffer, permit, durability)).await;
+        }
+        Verdict::Run(Task::Write { offset, length, durability }) => {
+            long_write(intake, slot, request, offset, length, durability).await?;
+        }
+        Verdict::Run(task) => launch(execute::run(slot, request, task)).await,
+        Verdict::Fail(error, Aftermath::Drain(payload)) => {
+            intake.discard(payload).await?;
+            slot.answer(&request, Err(error));
+        }
+        Verdict::Fail(error, Aftermath::Close) => {
+            slot.answer(&request, Err(error));
+            return Ok(Some(Ending::TooLong));
+        }
+    }
+    Ok(None)
+}
+
+/// Receives a payload piece by piece; each piece is on its way to the device while the next one arrives.
+async fn long_write<R: AsyncRead + Unpin>(
+    intake: &mut Intake<R>,
+    slot: Slot,
+    request: Request,
+    offset: u64,
+    length: u32,
+    durability: Durability,
+) -> Result<(), Dry> {
+    let connection = slot.connection().clone();
+    let write = LongWrite::new(slot, request, durability);
+    let end = offset + u64::from(length);
+    let mut at = offset;
+    while at < end {
+        let next = piece_end(at, end, connection.limits.piece_bytes);
+        let bytes = u32::try_from(next - at).unwrap_or(u32::MAX);
+        if write.has_failed() {
+            intake.discard(bytes).await?;
+        } else {
+            let permit = connection.input.acquire(bytes).await;
+            let mut buffer = connection.device.buffer(at, bytes as usize);
+            intake.payload((*buffer).as_mut()).await?;
+            launch(write.clone().piece(at, buffer, permit)).await;
+        }
+        at = next;
+    }
+    launch(write.conclude()).await;
+    Ok(())
+}
