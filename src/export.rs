@@ -255,7 +255,9 @@ fn request_error(error: &qcow2::Error) -> nbd::Error {
         qcow2::Error::Poisoned { .. } | qcow2::Error::Panicked => {
             (ErrorKind::Io, "the image failed earlier and takes nothing more")
         }
-        qcow2::Error::Io { source, .. } | qcow2::Error::Open { source, .. } => (ErrorKind::from(source as &io::Error), "the storage failed"),
+        qcow2::Error::Io { source, .. } | qcow2::Error::Open { source, .. } => {
+            (ErrorKind::from(source as &io::Error), "the storage failed")
+        }
         _ => (ErrorKind::Io, "the image cannot be used"),
     };
     nbd::Error::new(kind, text)

@@ -15,6 +15,10 @@ use crate::config;
 use crate::export::ImageExport;
 use ports::{BoundPort, PortLease};
 
+/// How long a client is heard out when its listener stops. Clients keep their sockets open until they have been answered
+/// over HTTP, and that answer waits for the listener: a guess, long enough for a last refusal to leave.
+const LINGER: Duration = Duration::from_millis(100);
+
 /// What all listeners of a process share.
 #[derive(Clone, Debug)]
 pub struct ListenerOptions {
@@ -25,7 +29,8 @@ impl ListenerOptions {
     /// Those of `[nbd]`, with one memory budget for all.
     pub fn new(nbd: &config::Nbd) -> Self {
         let budget = Budget::new(&BudgetLimits { bytes: nbd.memory_budget_bytes, ..BudgetLimits::default() });
-        let limits = Limits { handshake_deadline: Duration::from_secs(nbd.handshake_timeout_s), ..Limits::default() };
+        let handshake_deadline = Duration::from_secs(nbd.handshake_timeout_s);
+        let limits = Limits { handshake_deadline, linger: LINGER, ..Limits::default() };
         let list = if nbd.list_exports { ListPolicy::Show } else { ListPolicy::Hide };
         let connections_per_export = usize::try_from(nbd.max_connections_per_export).unwrap_or(usize::MAX);
         Self { options: Options { limits, list, connections_per_export, ..Options::new(budget) } }

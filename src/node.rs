@@ -140,7 +140,9 @@ impl NodeClient {
             .await;
         match sent {
             Ok(answer) => judge(answer, &request.vcenter_password).await,
-            Err(error) if error.is_connect() || error.is_builder() => StartOutcome::Unreachable { text: causes(&error) },
+            Err(error) if error.is_connect() || error.is_builder() => {
+                StartOutcome::Unreachable { text: causes(&error) }
+            }
             Err(error) => StartOutcome::Ambiguous { text: causes(&error) },
         }
     }

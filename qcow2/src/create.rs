@@ -96,6 +96,7 @@ fn plan(options: &CreateOptions) -> Result<Header> {
         refcount_table_clusters: 0,
         refcount_width,
         snapshots: 0,
+        snapshots_offset: 0,
         incompatible: 0,
         compatible: 0,
         autoclear: 0,

@@ -28,6 +28,7 @@ mod info;
 mod lock;
 mod refcounts;
 mod references;
+mod snapshots;
 pub mod storage;
 mod sync;
 mod tables;

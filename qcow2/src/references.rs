@@ -10,6 +10,7 @@ use crate::format::header::Header;
 use crate::format::refcount::TABLE_OFFSET;
 use crate::geometry::ENTRY;
 use crate::refcounts::RefcountTable;
+use crate::snapshots;
 use crate::storage::Storage;
 
 /// Clusters per chunk of the map below: 64 Ki bits, 8 KiB.
@@ -131,6 +132,13 @@ impl References {
         }
     }
 
+    /// References that others may have too.
+    fn shared(&mut self, offset: u64, bytes: u64, cluster_size: u64) {
+        for cluster in offset / cluster_size..(offset + bytes).div_ceil(cluster_size) {
+            self.counts.add(cluster);
+        }
+    }
+
     fn claim(&mut self, cluster: u64, fault: impl FnOnce() -> Error) {
         if self.counts.add(cluster) > 0 {
             self.faults.push(fault());
@@ -138,7 +146,7 @@ impl References {
     }
 }
 
-/// Walks header, L1, every L2 table and, where they are to be kept, the refcount structures. Faults are collected, not
+/// Walks header, L1, every L2 table, those of snapshots too, and, where they are to be kept, the refcount structures. Faults are collected, not
 /// returned: the caller decides whether they forbid what it is about to do. An error means that the file could not be read.
 pub(crate) fn count(storage: &dyn Storage, header: &Header, refcounts: Option<&RefcountTable>) -> Result<References> {
     let geometry = header.geometry;
@@ -147,7 +155,6 @@ pub(crate) fn count(storage: &dyn Storage, header: &Header, refcounts: Option<&R
     let mut found = References { end: cluster_size, ..References::default() };
     found.counts.add(0);
 
-    // A reference is legal when its first byte is inside the file, the last cluster perhaps being cut short.
     let inside = |host: u64| host < length;
     found.claim_all("L1 table", header.l1_offset, u64::from(header.l1_entries) * ENTRY, cluster_size);
     if let Some(table) = refcounts {
@@ -164,85 +171,120 @@ pub(crate) fn count(storage: &dyn Storage, header: &Header, refcounts: Option<&R
         }
     }
 
-    let l1 = read_table(storage, header.l1_offset, u64::from(header.l1_entries))?;
-    let mut table = vec![0; cluster_size as usize];
-    for (index, raw) in l1.iter().enumerate() {
-        let at = header.l1_offset + index as u64 * ENTRY;
-        let fault = |rule| Error::corrupt("L1 entry", at, *raw, rule);
-        let (host, copied) = match decode_l1(*raw, geometry, at) {
-            Ok(None) => continue,
-            Ok(Some(table)) => table,
-            Err(error) => {
-                found.faults.push(error);
-                continue;
-            }
-        };
-        if !inside(host) {
-            found.faults.push(fault("the table must be inside the file"));
-            continue;
-        }
-        if !copied && header.snapshots == 0 {
-            found.faults.push(fault("a table with one owner has the COPIED bit"));
-        }
-        found.claim(host / cluster_size, || fault(ONE_OWNER));
-        found.end = found.end.max(host + cluster_size);
-        storage.read(host, &mut table).map_err(Error::io("read", host))?;
-        count_table(&mut found, &table, host, header, length);
+    let walk = Walk { storage, header, length };
+    walk.l1(&mut found, header.l1_offset, u64::from(header.l1_entries))?;
+    let snapshots = snapshots::load(storage, header, length)?;
+    found.shared(header.snapshots_offset, snapshots.bytes, cluster_size);
+    for (offset, entries) in snapshots.l1_tables {
+        found.shared(offset, entries * ENTRY, cluster_size);
+        walk.l1(&mut found, offset, entries)?;
     }
     Ok(found)
 }
 
-fn count_table(found: &mut References, table: &[u8], table_host: u64, header: &Header, length: u64) {
-    let cluster_size = header.geometry.cluster_size();
-    let words: Vec<u64> = entries(table).collect();
-    let size = header.geometry.l2_entry_size();
-    for (index, words) in words.chunks_exact((size / ENTRY) as usize).enumerate() {
-        let Some(&raw) = words.first().filter(|_| words.iter().any(|word| *word != 0)) else { continue };
-        let at = table_host + index as u64 * size;
-        let fault = |rule| Error::corrupt("L2 entry", at, raw, rule);
-        let (host, copied) = match L2Entry::decode(words, header.geometry, header.version, at) {
-            Ok(L2Entry::Unallocated | L2Entry::Zero { host: None, .. } | L2Entry::Subclusters { host: None, .. }) => {
-                continue;
-            }
-            Ok(L2Entry::Compressed { host, length: bytes }) => {
-                found.data_clusters += 1;
-                found.compressed_clusters += 1;
-                let last = (host + bytes - 1) / cluster_size;
-                if host >= length {
-                    found.faults.push(fault("compressed data must be inside the file"));
+/// A walk from an L1 table down to the data clusters.
+struct Walk<'a> {
+    storage: &'a dyn Storage,
+    header: &'a Header,
+    /// Length of the file: a reference is legal when its first byte is inside, the last cluster perhaps being cut short.
+    length: u64,
+}
+
+impl Walk<'_> {
+    fn l1(&self, found: &mut References, offset: u64, entries: u64) -> Result<()> {
+        let cluster_size = self.header.geometry.cluster_size();
+        let mut table = vec![0; cluster_size as usize];
+        for (index, raw) in read_table(self.storage, offset, entries)?.iter().enumerate() {
+            let at = offset + index as u64 * ENTRY;
+            let fault = |rule| Error::corrupt("L1 entry", at, *raw, rule);
+            let (host, copied) = match decode_l1(*raw, self.header.geometry, at) {
+                Ok(None) => continue,
+                Ok(Some(table)) => table,
+                Err(error) => {
+                    found.faults.push(error);
                     continue;
                 }
-                for cluster in host / cluster_size..=last {
-                    if found.counts.add(cluster) > 0 && found.copied.load(cluster) > 0 {
-                        found.faults.push(fault("compressed data must not share a cluster that has the COPIED bit"));
-                    }
+            };
+            if host >= self.length {
+                found.faults.push(fault("the table must be inside the file"));
+                continue;
+            }
+            if self.header.snapshots > 0 {
+                // Tables and clusters may belong to several snapshots; then only counting makes sense.
+                found.counts.add(host / cluster_size);
+            } else {
+                if !copied {
+                    found.faults.push(fault("a table with one owner has the COPIED bit"));
                 }
-                found.end = found.end.max((last + 1) * cluster_size);
+                found.claim(host / cluster_size, || fault(ONE_OWNER));
+            }
+            found.end = found.end.max(host + cluster_size);
+            self.storage.read(host, &mut table).map_err(Error::io("read", host))?;
+            self.l2(found, &table, host);
+        }
+        Ok(())
+    }
+
+    fn l2(&self, found: &mut References, table: &[u8], table_host: u64) {
+        let geometry = self.header.geometry;
+        let cluster_size = geometry.cluster_size();
+        let words: Vec<u64> = entries(table).collect();
+        let size = geometry.l2_entry_size();
+        for (index, words) in words.chunks_exact((size / ENTRY) as usize).enumerate() {
+            let Some(&raw) = words.first().filter(|_| words.iter().any(|word| *word != 0)) else { continue };
+            let at = table_host + index as u64 * size;
+            let fault = |rule| Error::corrupt("L2 entry", at, raw, rule);
+            let (host, copied) = match L2Entry::decode(words, geometry, self.header.version, at) {
+                Ok(
+                    L2Entry::Unallocated | L2Entry::Zero { host: None, .. } | L2Entry::Subclusters { host: None, .. },
+                ) => {
+                    continue;
+                }
+                Ok(L2Entry::Compressed { host, length }) => {
+                    self.compressed(found, host, length, fault);
+                    continue;
+                }
+                Ok(L2Entry::Data { host, copied } | L2Entry::Subclusters { host: Some(host), copied, .. }) => {
+                    found.data_clusters += 1;
+                    (host, copied)
+                }
+                Ok(L2Entry::Zero { host: Some(host), copied }) => (host, copied),
+                Err(error) => {
+                    found.faults.push(error);
+                    continue;
+                }
+            };
+            if host >= self.length {
+                found.faults.push(fault("the cluster must be inside the file"));
                 continue;
             }
-            Ok(L2Entry::Data { host, copied } | L2Entry::Subclusters { host: Some(host), copied, .. }) => {
-                found.data_clusters += 1;
-                (host, copied)
+            let cluster = host / cluster_size;
+            let shared = found.counts.add(cluster) > 0;
+            if copied {
+                found.copied.add(cluster);
             }
-            Ok(L2Entry::Zero { host: Some(host), copied }) => (host, copied),
-            Err(error) => {
-                found.faults.push(error);
-                continue;
+            if shared && found.copied.load(cluster) > 0 {
+                found.faults.push(fault("a cluster with the COPIED bit has one owner"));
             }
-        };
-        if host >= length {
-            found.faults.push(fault("the cluster must be inside the file"));
-            continue;
+            found.end = found.end.max(host + cluster_size);
         }
-        let cluster = host / cluster_size;
-        let shared = found.counts.add(cluster) > 0;
-        if copied {
-            found.copied.add(cluster);
+    }
+
+    fn compressed(&self, found: &mut References, host: u64, bytes: u64, fault: impl Fn(&'static str) -> Error) {
+        let cluster_size = self.header.geometry.cluster_size();
+        found.data_clusters += 1;
+        found.compressed_clusters += 1;
+        let last = (host + bytes - 1) / cluster_size;
+        if host >= self.length {
+            found.faults.push(fault("compressed data must be inside the file"));
+            return;
         }
-        if shared && found.copied.load(cluster) > 0 {
-            found.faults.push(fault("a cluster with the COPIED bit has one owner"));
+        for cluster in host / cluster_size..=last {
+            if found.counts.add(cluster) > 0 && found.copied.load(cluster) > 0 {
+                found.faults.push(fault("compressed data must not share a cluster that has the COPIED bit"));
+            }
         }
-        found.end = found.end.max(host + cluster_size);
+        found.end = found.end.max((last + 1) * cluster_size);
     }
 }
 

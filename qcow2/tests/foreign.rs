@@ -322,6 +322,20 @@ fn we_are_refused_while_qemu_writes() {
 }
 
 #[test]
+fn a_check_counts_what_snapshots_own() {
+    let folder = folder();
+    let path = join(&folder, "image.qcow2");
+    qemu_create(&path, "cluster_size=4096", 4 * MIB);
+    for (number, name) in ["first", "second snapshot with a longer name", "3"].into_iter().enumerate() {
+        let write = format!("write -q -P {} {}k 300k", number + 1, number * 200);
+        qemu_io(&path, &[&write]);
+        succeed("qemu-img", &["snapshot", "-c", name, text(&path)]);
+    }
+    qemu_io(&path, &["write -q -P 9 100k 50k", "discard -q 1M 1M"]);
+    assert_clean(&path);
+}
+
+#[test]
 fn bitmaps_are_retired_before_the_first_write_and_leave_no_leak() {
     let folder = folder();
     let path = join(&folder, "image.qcow2");

@@ -34,7 +34,10 @@ impl Job {
         let manifest = Box::pin(self.manifest()).await?;
         let bytes = manifest.encode().map_err(|error| storage(&error.into()))?;
         let paths = self.facts.paths.clone();
-        self.work.run(move || directory::finish_staged(&paths, &bytes)).await.map_err(|error: io::Error| storage(&error))?;
+        self.work
+            .run(move || directory::finish_staged(&paths, &bytes))
+            .await
+            .map_err(|error: io::Error| storage(&error))?;
         // The last moment at which a late write can be seen and believed.
         self.refuse_failed_disks()?;
         let (paths, id) = (self.facts.paths.clone(), self.facts.id.clone());
@@ -193,11 +196,7 @@ fn publish(paths: &BackupPaths, id: &crate::id::BackupId) -> io::Result<()> {
 
 /// The last transaction: the point, its disks, the job committed, its leases gone. Repeatable until it succeeds, and
 /// done by a restart for a job that died between the rename and here.
-pub(super) async fn record(
-    store: &Store,
-    manifest: &Manifest,
-    paths: &BackupPaths,
-) -> Result<JobResult, ChangeError> {
+pub(super) async fn record(store: &Store, manifest: &Manifest, paths: &BackupPaths) -> Result<JobResult, ChangeError> {
     let id = &manifest.backup_id;
     let mut transaction = store.write().await?;
     let row = backups::load(&mut transaction, id).await?;

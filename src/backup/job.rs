@@ -213,7 +213,7 @@ pub struct Failed {
 
 impl Failed {
     /// A failure that this service found.
-    pub(super) fn new(code: FailureCode, message: impl Into<String>) -> Self {
+    pub(crate) fn new(code: FailureCode, message: impl Into<String>) -> Self {
         Self { code, message: message.into(), by: Actor::Service }
     }
 
@@ -334,12 +334,8 @@ pub(super) struct NewJob {
 impl Job {
     /// A job whose rows are stored; the receiver hears what the node decided.
     pub(super) fn new(shared: &Arc<Shared>, new: NewJob) -> (Self, Arc<JobHandle>, oneshot::Receiver<StartNews>) {
-        let (view, seen) = watch::channel(JobView {
-            state: JobState::Accepted,
-            result: JobResult::None,
-            code: None,
-            message: None,
-        });
+        let (view, seen) =
+            watch::channel(JobView { state: JobState::Accepted, result: JobResult::None, code: None, message: None });
         // A client completes one disk at a time; the rest of the room is for repeats.
         let (sender, orders) = mpsc::channel(16);
         let (starter, news) = oneshot::channel();

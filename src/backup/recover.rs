@@ -117,7 +117,7 @@ async fn paths_of(shared: &Shared, row: &BackupRow) -> Result<Option<BackupPaths
     let mut connection = shared.store.read().await?;
     let repository = repositories::find(&mut connection, &row.repository_id).await?;
     let directory = backups::directory_of(&mut connection, &row.vm_id).await?;
-    Ok(repository.zip(directory).map(|(repository, directory)| {
-        BackupPaths::new(Path::new(&repository.path), &directory, row.id.as_str())
-    }))
+    Ok(repository
+        .zip(directory)
+        .map(|(repository, directory)| BackupPaths::new(Path::new(&repository.path), &directory, row.id.as_str())))
 }

@@ -130,9 +130,11 @@ impl Job {
 /// The digest of the first MiB of a disk, or nothing when that is all zero.
 async fn head(export: &crate::export::ImageExport, disk_id: u32) -> Result<Option<[u8; 32]>, Failed> {
     let length = usize::try_from(export.image().size().min(HEAD_BYTES)).unwrap_or(0);
-    let bytes = export.image().read(0, vec![0_u8; length]).await.map_err(|error| {
-        image_failure(&format!("disk {disk_id}: the image cannot be read back"), &error)
-    })?;
+    let bytes = export
+        .image()
+        .read(0, vec![0_u8; length])
+        .await
+        .map_err(|error| image_failure(&format!("disk {disk_id}: the image cannot be read back"), &error))?;
     if bytes.iter().all(|&byte| byte == 0) {
         return Ok(None);
     }

@@ -242,7 +242,9 @@ async fn accept(shared: &Arc<Shared>, new: NewBackup) -> Result<Accepted, StartE
 async fn check(shared: &Shared, new: &NewBackup) -> Result<Checked, StartError> {
     let mut connection = shared.store.read().await?;
     let vm = match &new.vm {
-        VmChoice::Id(id) => vms::find(&mut connection, id).await?.ok_or_else(|| StartError::VmNotFound(id.to_string()))?,
+        VmChoice::Id(id) => {
+            vms::find(&mut connection, id).await?.ok_or_else(|| StartError::VmNotFound(id.to_string()))?
+        }
         VmChoice::Name(name) => {
             let mut found = vms::find_by_name(&mut connection, name).await?;
             if found.len() > 1 {
@@ -262,7 +264,7 @@ async fn check(shared: &Shared, new: &NewBackup) -> Result<Checked, StartError> 
         None => None,
     };
     drop(connection);
-    let secret = (shared.config.nbd.export_names == ExportNames::Unguessable).then(|| new_secret());
+    let secret = (shared.config.nbd.export_names == ExportNames::Unguessable).then(new_secret);
     let plans = plan::disks(&disks, before.as_deref(), new.requested_type, |disk_id| match &secret {
         Some(secret) => layout::unguessable_export_name(&vm.name, secret, disk_id),
         None => layout::export_name(&vm.name, disk_id),
@@ -299,8 +301,7 @@ fn estimate(shared: &Shared, plans: &[DiskPlan], before: Option<&[PointDiskRow]>
 
 /// The repository is ours, and can be written.
 async fn check_repository(shared: &Shared, repository: &Repository) -> Result<(), StartError> {
-    let unavailable =
-        |reason: String| StartError::RepositoryUnavailable { id: repository.id.clone(), reason };
+    let unavailable = |reason: String| StartError::RepositoryUnavailable { id: repository.id.clone(), reason };
     if !repository.enabled {
         return Err(unavailable("it is disabled".to_owned()));
     }

@@ -346,7 +346,10 @@ mod tests {
     fn every_state_maps_to_a_known_old_status() {
         for &state in JobState::ALL {
             assert!(OldStatus::ALL.contains(&state.old_status()));
-            assert_eq!(state.is_terminal(), matches!(state.old_status().as_str(), "completed" | "failed" | "cancelled"));
+            assert_eq!(
+                state.is_terminal(),
+                matches!(state.old_status().as_str(), "completed" | "failed" | "cancelled")
+            );
         }
     }
 

@@ -51,7 +51,9 @@ impl Job {
                 self.note_started().await?;
                 started_noted = true;
             }
-            if self.state() == JobState::Starting && self.disks.iter().any(|disk| disk.export.meter().reading().ever_connected) {
+            if self.state() == JobState::Starting
+                && self.disks.iter().any(|disk| disk.export.meter().reading().ever_connected)
+            {
                 self.advance(JobState::Transferring, Actor::Client).await?;
             }
             let wake = match deadline::decide(&self.seen(phase), &limits, Instant::now()) {
@@ -83,7 +85,8 @@ impl Job {
                 () = self.signals.changed() => {}
                 () = sleep_until(wake) => {}
             }
-            if status.as_ref().is_some_and(|asking| asking.0.is_finished()) && matches!(phase, NodePhase::Ambiguous(_)) {
+            if status.as_ref().is_some_and(|asking| asking.0.is_finished()) && matches!(phase, NodePhase::Ambiguous(_))
+            {
                 self.set_node_outcome(NodeOutcome::Accepted).await?;
                 phase = NodePhase::Accepted(Instant::now());
             }
@@ -166,7 +169,8 @@ impl Job {
                 self.set_node_outcome(NodeOutcome::Accepted).await?;
                 let mut warnings = Vec::new();
                 if malformed {
-                    warnings.push("node_answer_malformed: the node accepted the job with an unreadable answer".to_owned());
+                    warnings
+                        .push("node_answer_malformed: the node accepted the job with an unreadable answer".to_owned());
                     self.add_warnings(&warnings).await?;
                 }
                 self.tell_starter(StartNews::Started { warnings });
@@ -264,7 +268,9 @@ fn overdue(code: FailureCode) -> Failed {
     let message = match code {
         FailureCode::NoClient => "the node accepted the job, but no backup client ever showed itself",
         FailureCode::NodeOutcomeUnknown => "the node gave no clear answer, and no backup client showed itself",
-        FailureCode::ClientDisconnected => "the backup client left a disk in the middle of its copy and did not come back",
+        FailureCode::ClientDisconnected => {
+            "the backup client left a disk in the middle of its copy and did not come back"
+        }
         _ => "the backup client gave no sign of life for too long",
     };
     Failed::new(code, message).by(Actor::Clock)

@@ -221,8 +221,7 @@ pub(super) async fn finish(
         let update = DiskUpdate { measured, ..DiskUpdate::state_only(disk.disk_id, DiskState::Failed) };
         backups::update_disk(&mut transaction, id, &update).await?;
     }
-    let change =
-        Change { id, vm_id: &row.vm_id, from, to, result, code: None, message: None, by: Actor::Service };
+    let change = Change { id, vm_id: &row.vm_id, from, to, result, code: None, message: None, by: Actor::Service };
     backups::change_state(&mut transaction, &change).await?;
     leases::release_all(&mut transaction, id).await?;
     transaction.commit().await.map_err(StoreError::from)?;

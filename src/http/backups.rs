@@ -148,9 +148,10 @@ fn new_backup(bytes: &[u8]) -> Result<NewBackup, Problem> {
         Problem::new(Code::RepositoryNotFound, format!("There is no repository with the id {}.", body.repository_id))
     })?;
     let vm = match (present(body.vm_context_id), present(body.vm_name)) {
-        (Some(id), _) => VmChoice::Id(id.parse::<VmId>().map_err(|_| {
-            Problem::new(Code::VmNotFound, format!("There is no VM with the id {id}."))
-        })?),
+        (Some(id), _) => VmChoice::Id(
+            id.parse::<VmId>()
+                .map_err(|_| Problem::new(Code::VmNotFound, format!("There is no VM with the id {id}.")))?,
+        ),
         (None, Some(name)) => VmChoice::Name(name),
         (None, None) => return Err(Problem::invalid_field("/vm_name", "vm_name or vm_context_id is required")),
     };

@@ -5,11 +5,10 @@
 //! misbehave: every way in which node or client can go wrong is a value in [`Faults`]. What it did is kept in a [`Log`]
 //! that tests wait on, so that none of them has to guess how long something takes.
 //!
-//! One `POST /api/v1/backup/start` starts one client task ([`client`]) over the disks the fake was given ([`Source`]).
+//! One `POST /api/v1/backup/start` starts one client task (`client`) over the disks the fake was given ([`Source`]).
 
 mod client;
 mod faults;
-mod link;
 mod log;
 mod server;
 mod socket;
@@ -75,7 +74,7 @@ struct Shared {
     /// Lets a client that reached its pause point go on.
     resume: Notify,
     /// Connections that clients forgot to close.
-    leaked: Mutex<Vec<client::Leak>>,
+    leaked: Mutex<Vec<blockyard_nbd::client::Client>>,
 }
 
 impl FakeNode {

@@ -61,8 +61,7 @@ pub fn remove_staged(paths: &BackupPaths) -> io::Result<()> {
 /// # Errors
 /// Any error of the file system. Nothing is published then.
 pub fn finish_staged(paths: &BackupPaths, manifest: &[u8]) -> io::Result<()> {
-    let mut file =
-        OpenOptions::new().write(true).create_new(true).mode(0o640).open(paths.staged.join(MANIFEST))?;
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o640).open(paths.staged.join(MANIFEST))?;
     file.write_all(manifest)?;
     file.set_permissions(Permissions::from_mode(PUBLISHED_FILE_MODE))?;
     file.sync_all()?;

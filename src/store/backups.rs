@@ -62,7 +62,11 @@ pub struct Change<'a> {
 ///
 /// # Errors
 /// The database's.
-pub async fn insert(connection: &mut Connection, backup: &BackupRow, disks: &[BackupDiskRow]) -> Result<(), StoreError> {
+pub async fn insert(
+    connection: &mut Connection,
+    backup: &BackupRow,
+    disks: &[BackupDiskRow],
+) -> Result<(), StoreError> {
     sqlx::query(
         "INSERT INTO backups (id, vm_id, repository_id, vm_name, requested_type, backup_type, state, result, boot_id, \
          policy_id, tags, warnings, created_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use blockyard::store::leases;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+pub use crate::nbd::Nbd;
 use crate::support::{Answer, TestService, vm_body};
 
 /// How long a condition may take to come true. Never a measure of speed: the machine may be busy.
@@ -31,7 +33,7 @@ pub struct Plan {
     /// The largest request of the client.
     pub request_bytes: usize,
     /// The ports of the hub.
-    pub ports: std::ops::RangeInclusive<u16>,
+    pub ports: RangeInclusive<u16>,
 }
 
 impl Default for Plan {
@@ -53,7 +55,7 @@ pub struct Rig {
     pub vm: String,
     pub repository: PathBuf,
     pub disks: Vec<(u32, Vec<u8>)>,
-    pub ports: std::ops::RangeInclusive<u16>,
+    pub ports: RangeInclusive<u16>,
 }
 
 /// Data that differs from byte to byte and disk to disk, with a hole in the middle.
@@ -71,13 +73,18 @@ pub fn content(seed: u8, length: usize) -> Vec<u8> {
 }
 
 /// Ports that nobody holds now and no other test of this process is given.
-pub fn free_ports() -> std::ops::RangeInclusive<u16> {
+pub fn free_ports() -> RangeInclusive<u16> {
+    many_free_ports(PORTS)
+}
+
+/// The same, at least this many.
+pub fn many_free_ports(count: u16) -> RangeInclusive<u16> {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     // Below the ports that the system hands out by itself; processes that run at once begin at different places.
     let begin = (std::process::id() % 64) as u16 * 128;
     loop {
-        let first = 20_000 + (begin + NEXT.fetch_add(PORTS, Ordering::Relaxed)) % 12_000;
-        let range = first..=first + (PORTS - 1);
+        let first = 20_000 + (begin + NEXT.fetch_add(count, Ordering::Relaxed)) % 12_000;
+        let range = first..=first + (count - 1);
         if range.clone().all(|port| TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok()) {
             return range;
         }
@@ -218,9 +225,12 @@ impl Rig {
             }
             let directories = backup_directories(&self.repository);
             assert_eq!(directories.len(), published, "{caller}: {directories:?}");
-            assert!(directories.iter().all(|name| !name.contains('.')), "{caller}: {directories:?}");
+            assert!(
+                directories.iter().all(|name| name.parse::<blockyard::id::BackupId>().is_ok()),
+                "{caller}: {directories:?}"
+            );
             let store = &self.service.service.app().store;
-            let leases = leases::count(&mut *store.read().await.unwrap()).await.unwrap();
+            let leases = leases::count(&mut store.read().await.unwrap()).await.unwrap();
             assert_eq!(leases, 0, "{caller}: leases in the database");
             assert!(self.service.service.app().backups.running().is_empty(), "{caller}: a job is running");
         }
@@ -254,7 +264,7 @@ impl Rig {
 }
 
 /// The configuration of a rig's hub.
-pub fn configuration(node_url: &str, folder: &Path, ports: &std::ops::RangeInclusive<u16>, more: &str) -> String {
+pub fn configuration(node_url: &str, folder: &Path, ports: &RangeInclusive<u16>, more: &str) -> String {
     std::fs::write(folder.join("password"), "secret-of-the-vcenter\n").unwrap();
     let (first, last) = (ports.start(), ports.end());
     let base = format!(
@@ -305,7 +315,8 @@ pub fn id_of(answer: &Value) -> &str {
     answer["backup_id"].as_str().unwrap()
 }
 
-/// The names of everything that a job made in a repository: `<id>` or `<id>.<something>`.
+/// The names of everything that jobs made in a repository: `<id>` or `<id>.<something>`. A folder of a VM without any of
+/// them counts as `<vm-dir>/`. Things may come and go meanwhile.
 pub fn backup_directories(repository: &Path) -> Vec<String> {
     let mut names = Vec::new();
     for entry in std::fs::read_dir(repository).unwrap() {
@@ -314,13 +325,12 @@ pub fn backup_directories(repository: &Path) -> Vec<String> {
         if name == ".lock" || name == ".blockyard-repository.json" {
             continue;
         }
-        assert!(entry.file_type().unwrap().is_dir(), "{name} in a repository");
-        let inside: Vec<String> = std::fs::read_dir(entry.path())
-            .unwrap()
-            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .collect();
-        assert!(!inside.is_empty(), "{name} is empty");
-        names.extend(inside);
+        let Ok(inside) = std::fs::read_dir(entry.path()) else { continue };
+        let before = names.len();
+        names.extend(inside.map(|entry| entry.unwrap().file_name().into_string().unwrap()));
+        if names.len() == before {
+            names.push(format!("{name}/"));
+        }
     }
     names.sort();
     names
@@ -333,12 +343,9 @@ pub fn expect_image_equals(image: &Path, bytes: &[u8]) {
     tool("qemu-utils", "qemu-img", &["check", "-f", "qcow2", image.to_str().unwrap()]);
     let (image, raw) = (image.to_str().unwrap(), raw.path().to_str().unwrap());
     tool("qemu-utils", "qemu-img", &["compare", "-f", "qcow2", "-F", "raw", image, raw]);
-    let info: Value = serde_json::from_str(&tool(
-        "qemu-utils",
-        "qemu-img",
-        &["info", "--output=json", "-f", "qcow2", image],
-    ))
-    .unwrap();
+    let info: Value =
+        serde_json::from_str(&tool("qemu-utils", "qemu-img", &["info", "--output=json", "-f", "qcow2", image]))
+            .unwrap();
     assert_eq!(info["virtual-size"], bytes.len() as u64);
 }
 
@@ -356,4 +363,21 @@ pub fn tool(package: &str, program: &str, arguments: &[&str]) -> String {
         String::from_utf8_lossy(&output.stderr)
     );
     printed
+}
+
+/// Asks an export for its size through a whole handshake of another implementation.
+pub fn expect_go(uri: &str) -> u64 {
+    tool("libnbd-bin", "nbdinfo", &["--size", uri]).trim().parse().unwrap()
+}
+
+/// The folder of a point.
+pub async fn published(rig: &Rig, id: &str) -> PathBuf {
+    let point = rig.service.get(&format!("/api/v1/points/{id}")).await.expect_status(200).json();
+    PathBuf::from(point["path"].as_str().unwrap())
+}
+
+/// The manifest of a point.
+pub async fn manifest(rig: &Rig, id: &str) -> Value {
+    let path = published(rig, id).await.join("manifest.json");
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
 }

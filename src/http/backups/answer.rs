@@ -214,9 +214,8 @@ impl BackupAnswer {
         let covered: u64 = answers.iter().map(|disk| disk.covered_bytes).sum();
         let status = row.state.old_status();
         let host = &app.config.nbd.advertise_host;
-        let advertised = |port: u16| {
-            u16::try_from(i32::from(port) + app.config.nbd.advertise_port_offset).unwrap_or(port)
-        };
+        let advertised =
+            |port: u16| u16::try_from(i32::from(port) + app.config.nbd.advertise_port_offset).unwrap_or(port);
         let disk_results: Vec<DiskResult> = disks
             .iter()
             .map(|disk| DiskResult {

@@ -1,9 +1,9 @@
 //! Why a backup was not started or a disk not completed, as problem documents.
 
+use crate::backup::StartError;
 use crate::backup::job::{CompleteError, Failed};
 use crate::backup::plan::PlanError;
 use crate::backup::state::FailureCode;
-use crate::backup::StartError;
 use crate::http::problem::{Code, Problem};
 use crate::id::BackupId;
 
@@ -100,7 +100,8 @@ fn with_backup(problem: Problem, id: &BackupId) -> Problem {
 /// An error's text as a sentence.
 fn sentence(text: &str) -> String {
     let mut characters = text.chars();
-    let mut sentence: String = characters.next().map(|first| first.to_uppercase().chain(characters).collect()).unwrap_or_default();
+    let mut sentence: String =
+        characters.next().map(|first| first.to_uppercase().chain(characters).collect()).unwrap_or_default();
     if !sentence.ends_with('.') {
         sentence.push('.');
     }
@@ -120,7 +121,7 @@ mod tests {
     #[test]
     fn every_failure_of_a_job_is_a_known_problem() {
         for &code in FailureCode::ALL {
-            let problem = failure(&Failed { code, message: "why".into(), by: crate::store::events::Actor::Service });
+            let problem = failure(&Failed::new(code, "why"));
             assert!(problem.code().status().as_u16() >= 400);
         }
     }

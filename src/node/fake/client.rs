@@ -9,10 +9,12 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use blockyard_nbd::client::{Client as NbdClient, Uri};
+use blockyard_nbd::{Durability, ZeroFlags};
+use bytes::Bytes;
 use serde_json::json;
 
 use super::faults::{CompleteFault, PausePoint};
-use super::link::Link;
 use super::log::{Event, StartCall};
 use super::{FakeConfig, FakeDisk, Shared, lock};
 
@@ -22,15 +24,10 @@ const REGIONS: u64 = 3;
 const ATTEMPTS: u32 = 4;
 const RETRY_PAUSE: Duration = Duration::from_millis(10);
 
-/// A connection that nobody closes.
-pub(super) type Leak = Link;
-
 /// Where one disk goes.
 struct Target {
     device_key: u32,
-    host: String,
-    port: u16,
-    export: String,
+    uri: Uri,
     disk_id: u32,
 }
 
@@ -75,8 +72,8 @@ impl Client {
             return Err(io::Error::other("a disk of the snapshot has no target"));
         }
         if let (true, Some(first)) = (self.config.faults.write_after_complete, targets.first()) {
-            let mut link = Link::connect(&first.host, first.port, &first.export).await?;
-            link.write(0, vec![0xff; 512]).await?;
+            let link = NbdClient::connect(&first.uri).await.map_err(io::Error::other)?;
+            link.write(0, vec![0xff; 512], Durability::OnFlush).await.map_err(io::Error::other)?;
         }
         Ok(())
     }
@@ -90,8 +87,8 @@ impl Client {
         if self.config.faults.complete == CompleteFault::BeforeConnect {
             self.complete(target.disk_id, &disk.change_id).await?;
         }
-        let mut link = Link::connect(&target.host, target.port, &target.export).await?;
-        let idle = Link::connect(&target.host, target.port, &target.export).await?;
+        let link = NbdClient::connect(&target.uri).await.map_err(io::Error::other)?;
+        let idle = NbdClient::connect(&target.uri).await.map_err(io::Error::other)?;
         self.shared.log.push(Event::Connected { disk_id: target.disk_id });
         if incremental {
             self.change_id(target.disk_id).await?;
@@ -100,7 +97,7 @@ impl Client {
         if self.config.faults.complete == CompleteFault::Early {
             self.complete(target.disk_id, &disk.change_id).await?;
         }
-        let bytes = self.copy(&mut link, target, disk).await?;
+        let bytes = self.copy(&link, target, disk).await?;
         self.shared.log.push(Event::Copied { disk_id: target.disk_id, bytes });
         self.telemetry("completed").await?;
         self.pause_at(PausePoint::BeforeComplete(index)).await;
@@ -112,16 +109,15 @@ impl Client {
     }
 
     /// The whole disk, from three regions in turn.
-    async fn copy(&mut self, link: &mut Link, target: &Target, disk: &FakeDisk) -> io::Result<u64> {
+    async fn copy(&mut self, link: &NbdClient, target: &Target, disk: &FakeDisk) -> io::Result<u64> {
         let mut size = disk.source.size_bytes();
         if self.config.faults.delta_instead_of_full {
             size = size / 2 / 512 * 512;
         }
         // Regions end at whole sectors, the last one at the end of the disk.
         let region = (size / REGIONS).next_multiple_of(512).max(512);
-        let mut positions: Vec<(u64, u64)> = (0..REGIONS)
-            .map(|index| ((index * region).min(size), ((index + 1) * region).min(size)))
-            .collect();
+        let mut positions: Vec<(u64, u64)> =
+            (0..REGIONS).map(|index| ((index * region).min(size), ((index + 1) * region).min(size))).collect();
         let mut copied = 0;
         while positions.iter().any(|(position, end)| position < end) {
             for (position, end) in &mut positions {
@@ -139,7 +135,7 @@ impl Client {
 
     async fn send(
         &mut self,
-        link: &mut Link,
+        link: &NbdClient,
         target: &Target,
         disk: &FakeDisk,
         offset: u64,
@@ -153,18 +149,23 @@ impl Client {
         if self.config.faults.die_after_bytes.is_some_and(|bytes| self.sent_bytes >= bytes) {
             return Err(io::Error::other("the client died"));
         }
-        let data = disk.source.read(offset, usize::try_from(length).map_err(io::Error::other)?).await?;
+        let request = u32::try_from(length).map_err(io::Error::other)?;
+        let data = Bytes::from(disk.source.read(offset, request as usize).await?);
         let zero = data.iter().all(|&byte| byte == 0);
         let mut pause = RETRY_PAUSE;
         for attempt in 1..=ATTEMPTS {
-            let sent = if zero { link.zero(offset, length).await } else { link.write(offset, data.clone()).await };
+            let sent = if zero {
+                link.zero(offset, request, ZeroFlags::default(), Durability::OnFlush).await
+            } else {
+                link.write(offset, data.clone(), Durability::OnFlush).await
+            };
             match sent {
                 Ok(()) => break,
                 Err(error) => {
                     let failed = Event::WriteFailed { disk_id: target.disk_id, error: error.to_string() };
                     self.shared.log.push(failed);
                     if attempt == ATTEMPTS {
-                        return Err(error);
+                        return Err(io::Error::other(error));
                     }
                     tokio::time::sleep(pause).await;
                     pause *= 2;
@@ -266,16 +267,10 @@ fn parse_targets(targets: &str, job_id: &str) -> io::Result<Vec<Target>> {
 }
 
 fn parse_target(pair: &str, job_id: &str) -> Option<Target> {
-    let (key, url) = pair.split_once(':')?;
-    let url = reqwest::Url::parse(url).ok()?;
-    let export = url.path().strip_prefix('/')?.to_owned();
-    Some(Target {
-        device_key: key.parse().ok()?,
-        host: url.host_str()?.to_owned(),
-        port: url.port().unwrap_or(10_809),
-        disk_id: disk_number_in_job(job_id).or_else(|| disk_number_at_end(&export)).unwrap_or(0),
-        export,
-    })
+    let (key, uri) = pair.split_once(':')?;
+    let uri: Uri = uri.parse().ok()?;
+    let disk_id = disk_number_in_job(job_id).or_else(|| disk_number_at_end(&uri.export)).unwrap_or(0);
+    Some(Target { device_key: key.parse().ok()?, uri, disk_id })
 }
 
 /// `-disk<digits>-` inside the job id overrides every disk number.
@@ -298,11 +293,11 @@ mod tests {
     #[test]
     fn targets_are_taken_apart_as_the_real_client_does() {
         let targets =
-            parse_targets("2016:nbd://127.0.0.1:10101/vm-disk1,2000:nbd://127.0.0.1:10100/vm-disk0", "backup-1").unwrap();
-        let found: Vec<(u32, u16, u32)> =
-            targets.iter().map(|target| (target.device_key, target.port, target.disk_id)).collect();
-        assert_eq!(found, [(2000, 10_100, 0), (2016, 10_101, 1)]);
-        assert_eq!(targets[0].export, "vm-disk0");
+            parse_targets("2016:nbd://127.0.0.1:10101/vm-disk1,2000:nbd://127.0.0.1:10100/vm-disk0", "backup-1")
+                .unwrap();
+        let found: Vec<(u32, u32)> = targets.iter().map(|target| (target.device_key, target.disk_id)).collect();
+        assert_eq!(found, [(2000, 0), (2016, 1)]);
+        assert_eq!(targets[0].uri, "nbd://127.0.0.1:10100/vm-disk0".parse().unwrap());
         assert!(parse_targets("", "backup-1").is_err());
         assert_eq!(parse_targets("x,2000:nbd://h:1/a-disk7", "backup-1").unwrap().len(), 1);
     }
