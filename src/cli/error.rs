@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use super::client::ClientError;
+use super::demo::DemoError;
 use crate::config::ConfigError;
 use crate::serve::StartError;
 
@@ -90,6 +91,9 @@ pub enum CliError {
     /// An image cannot be made, opened or used.
     #[error(transparent)]
     Image(#[from] blockyard_qcow2::Error),
+    /// The demo ended before its table.
+    #[error(transparent)]
+    Demo(#[from] DemoError),
     /// Standard output is gone or full.
     #[error("standard output cannot be written")]
     Output {
@@ -113,6 +117,7 @@ impl CliError {
             Self::NotFound { .. } => Exit::NotFound,
             Self::Client(error) => error.exit(),
             Self::Image(error) => image_exit(error),
+            Self::Demo(error) => error.exit(),
             Self::Start(_) | Self::Runtime { .. } | Self::Output { .. } | Self::Signals { .. } => Exit::Failed,
         }
     }
