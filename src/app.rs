@@ -4,8 +4,11 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
+use crate::backup::Backups;
 use crate::config::Config;
 use crate::http::Tokens;
+use crate::node::NodeClientError;
+use crate::repository::lock::RepositoryLocks;
 use crate::store::Store;
 
 /// The shared state of one running service.
@@ -15,11 +18,15 @@ pub type AppState = Arc<App>;
 #[derive(Debug)]
 pub struct App {
     /// The configuration it was started with.
-    pub config: Config,
+    pub config: Arc<Config>,
     /// Its database.
     pub store: Store,
     /// Its bearer tokens.
     pub tokens: Tokens,
+    /// Its jobs.
+    pub backups: Backups,
+    /// The repositories that this process owns.
+    pub locks: Arc<RepositoryLocks>,
     /// Names this process start; leases of another one are void.
     pub boot_id: String,
     phase: watch::Sender<Phase>,
@@ -38,9 +45,15 @@ pub enum Phase {
 
 impl App {
     /// The state of a service that is starting.
-    pub fn new(config: Config, store: Store, tokens: Tokens) -> Self {
+    ///
+    /// # Errors
+    /// A node that cannot be called at all.
+    pub fn new(config: Config, store: Store, tokens: Tokens) -> Result<Self, NodeClientError> {
         let boot_id = crate::id::new_ulid().to_string();
-        Self { config, store, tokens, boot_id, phase: watch::Sender::new(Phase::Starting) }
+        let config = Arc::new(config);
+        let locks = Arc::new(RepositoryLocks::new());
+        let backups = Backups::new(Arc::clone(&config), store.clone(), Arc::clone(&locks), &boot_id)?;
+        Ok(Self { config, store, tokens, backups, locks, boot_id, phase: watch::Sender::new(Phase::Starting) })
     }
 
     /// The phase now.

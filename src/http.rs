@@ -5,6 +5,10 @@
 //! parse, call the layer below, and answer.
 
 pub mod auth;
+#[allow(unused_qualifications, reason = "the macro of utoipa repeats the type of a query")]
+mod backups;
+#[allow(unused_qualifications, reason = "the macro of utoipa repeats the type of a query")]
+mod callbacks;
 pub mod codes;
 mod describe;
 mod disks;
@@ -12,6 +16,9 @@ pub mod etag;
 pub mod extract;
 mod health;
 pub mod listing;
+#[allow(unused_qualifications, reason = "the macro of utoipa repeats the type of a query")]
+mod points;
+mod ports;
 pub mod problem;
 #[allow(unused_qualifications, reason = "the macro of utoipa repeats the type of a query")]
 mod repositories;
@@ -34,12 +41,17 @@ use crate::app::AppState;
 
 /// Everything under `/api/v1` that demands a token.
 fn api() -> OpenApiRouter<AppState> {
-    OpenApiRouter::new().merge(vms::routes()).merge(repositories::routes())
+    OpenApiRouter::new()
+        .merge(vms::routes())
+        .merge(repositories::routes())
+        .merge(backups::routes())
+        .merge(points::routes())
+        .merge(ports::routes())
 }
 
 /// The routes of the backup client, under `/api/v1` too; also served alone at `server.callbacks_bind`.
 fn callbacks() -> OpenApiRouter<AppState> {
-    OpenApiRouter::new()
+    callbacks::routes()
 }
 
 /// The whole service as a router.

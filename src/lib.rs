@@ -1,16 +1,22 @@
 //! Blockyard backs up all disks of a VM from one snapshot, through NBD servers in its own process, into qcow2 images.
 //!
 //! The service as a library, so that the binary, the demo and the tests run the very same thing. Layers from the outside
-//! in: `cli` and `http` parse and answer, `serve` owns the process, `store` holds all SQL; `config`, `clock` and `id` are
-//! plain values that every layer may name.
+//! in: `cli` and `http` parse and answer, `serve` owns the process, `backup` is the job, `repository` knows its files,
+//! `listeners` and `export` join the two engines, `node` calls the appliance, `store` holds all SQL; `config`, `clock` and
+//! `id` are plain values that every layer may name.
 #![forbid(unsafe_code)]
 
 pub mod app;
+pub mod backup;
 pub mod cli;
 pub mod clock;
 pub mod config;
+pub mod export;
 pub mod http;
 pub mod id;
+pub mod listeners;
+pub mod node;
+pub mod repository;
 pub mod secret;
 pub mod serve;
 pub mod store;

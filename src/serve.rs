@@ -18,8 +18,10 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::app::{App, AppState, Phase};
+use crate::backup::RecoverError;
 use crate::config::{AuthMode, Config};
 use crate::http;
+use crate::node::NodeClientError;
 use crate::store::{SchemaError, Store};
 
 /// How long open requests may take to end once jobs have ended. A guess: handlers answer in milliseconds, and the longest
@@ -49,6 +51,12 @@ pub enum StartError {
     /// The database does not fit this binary.
     #[error(transparent)]
     Schema(#[from] SchemaError),
+    /// A node cannot be called at all.
+    #[error(transparent)]
+    Node(#[from] NodeClientError),
+    /// What the last run left cannot be cleared up, or a repository belongs to another hub.
+    #[error(transparent)]
+    Recover(#[from] RecoverError),
     /// An address cannot be listened on.
     #[error("cannot listen on {address}: is another program using the port?")]
     Bind {
@@ -67,6 +75,7 @@ pub struct Service {
     callbacks_address: Option<SocketAddr>,
     close_sockets: watch::Sender<bool>,
     servers: JoinSet<()>,
+    drain: Duration,
     // Dropped last: the lock is free only when everything else is gone.
     _lock: StateLock,
 }
@@ -94,16 +103,18 @@ impl Service {
         };
         let callbacks_address = callbacks.as_ref().map(|(_, address)| *address);
 
-        let app: AppState = Arc::new(App::new(config, store, tokens));
+        let drain = Duration::from_secs(config.server.drain_s);
+        let app: AppState = Arc::new(App::new(config, store, tokens)?);
         let close_sockets = watch::Sender::new(false);
         let mut servers = JoinSet::new();
         servers.spawn(serve(listener, http::router(&app), close_sockets.subscribe()));
         if let Some((listener, _)) = callbacks {
             servers.spawn(serve(listener, http::callbacks_router(&app), close_sockets.subscribe()));
         }
+        app.backups.recover().await?;
         app.advance(Phase::Ready);
         tracing::info!(%address, ?callbacks_address, boot_id = app.boot_id, "ready");
-        Ok(Self { app, address, callbacks_address, close_sockets, servers, _lock: lock })
+        Ok(Self { app, address, callbacks_address, close_sockets, servers, drain, _lock: lock })
     }
 
     /// The address of the API, with the real port where port 0 was configured.
@@ -130,6 +141,7 @@ impl Service {
     pub async fn stop(mut self) {
         tracing::info!("stopping");
         self.app.advance(Phase::Draining);
+        self.app.backups.drain(self.drain).await;
         self.close_sockets.send_replace(true);
         let answered =
             tokio::time::timeout(HTTP_DRAIN, async { while self.servers.join_next().await.is_some() {} }).await;
@@ -139,6 +151,13 @@ impl Service {
         }
         self.app.store.close().await;
         tracing::info!("stopped");
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        // After a stop there is none left.
+        self.app.backups.abandon();
     }
 }
 

@@ -4,9 +4,13 @@
 //! into one transaction: [`Store::write`] begins one, [`Store::read`] lends a connection. Nothing here knows HTTP or the
 //! rules of a backup; it knows tables and says in types what they can answer.
 
+pub mod backups;
 mod column;
 mod error;
+pub mod events;
+pub mod leases;
 mod page;
+pub mod points;
 pub mod repositories;
 mod schema;
 pub mod vms;

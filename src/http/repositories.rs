@@ -189,6 +189,7 @@ async fn remove_repository(State(app): State<AppState>, Path(id): Path<String>) 
     refuse_in_use(&mut transaction, &repository).await?;
     repositories::remove(&mut transaction, &repository.id).await?;
     transaction.commit().await.map_err(StoreError::from)?;
+    app.locks.release(repository.id.as_str());
     Ok(StatusCode::NO_CONTENT)
 }
 

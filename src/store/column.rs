@@ -37,7 +37,20 @@ macro_rules! text_column {
     )+};
 }
 
-text_column!(crate::clock::UtcTime, crate::id::VmId, crate::id::BackupId, crate::id::RepositoryId);
+text_column!(
+    crate::clock::UtcTime,
+    crate::id::VmId,
+    crate::id::BackupId,
+    crate::id::RepositoryId,
+    crate::backup::state::JobState,
+    crate::backup::state::JobResult,
+    crate::backup::state::DiskState,
+    crate::backup::state::FailureCode,
+    crate::backup::state::RequestedType,
+    crate::backup::state::BackupType,
+    crate::backup::state::TypeReason,
+    crate::store::backups::NodeOutcome,
+);
 
 /// An unsigned number of a row. SQLite's integers are signed; a negative one is an error of that row.
 pub(super) fn unsigned(row: &SqliteRow, column: &str) -> Result<u64, sqlx::Error> {

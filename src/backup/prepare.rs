@@ -1,0 +1,134 @@
+//! Making a job ready for its client: staged directory, images, listeners. Then one transaction says so, and that the node
+//! is about to be called.
+
+use std::io;
+use std::time::Duration;
+
+use blockyard_qcow2::{self as qcow2, AsyncImage, CreateOptions, OpenOptions};
+
+use super::job::{End, Failed, Job, LiveDisk, RunningDisk};
+use super::state::{DiskState, FailureCode, JobResult, JobState};
+use crate::export::ImageExport;
+use crate::listeners::DiskListener;
+use crate::repository::directory;
+use crate::store::StoreError;
+use crate::store::backups::{self, Change, DiskUpdate, NodeOutcome};
+use crate::store::events::Actor;
+
+impl Job {
+    /// Brings the job from accepted to starting.
+    pub(super) async fn prepare(&mut self) -> Result<(), End> {
+        let limit = Duration::from_secs(self.shared.config.jobs.prepare_s);
+        match tokio::time::timeout(limit, Box::pin(self.make_ready())).await {
+            Ok(done) => done,
+            Err(_) => Err(Failed::new(
+                FailureCode::PrepareTimeout,
+                format!("ports, images and listeners were not ready within {} s", limit.as_secs()),
+            )
+            .by(Actor::Clock)
+            .into()),
+        }
+    }
+
+    async fn make_ready(&mut self) -> Result<(), End> {
+        self.advance(JobState::Preparing, Actor::Service).await?;
+        let paths = self.facts.paths.clone();
+        self.work.run(move || directory::create_staged(&paths)).await.map_err(|error: io::Error| storage(&error))?;
+        let images = self.create_images().await?;
+        self.serve(images)?;
+        self.persist().await?;
+        Ok(())
+    }
+
+    /// Creates and opens the images of all disks, several at once: each one waits for the disk more than it works.
+    async fn create_images(&mut self) -> Result<Vec<AsyncImage>, Failed> {
+        let cluster_size = self.shared.config.storage.cluster_bytes;
+        let facts = std::sync::Arc::clone(&self.facts);
+        let begun: Vec<_> = facts
+            .disks
+            .iter()
+            .map(|disk| {
+                let path = facts.paths.staged_image(disk.plan.disk_id);
+                let size = disk.plan.size_bytes;
+                self.work.begin(move || {
+                    qcow2::create(&path, &CreateOptions { cluster_size, ..CreateOptions::new(size) })?;
+                    qcow2::Image::open(&path, &OpenOptions::new(qcow2::Access::ReadWrite))
+                })
+            })
+            .collect();
+        let mut images = Vec::with_capacity(begun.len());
+        for image in begun {
+            match image.await {
+                Ok(Ok(image)) => images.push(AsyncImage::new(image)),
+                Ok(Err(error)) => return Err(image_failure("an image could not be made", &error)),
+                Err(_) => return Err(Failed::new(FailureCode::ImageFailed, "making an image ended by a panic")),
+            }
+        }
+        Ok(images)
+    }
+
+    /// Gives each disk its listener. The ports are bound since the job was accepted; from here on they answer.
+    fn serve(&mut self, images: Vec<AsyncImage>) -> Result<(), Failed> {
+        let ports = std::mem::take(&mut self.ports);
+        let mut live = Vec::with_capacity(images.len());
+        for ((disk, image), port) in self.facts.disks.iter().zip(images).zip(ports) {
+            let name = &disk.plan.export_name;
+            let export = ImageExport::new(name, image, qcow2::Access::ReadWrite, std::sync::Arc::clone(&self.signals));
+            let listener = DiskListener::serve(port, &export, &self.shared.listener_options).map_err(|error| {
+                tracing::error!(%error, "a listener could not be made");
+                Failed::new(FailureCode::ImageFailed, format!("disk {} cannot be served", disk.plan.disk_id))
+            })?;
+            let figures = listener.figures();
+            live.push(LiveDisk { disk_id: disk.plan.disk_id, export: export.clone(), figures });
+            self.disks.push(RunningDisk { disk: disk.clone(), export, listener: Some(listener), sealed: None });
+        }
+        // Set once per job: this is the only place, and it runs once.
+        let _ = self.handle.live.set(live);
+        Ok(())
+    }
+
+    /// Stores that everything listens and that the node is about to be called: after a restart this means that a client
+    /// may have been launched.
+    async fn persist(&self) -> Result<(), Failed> {
+        let mut transaction = self.store().write().await?;
+        for running in &self.disks {
+            let update = DiskUpdate::state_only(running.disk.plan.disk_id, DiskState::Listening);
+            backups::update_disk(&mut transaction, &self.facts.id, &update).await?;
+        }
+        backups::set_node_outcome(&mut transaction, &self.facts.id, NodeOutcome::Intended).await?;
+        let change = Change {
+            id: &self.facts.id,
+            vm_id: &self.facts.vm.id,
+            from: JobState::Preparing,
+            to: JobState::Starting,
+            result: JobResult::None,
+            code: None,
+            message: None,
+            by: Actor::Service,
+        };
+        backups::change_state(&mut transaction, &change).await?;
+        transaction.commit().await.map_err(StoreError::from)?;
+        self.show(JobState::Starting);
+        Ok(())
+    }
+}
+
+/// A failure of the repository's file system, in the words of the contract.
+pub(super) fn storage(error: &io::Error) -> Failed {
+    tracing::error!(%error, "the repository failed");
+    match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            Failed::new(FailureCode::InsufficientStorage, "the repository is full")
+        }
+        kind => Failed::new(FailureCode::ImageFailed, format!("the repository cannot be written ({kind})")),
+    }
+}
+
+/// A failure of an image, in the words of the contract. What the engine says goes to the log: it may name paths.
+pub(super) fn image_failure(what: &str, error: &qcow2::Error) -> Failed {
+    tracing::error!(%error, "{what}");
+    if error.is_no_space() {
+        return Failed::new(FailureCode::InsufficientStorage, format!("{what}: the repository is full"));
+    }
+    Failed::new(FailureCode::ImageFailed, what)
+}

@@ -1,0 +1,123 @@
+//! What a new process makes of the jobs of the one before it.
+//!
+//! Nothing of a dead process can go on: its clients do not reconnect. A job whose directory was renamed is a restore
+//! point and is rolled forward; every other one is undone and has failed. The same is done for a job whose task panicked.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::commit;
+use super::job::{End, Failed};
+use super::state::{FailureCode, JobState};
+use super::{Shared, undo};
+use crate::repository::directory;
+use crate::repository::layout::BackupPaths;
+use crate::repository::manifest::{Manifest, ManifestError};
+use crate::store::backups::{self, BackupRow, ChangeError};
+use crate::store::{StoreError, leases, repositories};
+
+/// Why the state of the last process could not be cleared up.
+#[derive(Debug, thiserror::Error)]
+pub enum RecoverError {
+    /// The database failed.
+    #[error("the jobs of the last run could not be cleared up")]
+    Store(#[from] StoreError),
+    /// A job is in a state that cannot be.
+    #[error("the jobs of the last run could not be cleared up")]
+    Change(#[from] ChangeError),
+    /// Another hub works on one of the repositories.
+    #[error(transparent)]
+    Lock(#[from] crate::repository::lock::LockError),
+    /// A task ended by a panic.
+    #[error("clearing up after the last run ended by a panic")]
+    Panicked,
+}
+
+/// Takes the locks of all repositories, voids the leases of earlier processes, and ends their jobs.
+pub(super) async fn recover(shared: &Arc<Shared>) -> Result<(), RecoverError> {
+    lock_repositories(shared).await?;
+    let mut transaction = shared.store.write().await?;
+    let voided = leases::void_other_boots(&mut transaction, &shared.boot_id).await?;
+    let unfinished = backups::unfinished(&mut transaction).await?;
+    transaction.commit().await.map_err(StoreError::from)?;
+    if voided > 0 || !unfinished.is_empty() {
+        tracing::warn!(leases = voided, jobs = unfinished.len(), "clearing up after the last run");
+    }
+    for row in unfinished {
+        let failed = Failed::new(FailureCode::ServiceRestart, "the service was restarted while the backup ran");
+        settle(shared, &row, failed).await?;
+    }
+    Ok(())
+}
+
+/// A repository that is not there now (an unmounted disk) does not stop the service; one that another hub has does.
+async fn lock_repositories(shared: &Arc<Shared>) -> Result<(), RecoverError> {
+    let mut connection = shared.store.read().await?;
+    let all = repositories::all(&mut connection).await?;
+    drop(connection);
+    for repository in all {
+        let (locks, id, path) = (Arc::clone(&shared.locks), repository.id.to_string(), repository.path.clone());
+        let locked = tokio::task::spawn_blocking(move || locks.acquire(&id, Path::new(&path))).await;
+        match locked.map_err(|_| RecoverError::Panicked)? {
+            Ok(()) => {}
+            Err(error) if error.is_conflict() => return Err(error.into()),
+            Err(error) => tracing::warn!(repository = %repository.id, %error, "a repository cannot be used now"),
+        }
+    }
+    Ok(())
+}
+
+/// Ends one job that no task runs any more: forward when its directory was published, else as failed with `failed`.
+pub(super) async fn settle(shared: &Arc<Shared>, row: &BackupRow, failed: Failed) -> Result<(), RecoverError> {
+    let Some(paths) = paths_of(shared, row).await? else {
+        // Without a folder there was no file. Cannot happen to a job that got as far as preparing.
+        undo::finish(&shared.store, &row.id, &End::Failed(failed), &[]).await?;
+        return Ok(());
+    };
+    match published(&paths, row).await? {
+        Some(manifest) => {
+            tracing::warn!(job_id = %row.id, "the restore point was published before the end; recording it");
+            commit::record(&shared.store, &manifest, &paths).await?;
+        }
+        None => {
+            let staged = paths.clone();
+            let removed = tokio::task::spawn_blocking(move || directory::remove_staged(&staged)).await;
+            if let Err(error) = removed.map_err(|_| RecoverError::Panicked)? {
+                // The record must not wait for a file system that may be gone for good; the folder is never listed.
+                tracing::error!(job_id = %row.id, %error, "staged data of the last run could not be removed");
+            }
+            let end = if row.state == JobState::Cancelling { End::Cancelled } else { End::Failed(failed) };
+            undo::finish(&shared.store, &row.id, &end, &[]).await?;
+            tracing::warn!(job_id = %row.id, state = %row.state, "a job of the last run has ended");
+        }
+    }
+    Ok(())
+}
+
+/// The manifest of a published job, made durable again before anyone relies on it.
+async fn published(paths: &BackupPaths, row: &BackupRow) -> Result<Option<Manifest>, RecoverError> {
+    let (paths, id) = (paths.clone(), row.id.clone());
+    let found = tokio::task::spawn_blocking(move || -> Result<Option<Manifest>, ManifestError> {
+        let manifest = directory::load_published(&paths, &id)?;
+        if manifest.is_some() {
+            directory::sync_published(&paths)?;
+        }
+        Ok(manifest)
+    });
+    match found.await.map_err(|_| RecoverError::Panicked)? {
+        Ok(manifest) => Ok(manifest),
+        Err(error) => {
+            tracing::error!(job_id = %row.id, %error, "a published directory cannot be used; the job has failed");
+            Ok(None)
+        }
+    }
+}
+
+async fn paths_of(shared: &Shared, row: &BackupRow) -> Result<Option<BackupPaths>, StoreError> {
+    let mut connection = shared.store.read().await?;
+    let repository = repositories::find(&mut connection, &row.repository_id).await?;
+    let directory = backups::directory_of(&mut connection, &row.vm_id).await?;
+    Ok(repository
+        .zip(directory)
+        .map(|(repository, directory)| BackupPaths::new(Path::new(&repository.path), &directory, row.id.as_str())))
+}

@@ -1,0 +1,142 @@
+//! The durability barrier of one disk: nobody writes any more, every byte is there, the image is closed and sound.
+//!
+//! Only then is the disk sealed, in one transaction. What fails here fails the whole job, because half a VM is worth
+//! nothing.
+
+use std::time::Duration;
+
+use blockyard_qcow2 as qcow2;
+use sha2::{Digest, Sha256};
+
+use super::commit::COVERAGE_INCOMPLETE;
+use super::job::{End, Failed, Job, SealedDisk};
+use super::prepare::image_failure;
+use super::state::{DiskState, FailureCode};
+use crate::config::CoverageFull;
+use crate::store::StoreError;
+use crate::store::backups::{self, DiskUpdate};
+use crate::store::events::Actor;
+
+/// How much of a disk's beginning is compared with the other disks': its partition table and what follows.
+const HEAD_BYTES: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+
+impl Job {
+    /// Seals the disk at `index` of the job's disks.
+    pub(super) async fn seal(&mut self, index: usize, change_id: Option<String>) -> Result<(), End> {
+        let written = self.disks[index].export.meter().reading().written_bytes;
+        let limit = Duration::from_secs(self.shared.config.jobs.seal_s + written.div_ceil(GIB));
+        match tokio::time::timeout(limit, Box::pin(self.seal_in_time(index, change_id))).await {
+            Ok(sealed) => Ok(sealed?),
+            Err(_) => {
+                let message = format!("a disk could not be made durable within {} s", limit.as_secs());
+                Err(Failed::new(FailureCode::SealTimeout, message).by(Actor::Clock).into())
+            }
+        }
+    }
+
+    async fn seal_in_time(&mut self, index: usize, change_id: Option<String>) -> Result<(), Failed> {
+        let disk_id = self.disks[index].disk.plan.disk_id;
+        self.store_disk(index, DiskState::Draining, None).await?;
+        let export = self.disks[index].export.clone();
+        export.refuse();
+        export.drained().await;
+        self.refuse_failed_disks()?;
+
+        let warning = self.prove_coverage(index)?;
+        let head = head(&export, disk_id).await?;
+        let image = export.image();
+        image.close().await.map_err(|error| image_failure("an image could not be made durable", &error))?;
+        self.check_image(index).await?;
+        // A write that came while the image was being closed was refused, and means that the client was not done.
+        self.refuse_failed_disks()?;
+
+        let sealed = SealedDisk { change_id, effective_type: "full".to_owned(), head, warning };
+        self.store_disk(index, DiskState::Sealed, Some(&sealed)).await?;
+        tracing::info!(job_id = %self.facts.id, disk_id, "disk sealed");
+        self.disks[index].sealed = Some(sealed);
+        Ok(())
+    }
+
+    /// A full image must have received every byte, or it is a delta that calls itself full.
+    fn prove_coverage(&self, index: usize) -> Result<Option<String>, Failed> {
+        let running = &self.disks[index];
+        let (disk_id, size) = (running.disk.plan.disk_id, running.disk.plan.size_bytes);
+        let coverage = running.export.meter().coverage();
+        if coverage.is_whole(size) {
+            return Ok(None);
+        }
+        let (offset, length) = coverage.first_gap(size).unwrap_or((size, 0));
+        let message = format!(
+            "disk {disk_id} was completed with {} of {size} bytes; the first {length} bytes missing are at offset {offset}",
+            coverage.covered_bytes()
+        );
+        match self.shared.config.storage.coverage_full {
+            CoverageFull::Require => Err(Failed::new(FailureCode::CoverageIncomplete, message).by(Actor::Client)),
+            CoverageFull::Warn => Ok(Some(format!("{COVERAGE_INCOMPLETE}: {message}"))),
+        }
+    }
+
+    /// The image as it lies on disk now: no error, no leak, the right size, nothing below it.
+    async fn check_image(&mut self, index: usize) -> Result<(), Failed> {
+        let plan = &self.disks[index].disk.plan;
+        let (disk_id, size) = (plan.disk_id, plan.size_bytes);
+        let path = self.facts.paths.staged_image(disk_id);
+        let report = self.disks[index].export.image().check().await;
+        let report = report.map_err(|error| image_failure("an image could not be checked", &error))?;
+        if !report.is_clean() {
+            tracing::error!(job_id = %self.facts.id, disk_id, ?report, "the structure check failed");
+            let found = format!("{} errors and {} leaks", report.errors, report.leaks);
+            return Err(Failed::new(FailureCode::ImageFailed, format!("disk {disk_id}: the image has {found}")));
+        }
+        let info = self.work.run(move || qcow2::info(&path).map_err(std::io::Error::other)).await;
+        let info = info.map_err(|error: std::io::Error| {
+            tracing::error!(%error, "an image could not be read back");
+            Failed::new(FailureCode::ImageFailed, format!("disk {disk_id}: the image cannot be read back"))
+        })?;
+        if info.size != size || info.backing.is_some() {
+            return Err(Failed::new(
+                FailureCode::ImageFailed,
+                format!("disk {disk_id}: the image has {} bytes instead of {size}, or a backing file", info.size),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Stores where a disk is, with everything that was measured.
+    pub(super) async fn store_disk(
+        &self,
+        index: usize,
+        state: DiskState,
+        sealed: Option<&SealedDisk>,
+    ) -> Result<(), Failed> {
+        let running = &self.disks[index];
+        let reading = running.export.meter().reading();
+        let mut transaction = self.store().write().await?;
+        let update = DiskUpdate {
+            disk_id: running.disk.plan.disk_id,
+            state,
+            measured: Some(reading),
+            effective_type: sealed.map(|sealed| sealed.effective_type.as_str()),
+            change_id: sealed.and_then(|sealed| sealed.change_id.as_deref()),
+            error_message: None,
+        };
+        backups::update_disk(&mut transaction, &self.facts.id, &update).await?;
+        transaction.commit().await.map_err(StoreError::from)?;
+        Ok(())
+    }
+}
+
+/// The digest of the first MiB of a disk, or nothing when that is all zero.
+async fn head(export: &crate::export::ImageExport, disk_id: u32) -> Result<Option<[u8; 32]>, Failed> {
+    let length = usize::try_from(export.image().size().min(HEAD_BYTES)).unwrap_or(0);
+    let bytes = export
+        .image()
+        .read(0, vec![0_u8; length])
+        .await
+        .map_err(|error| image_failure(&format!("disk {disk_id}: the image cannot be read back"), &error))?;
+    if bytes.iter().all(|&byte| byte == 0) {
+        return Ok(None);
+    }
+    Ok(Some(Sha256::digest(&bytes).into()))
+}

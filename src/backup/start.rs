@@ -1,0 +1,505 @@
+//! Starting a backup: everything is checked before anything is touched, then the job is accepted in one transaction and
+//! goes its own way.
+//!
+//! The order of the checks is the contract's. Ports are bound before the rows are written, so that a lack of them refuses
+//! the request instead of failing a job; like the slot they are values that give themselves back on every way out.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::fs::Access;
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+use super::job::{End, Failed, Job, JobDisk, JobFacts, JobHandle, NewJob, StartNews};
+use super::plan::{self, DiskPlan, PlanError};
+use super::registry::{Capacity, Claim, Refused, Slot};
+use super::state::{BackupType, DiskState, JobResult, JobState, RequestedType};
+use super::{Backups, Shared};
+use crate::clock::UtcTime;
+use crate::config::{ExportNames, Node};
+use crate::id::{BackupId, RepositoryId, VmId, new_ulid};
+use crate::listeners::ports::{BoundPort, PortError};
+use crate::repository::directory;
+use crate::repository::layout::{self, BackupPaths};
+use crate::secret::{Secret, SecretError};
+use crate::store::backups::{self, BackupDiskRow, BackupRow};
+use crate::store::leases::{self, LeaseKind};
+use crate::store::points::PointDiskRow;
+use crate::store::repositories::{self, Repository};
+use crate::store::vms::{self, Vm};
+use crate::store::{StoreError, points};
+
+/// What a caller asks for.
+#[derive(Clone, Debug)]
+pub struct NewBackup {
+    /// Whose backup.
+    pub vm: VmChoice,
+    /// Where to.
+    pub repository_id: RepositoryId,
+    /// Which type.
+    pub requested_type: RequestedType,
+    /// Stored and echoed.
+    pub policy_id: Option<String>,
+    /// Stored and echoed.
+    pub tags: BTreeMap<String, String>,
+    /// What was found strange about the request.
+    pub warnings: Vec<String>,
+}
+
+/// How a caller names a VM.
+#[derive(Clone, Debug)]
+pub enum VmChoice {
+    /// By identity.
+    Id(VmId),
+    /// By name, which must be that of one VM only.
+    Name(String),
+}
+
+/// A job that was accepted.
+#[derive(Clone, Debug)]
+pub struct Started {
+    /// What was decided.
+    pub facts: Arc<JobFacts>,
+    /// Whether the node said that it launched a client; else the answer is not known yet.
+    pub confirmed: bool,
+    /// What the caller should know beyond the facts.
+    pub warnings: Vec<String>,
+}
+
+/// Why there is no job, or none any more.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// No VM has this id or name.
+    #[error("there is no VM {0}")]
+    VmNotFound(String),
+    /// Several VMs have this name.
+    #[error("{} VMs are called {name}: name one by vm_context_id", ids.len())]
+    VmAmbiguous {
+        /// The name.
+        name: String,
+        /// Who has it.
+        ids: Vec<VmId>,
+    },
+    /// No repository has this id.
+    #[error("there is no repository {0}")]
+    RepositoryNotFound(RepositoryId),
+    /// The repository cannot be written now.
+    #[error("repository {id} cannot be used: {reason}")]
+    RepositoryUnavailable {
+        /// The repository.
+        id: RepositoryId,
+        /// Why, without paths.
+        reason: String,
+    },
+    /// Its disks cannot be backed up.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// There is no login for the VM's vCenter.
+    #[error("VM {vm_name} has no usable credential: {reason}")]
+    CredentialMissing {
+        /// The VM.
+        vm_name: String,
+        /// Why, without paths.
+        reason: String,
+    },
+    /// The VM's node is not in the configuration.
+    #[error("VM {vm_name} is read by node {node}, which is not configured")]
+    NodeUnknown {
+        /// The VM.
+        vm_name: String,
+        /// The node.
+        node: String,
+    },
+    /// The repository is too full.
+    #[error("repository {id} has {free_bytes} bytes to spare and the backup is expected to need {needed_bytes}")]
+    InsufficientStorage {
+        /// The repository.
+        id: RepositoryId,
+        /// What the job is expected to store.
+        needed_bytes: u64,
+        /// What is free beyond the reserve and the running jobs.
+        free_bytes: u64,
+    },
+    /// A job of this VM runs.
+    #[error("VM {vm_name} is being backed up by {active}")]
+    InProgress {
+        /// The VM.
+        vm_name: String,
+        /// Its job.
+        active: BackupId,
+        /// Where that is, when it can be asked.
+        state: Option<JobState>,
+    },
+    /// A job of another VM with the same inventory name runs.
+    #[error("{active} backs up another VM that is called {name} in its inventory")]
+    NameBusy {
+        /// The name.
+        name: String,
+        /// The job.
+        active: BackupId,
+    },
+    /// As many jobs run as may.
+    #[error("{limit} backups are running, as many as the {place} may have")]
+    TooManyJobs {
+        /// What limits them.
+        place: &'static str,
+        /// How many it may have.
+        limit: u32,
+    },
+    /// Not enough ports.
+    #[error(transparent)]
+    NoPorts(#[from] PortError),
+    /// The service is stopping.
+    #[error("the service is stopping")]
+    Draining,
+    /// The database could not be asked.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The job was accepted and failed at once. Everything has been given back.
+    #[error("{}", failed.message)]
+    Failed {
+        /// The job.
+        backup_id: BackupId,
+        /// Why.
+        failed: Failed,
+    },
+    /// The job was accepted and cancelled before it could begin.
+    #[error("backup {0} was cancelled")]
+    Cancelled(BackupId),
+    /// A task ended by a panic.
+    #[error("starting the backup ended by a panic")]
+    Panicked,
+}
+
+/// A job and who hears what becomes of its start.
+struct Accepted {
+    handle: Arc<JobHandle>,
+    news: oneshot::Receiver<StartNews>,
+}
+
+impl Backups {
+    /// Starts a backup and waits for the node's answer, at most `jobs.answer_within_s`.
+    ///
+    /// # Cancellation
+    /// The job goes on when the future is dropped.
+    ///
+    /// # Errors
+    /// Refusals before the job was accepted, and failures that were found before the time was up.
+    pub async fn start(&self, new: NewBackup) -> Result<Started, StartError> {
+        let deadline = Instant::now() + Duration::from_secs(self.shared.config.jobs.answer_within_s);
+        let shared = Arc::clone(&self.shared);
+        let accepted = tokio::spawn(async move { accept(&shared, new).await }).await;
+        let Accepted { handle, news } = accepted.map_err(|_| StartError::Panicked)??;
+        let facts = Arc::clone(handle.facts());
+        match tokio::time::timeout_at(deadline, news).await {
+            Ok(Ok(StartNews::Started { warnings })) => Ok(Started { facts, confirmed: true, warnings }),
+            Ok(Ok(StartNews::Starting)) => Ok(Started { facts, confirmed: false, warnings: Vec::new() }),
+            Ok(Ok(StartNews::Ended(End::Failed(failed)))) => {
+                Err(StartError::Failed { backup_id: facts.id.clone(), failed })
+            }
+            Ok(Ok(StartNews::Ended(End::Cancelled))) => Err(StartError::Cancelled(facts.id.clone())),
+            Ok(Err(_)) => Err(StartError::Panicked),
+            // The time is up. A job that is on its way out has failed, even if it still holds something.
+            Err(_) => match handle.failure() {
+                Some(failed) => Err(StartError::Failed { backup_id: facts.id.clone(), failed }),
+                None => Ok(Started { facts, confirmed: false, warnings: Vec::new() }),
+            },
+        }
+    }
+}
+
+/// Everything that was found when the request was checked.
+struct Checked {
+    vm: Vm,
+    repository: Repository,
+    plans: Vec<DiskPlan>,
+    username: String,
+    password: Secret,
+    node: Node,
+    estimated_bytes: u64,
+}
+
+async fn accept(shared: &Arc<Shared>, new: NewBackup) -> Result<Accepted, StartError> {
+    if shared.registry.is_closed() {
+        return Err(StartError::Draining);
+    }
+    let checked = check(shared, &new).await?;
+    let id = BackupId::new();
+    let slot = claim(shared, &id, &checked)?;
+    let ports = shared.ports.lease(&shared.config.port_range(&checked.node).ports(), checked.plans.len())?;
+    let (facts, username, password) = record(shared, id, new, checked, &ports).await?;
+    tracing::info!(job_id = %facts.id, vm = facts.vm.name, disks = facts.disks.len(), "backup accepted");
+    let new_job = NewJob { facts, vcenter_user: username, password, ports, slot };
+    let (job, handle, news) = Job::new(shared, new_job);
+    super::supervise(shared, job);
+    Ok(Accepted { handle, news })
+}
+
+/// All checks, in the order of the contract, without any side effect.
+async fn check(shared: &Shared, new: &NewBackup) -> Result<Checked, StartError> {
+    let mut connection = shared.store.read().await?;
+    let vm = match &new.vm {
+        VmChoice::Id(id) => {
+            vms::find(&mut connection, id).await?.ok_or_else(|| StartError::VmNotFound(id.to_string()))?
+        }
+        VmChoice::Name(name) => {
+            let mut found = vms::find_by_name(&mut connection, name).await?;
+            if found.len() > 1 {
+                let ids = found.into_iter().map(|vm| vm.id).collect();
+                return Err(StartError::VmAmbiguous { name: name.clone(), ids });
+            }
+            found.pop().ok_or_else(|| StartError::VmNotFound(name.clone()))?
+        }
+    };
+    let repository = repositories::find(&mut connection, &new.repository_id)
+        .await?
+        .ok_or_else(|| StartError::RepositoryNotFound(new.repository_id.clone()))?;
+    let disks = vms::disks(&mut connection, &vm.id).await?;
+    let newest = points::newest_usable(&mut connection, &vm.id, &repository.id).await?;
+    let before = match &newest {
+        Some(point) => Some(points::disks(&mut connection, &point.id).await?),
+        None => None,
+    };
+    drop(connection);
+    let secret = (shared.config.nbd.export_names == ExportNames::Unguessable).then(new_secret);
+    let plans = plan::disks(&disks, before.as_deref(), new.requested_type, |disk_id| match &secret {
+        Some(secret) => layout::unguessable_export_name(&vm.name, secret, disk_id),
+        None => layout::export_name(&vm.name, disk_id),
+    })?;
+    let estimated_bytes = estimate(shared, &plans, before.as_deref());
+    check_repository(shared, &repository).await?;
+    let (username, password) = credential(shared, &vm).await?;
+    let node = shared.config.nodes.get(&vm.node).cloned().filter(|_| shared.node(&vm.node).is_some());
+    let node = node.ok_or_else(|| StartError::NodeUnknown { vm_name: vm.name.clone(), node: vm.node.clone() })?;
+    check_space(shared, &repository, estimated_bytes).await?;
+    Ok(Checked { vm, repository, plans, username, password, node, estimated_bytes })
+}
+
+/// Something for an export name that nobody can guess: 80 random bits of a ULID are what the names have room for.
+fn new_secret() -> String {
+    new_ulid().to_string()
+}
+
+/// What the job is expected to store: as much as the last full of a disk, or a share of its size.
+fn estimate(shared: &Shared, plans: &[DiskPlan], before: Option<&[PointDiskRow]>) -> u64 {
+    let ratio = shared.config.storage.full_estimate_ratio;
+    plans
+        .iter()
+        .map(|plan| {
+            let last = before.and_then(|disks| disks.iter().find(|disk| disk.disk_id == plan.disk_id));
+            match last {
+                Some(disk) if disk.backup_type == BackupType::Full => disk.file_bytes,
+                // Rounding hundreds of bytes of an estimate away is what an estimate is for.
+                _ => (plan.size_bytes as f64 * ratio) as u64,
+            }
+        })
+        .sum()
+}
+
+/// The repository is ours, and can be written.
+async fn check_repository(shared: &Shared, repository: &Repository) -> Result<(), StartError> {
+    let unavailable = |reason: String| StartError::RepositoryUnavailable { id: repository.id.clone(), reason };
+    if !repository.enabled {
+        return Err(unavailable("it is disabled".to_owned()));
+    }
+    let (locks, id, path) = (Arc::clone(&shared.locks), repository.id.to_string(), repository.path.clone());
+    let checked = tokio::task::spawn_blocking(move || {
+        let path = Path::new(&path);
+        rustix::fs::access(path, Access::WRITE_OK | Access::EXEC_OK).map_err(|error| error.kind().to_string())?;
+        locks.acquire(&id, path).map_err(|error| error.public())
+    });
+    match checked.await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(reason)) => Err(unavailable(reason)),
+        Err(_) => Err(StartError::Panicked),
+    }
+}
+
+/// What is free, less the reserve and what running jobs are still expected to store, covers the estimate.
+async fn check_space(shared: &Shared, repository: &Repository, needed_bytes: u64) -> Result<(), StartError> {
+    let path = repository.path.clone();
+    let free = tokio::task::spawn_blocking(move || directory::space(Path::new(&path))).await;
+    let (free, _) = free.map_err(|_| StartError::Panicked)?.map_err(|error| StartError::RepositoryUnavailable {
+        id: repository.id.clone(),
+        reason: error.kind().to_string(),
+    })?;
+    let promised: u64 = shared
+        .registry
+        .all()
+        .iter()
+        .filter(|job| job.facts().repository.path == repository.path)
+        .map(|job| job.outstanding_bytes())
+        .sum();
+    let free_bytes = free.saturating_sub(promised).saturating_sub(shared.config.storage.min_free_bytes);
+    if free_bytes < needed_bytes {
+        return Err(StartError::InsufficientStorage { id: repository.id.clone(), needed_bytes, free_bytes });
+    }
+    Ok(())
+}
+
+/// The login for the VM's vCenter. The password is read now, so that a job never fails for it later.
+async fn credential(shared: &Shared, vm: &Vm) -> Result<(String, Secret), StartError> {
+    let missing = |reason: String| StartError::CredentialMissing { vm_name: vm.name.clone(), reason };
+    let name = vm.credential.as_ref().ok_or_else(|| missing("none is named in the inventory".to_owned()))?;
+    let credential = shared
+        .config
+        .credentials
+        .get(name)
+        .ok_or_else(|| missing(format!("credentials.{name} is not in the configuration")))?;
+    let file = credential.password_file.clone();
+    let password = tokio::task::spawn_blocking(move || Secret::read(&file)).await.map_err(|_| StartError::Panicked)?;
+    match password {
+        Ok(password) => Ok((credential.username.clone(), password)),
+        Err(error) => {
+            tracing::error!(credential = name, %error, "the password cannot be read");
+            let why = match error {
+                SecretError::Unreadable { source, .. } => source.kind().to_string(),
+                SecretError::Empty { .. } => "it is empty".to_owned(),
+            };
+            Err(missing(format!("the password file of credentials.{name} cannot be used: {why}")))
+        }
+    }
+}
+
+/// Takes the VM, or says who has it.
+fn claim(shared: &Arc<Shared>, id: &BackupId, checked: &Checked) -> Result<Slot, StartError> {
+    let name = plan::inventory_name(&checked.vm.path);
+    let claim = Claim {
+        vm_id: checked.vm.id.clone(),
+        inventory_name: name.to_owned(),
+        node: checked.vm.node.clone(),
+        repository_id: checked.repository.id.clone(),
+    };
+    let capacity = Capacity {
+        total: shared.config.jobs.max_running,
+        node: Some(checked.node.max_running).filter(|&limit| limit > 0),
+        repository: checked.repository.max_running,
+    };
+    shared.registry.claim(id, claim, capacity).map_err(|refused| match refused {
+        Refused::Closed => StartError::Draining,
+        Refused::Vm(active) => in_progress(shared, &checked.vm, active),
+        Refused::Name(active) => StartError::NameBusy { name: name.to_owned(), active },
+        Refused::Capacity(place, limit) => StartError::TooManyJobs { place, limit },
+    })
+}
+
+fn in_progress(shared: &Shared, vm: &Vm, active: BackupId) -> StartError {
+    let state = shared.registry.find(&active).map(|job| job.view().state);
+    StartError::InProgress { vm_name: vm.name.clone(), active, state }
+}
+
+/// The transaction that makes the job exist.
+async fn record(
+    shared: &Shared,
+    id: BackupId,
+    new: NewBackup,
+    checked: Checked,
+    ports: &[BoundPort],
+) -> Result<(Arc<JobFacts>, String, Secret), StartError> {
+    let Checked { vm, repository, plans, username, password, estimated_bytes, .. } = checked;
+    let boot_id = shared.boot_id.as_str();
+    let mut transaction = shared.store.write().await?;
+    let directory_name = claim_directory(&mut transaction, &vm).await?;
+    for (kind, key) in [(LeaseKind::Vm, vm.id.as_str()), (LeaseKind::Name, plan::inventory_name(&vm.path))] {
+        if let Err(active) = leases::take(&mut transaction, kind, key, &id, boot_id).await? {
+            return Err(match kind {
+                LeaseKind::Name => StartError::NameBusy { name: key.to_owned(), active },
+                _ => in_progress(shared, &vm, active),
+            });
+        }
+    }
+    for port in ports {
+        leases::take_over(&mut transaction, LeaseKind::Port, &port.lease.port().to_string(), &id, boot_id).await?;
+    }
+    let offset = shared.config.nbd.advertise_port_offset;
+    let disks: Vec<JobDisk> = plans
+        .into_iter()
+        .zip(ports)
+        .map(|(plan, bound)| {
+            let port = bound.lease.port();
+            // The configuration was refused if any port of the range could leave the numbers of TCP.
+            let advertised_port = u16::try_from(i32::from(port) + offset).unwrap_or(port);
+            JobDisk { plan, port, advertised_port }
+        })
+        .collect();
+    let facts = JobFacts {
+        paths: BackupPaths::new(Path::new(&repository.path), &directory_name, id.as_str()),
+        id,
+        vm,
+        repository,
+        requested_type: new.requested_type,
+        backup_type: BackupType::Full,
+        policy_id: new.policy_id,
+        tags: new.tags,
+        warnings: new.warnings,
+        created_at: UtcTime::now(),
+        disks,
+        estimated_bytes,
+    };
+    let (backup, rows) = rows(&facts, boot_id);
+    backups::insert(&mut transaction, &backup, &rows).await?;
+    transaction.commit().await.map_err(StoreError::from)?;
+    Ok((Arc::new(facts), username, password))
+}
+
+/// The folder of the VM: the one it has, or the first of its names that nobody has.
+async fn claim_directory(connection: &mut crate::store::Connection, vm: &Vm) -> Result<String, StoreError> {
+    let mut last = String::new();
+    for name in layout::vm_directory_names(&vm.name, vm.id.as_str()) {
+        if let Some(directory) = backups::claim_directory(connection, &vm.id, &name).await? {
+            return Ok(directory);
+        }
+        last = name;
+    }
+    // The last name ends in the whole id, which no other VM has.
+    Ok(last)
+}
+
+fn rows(facts: &JobFacts, boot_id: &str) -> (BackupRow, Vec<BackupDiskRow>) {
+    let backup = BackupRow {
+        id: facts.id.clone(),
+        vm_id: facts.vm.id.clone(),
+        repository_id: facts.repository.id.clone(),
+        vm_name: facts.vm.name.clone(),
+        requested_type: facts.requested_type,
+        backup_type: facts.backup_type,
+        state: JobState::Accepted,
+        result: JobResult::None,
+        code: None,
+        message: None,
+        node_outcome: None,
+        boot_id: boot_id.to_owned(),
+        policy_id: facts.policy_id.clone(),
+        tags: facts.tags.clone(),
+        warnings: facts.warnings.clone(),
+        created_at: facts.created_at,
+        started_at: None,
+        completed_at: None,
+    };
+    let disks = facts.disks.iter().map(|disk| BackupDiskRow {
+        disk_id: disk.plan.disk_id,
+        device_key: disk.plan.device_key,
+        vmdk_uuid: disk.plan.vmdk_uuid.clone(),
+        vmdk_path: disk.plan.vmdk_path.clone(),
+        size_bytes: disk.plan.size_bytes,
+        backup_type: disk.plan.backup_type,
+        effective_type: None,
+        reason: disk.plan.reason,
+        parent_id: None,
+        from_change_id: None,
+        change_id: None,
+        port: Some(disk.port),
+        export_name: Some(disk.plan.export_name.clone()),
+        state: DiskState::Allocated,
+        error_message: None,
+        covered_bytes: 0,
+        written_bytes: 0,
+        zeroed_bytes: 0,
+        identical_bytes: 0,
+        sealed_at: None,
+    });
+    (backup, disks.collect())
+}

@@ -1,0 +1,264 @@
+//! A qcow2 image as an NBD export: the one adapter that knows both engines.
+//!
+//! All connections of an export share one image. Each request passes the [`gate`], reaches the image, and is counted by
+//! the [`meter`]; nothing here decides what a job does about it. The image is closed by its owner, never by a connection.
+
+use std::io;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use blockyard_nbd as nbd;
+use blockyard_qcow2::{self as qcow2, AsyncImage, ExtentKind, ZeroMode};
+
+pub mod gate;
+pub mod meter;
+mod rate;
+pub mod signals;
+
+use gate::{Gate, Pass};
+use meter::{ConnectionCount, Failure, Meter};
+use signals::Signals;
+
+/// `base:allocation`: the range takes no space.
+const STATE_HOLE: u32 = 1;
+/// `base:allocation`: the range reads as zeroes.
+const STATE_ZERO: u32 = 2;
+
+/// An image under a name. Cheap to clone; all clones are one export.
+#[derive(Clone, Debug)]
+pub struct ImageExport {
+    name: Arc<str>,
+    image: AsyncImage,
+    read_only: bool,
+    gate: Arc<Gate>,
+    meter: Arc<Meter>,
+}
+
+impl ImageExport {
+    /// Offers `image` as `name`. `signals` hears of connections, first writes and failures.
+    pub fn new(name: &str, image: AsyncImage, access: qcow2::Access, signals: Arc<Signals>) -> Self {
+        Self {
+            name: name.into(),
+            image,
+            read_only: access == qcow2::Access::ReadOnly,
+            gate: Arc::default(),
+            meter: Arc::new(Meter::new(signals)),
+        }
+    }
+
+    /// What was seen so far.
+    pub fn meter(&self) -> &Arc<Meter> {
+        &self.meter
+    }
+
+    /// The image behind the name.
+    pub fn image(&self) -> &AsyncImage {
+        &self.image
+    }
+
+    /// Refuses new connections and new requests from now on, with `ESHUTDOWN`. Repeatable.
+    pub fn refuse(&self) {
+        self.gate.close();
+    }
+
+    /// Waits until the requests that were let in are done; meaningful after [`Self::refuse`].
+    pub async fn drained(&self) {
+        self.gate.emptied().await;
+    }
+}
+
+#[async_trait]
+impl nbd::Export for ImageExport {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn size(&self) -> u64 {
+        self.image.size()
+    }
+
+    fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn preferred_block_size(&self) -> u32 {
+        // A cluster is at most 2 MiB, so the conversion never fails.
+        u32::try_from(self.image.cluster_size()).unwrap_or(65536)
+    }
+
+    async fn open(&self) -> Result<Arc<dyn nbd::Device>, nbd::Error> {
+        if self.gate.is_closed() {
+            return Err(shutting_down());
+        }
+        Ok(Arc::new(ImageDevice {
+            image: self.image.clone(),
+            gate: Arc::clone(&self.gate),
+            meter: Arc::clone(&self.meter),
+            _connection: self.meter.connected(),
+        }))
+    }
+}
+
+/// The image as one connection sees it; the connection counts as open as long as this lives.
+#[derive(Debug)]
+struct ImageDevice {
+    image: AsyncImage,
+    gate: Arc<Gate>,
+    meter: Arc<Meter>,
+    _connection: ConnectionCount,
+}
+
+impl ImageDevice {
+    fn enter(&self) -> Result<Pass, nbd::Error> {
+        self.gate.enter().ok_or_else(shutting_down)
+    }
+
+    /// Like [`Self::enter`], for requests that count towards coverage: one that comes too late is remembered, because it
+    /// means that a disk was declared complete before it was.
+    fn enter_change(&self) -> Result<Pass, nbd::Error> {
+        self.gate.enter().ok_or_else(|| {
+            self.meter.late();
+            shutting_down()
+        })
+    }
+
+    /// Remembers the failure of a change and says it in the protocol's terms.
+    fn change_failed(&self, error: &qcow2::Error) -> nbd::Error {
+        let told = request_error(error);
+        // A wrong request harms nobody but its sender; everything else means that this image will never be complete.
+        if told.kind != nbd::ErrorKind::Invalid {
+            self.meter.failed(Failure { no_space: error.is_no_space(), text: error.to_string() });
+        }
+        told
+    }
+}
+
+/// A lent buffer as the plain bytes that the image engine takes.
+struct Lent(nbd::Buffer);
+
+impl AsRef<[u8]> for Lent {
+    fn as_ref(&self) -> &[u8] {
+        (*self.0).as_ref()
+    }
+}
+
+impl AsMut<[u8]> for Lent {
+    fn as_mut(&mut self) -> &mut [u8] {
+        (*self.0).as_mut()
+    }
+}
+
+#[async_trait]
+impl nbd::Device for ImageDevice {
+    fn buffer(&self, _offset: u64, length: usize) -> nbd::Buffer {
+        Box::new(vec![0_u8; length])
+    }
+
+    async fn read(&self, offset: u64, buffer: nbd::Buffer) -> Result<nbd::Buffer, nbd::Error> {
+        let _pass = self.enter()?;
+        let Lent(buffer) = self.image.read(offset, Lent(buffer)).await.map_err(|error| request_error(&error))?;
+        self.meter.read((*buffer).as_ref().len() as u64);
+        Ok(buffer)
+    }
+
+    async fn write(&self, offset: u64, buffer: nbd::Buffer, durability: nbd::Durability) -> Result<(), nbd::Error> {
+        let _pass = self.enter_change()?;
+        let length = (*buffer).as_ref().len() as u64;
+        let written = self.image.write(offset, Lent(buffer), durability_of(durability)).await;
+        written.map_err(|error| self.change_failed(&error))?;
+        self.meter.written(offset, length);
+        Ok(())
+    }
+
+    async fn zero(
+        &self,
+        offset: u64,
+        length: u64,
+        flags: nbd::ZeroFlags,
+        durability: nbd::Durability,
+    ) -> Result<(), nbd::Error> {
+        let _pass = self.enter_change()?;
+        let mode = if flags.no_hole { ZeroMode::Keep } else { ZeroMode::Unmap };
+        if flags.fast && !self.zero_is_fast(offset, length) {
+            return Err(nbd::Error::new(nbd::ErrorKind::NotSupported, "zeroing this range would need writes"));
+        }
+        let zeroed = self.image.zero(offset, length, mode, durability_of(durability)).await;
+        zeroed.map_err(|error| self.change_failed(&error))?;
+        self.meter.zeroed(offset, length);
+        Ok(())
+    }
+
+    async fn trim(&self, offset: u64, length: u64, durability: nbd::Durability) -> Result<(), nbd::Error> {
+        let _pass = self.enter()?;
+        let discarded = self.image.discard(offset, length, durability_of(durability)).await;
+        discarded.map_err(|error| self.change_failed(&error))?;
+        self.meter.alive();
+        Ok(())
+    }
+
+    /// Not kept out by the gate: a flush changes no content, and what was answered before must become durable.
+    async fn flush(&self) -> Result<(), nbd::Error> {
+        match self.image.flush().await {
+            // The owner's close made everything durable, or poisoned the image.
+            Err(qcow2::Error::Closed) if self.image.poison().is_none() => {}
+            flushed => flushed.map_err(|error| self.change_failed(&error))?,
+        }
+        self.meter.alive();
+        Ok(())
+    }
+
+    async fn extents(&self, offset: u64, length: u64, max: usize) -> Result<Vec<nbd::Extent>, nbd::Error> {
+        let _pass = self.enter()?;
+        let found = self.image.map(offset, length, max).await.map_err(|error| request_error(&error))?;
+        self.meter.alive();
+        Ok(found.iter().map(|extent| nbd::Extent { length: extent.length, status: status_of(extent.kind) }).collect())
+    }
+}
+
+impl ImageDevice {
+    /// Whether a zero request needs metadata only: whole clusters, or up to the end of the disk.
+    fn zero_is_fast(&self, offset: u64, length: u64) -> bool {
+        let cluster = self.image.cluster_size();
+        let end = offset + length;
+        offset.is_multiple_of(cluster) && (end.is_multiple_of(cluster) || end == self.image.size())
+    }
+}
+
+fn status_of(kind: ExtentKind) -> u32 {
+    match kind {
+        ExtentKind::Data => 0,
+        ExtentKind::ZeroAllocated => STATE_ZERO,
+        ExtentKind::Zero => STATE_ZERO | STATE_HOLE,
+    }
+}
+
+fn durability_of(durability: nbd::Durability) -> qcow2::Durability {
+    match durability {
+        nbd::Durability::OnFlush => qcow2::Durability::OnFlush,
+        nbd::Durability::BeforeReply => qcow2::Durability::BeforeReply,
+    }
+}
+
+fn shutting_down() -> nbd::Error {
+    nbd::Error::new(nbd::ErrorKind::Shutdown, "the export is going away")
+}
+
+/// The table from the image engine's errors to the protocol's. Texts are our own: the engine's may name paths.
+fn request_error(error: &qcow2::Error) -> nbd::Error {
+    use nbd::ErrorKind;
+    let (kind, text) = match error {
+        qcow2::Error::OutOfRange { .. } => (ErrorKind::Invalid, "the range is outside the disk"),
+        qcow2::Error::InvalidOption { .. } => (ErrorKind::Invalid, "the request is not valid for this image"),
+        qcow2::Error::ReadOnly => (ErrorKind::NotPermitted, "the image is read-only"),
+        qcow2::Error::Closed => (ErrorKind::Shutdown, "the image is closed"),
+        qcow2::Error::NoSpace { .. } => (ErrorKind::NoSpace, "no space left for the image"),
+        qcow2::Error::Poisoned { .. } | qcow2::Error::Panicked => {
+            (ErrorKind::Io, "the image failed earlier and takes nothing more")
+        }
+        qcow2::Error::Io { source, .. } | qcow2::Error::Open { source, .. } => {
+            (ErrorKind::from(source as &io::Error), "the storage failed")
+        }
+        _ => (ErrorKind::Io, "the image cannot be used"),
+    };
+    nbd::Error::new(kind, text)
+}

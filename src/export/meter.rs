@@ -1,0 +1,226 @@
+//! What one export has seen, measured where the bytes pass: connections, bytes written and zeroed, covered ranges, and the
+//! first failure. Read by the job; written by the export only.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::time::Instant;
+
+use super::rate::Rate;
+use super::signals::Signals;
+use crate::backup::coverage::Coverage;
+
+/// Why an image stopped being usable.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// The file system is full (or a quota or limit is reached).
+    pub no_space: bool,
+    /// What the engine said.
+    pub text: String,
+}
+
+/// The numbers of one export.
+#[derive(Debug)]
+pub struct Meter {
+    signals: Arc<Signals>,
+    connections: AtomicUsize,
+    ever_connected: AtomicBool,
+    changed: AtomicBool,
+    late_change: AtomicBool,
+    written_bytes: AtomicU64,
+    zeroed_bytes: AtomicU64,
+    read_bytes: AtomicU64,
+    coverage: Mutex<Coverage>,
+    rate: Mutex<Rate>,
+    /// When the last connection went, while there is none.
+    lost_at: Mutex<Option<Instant>>,
+    failure: Mutex<Option<Failure>>,
+}
+
+/// One look at a [`Meter`]; `written_bytes + zeroed_bytes >= covered_bytes`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reading {
+    /// Connections open now.
+    pub connections: usize,
+    /// Whether there ever was one.
+    pub ever_connected: bool,
+    /// Whether anything was written or zeroed.
+    pub changed: bool,
+    /// Payload of successful writes.
+    pub written_bytes: u64,
+    /// Length of successful zero requests.
+    pub zeroed_bytes: u64,
+    /// Payload of successful reads.
+    pub read_bytes: u64,
+    /// Distinct bytes written or zeroed.
+    pub covered_bytes: u64,
+}
+
+/// Counts a connection until dropped.
+#[derive(Debug)]
+pub struct ConnectionCount {
+    meter: Arc<Meter>,
+}
+
+impl Meter {
+    /// Nothing seen yet.
+    pub fn new(signals: Arc<Signals>) -> Self {
+        Self {
+            signals,
+            connections: AtomicUsize::new(0),
+            ever_connected: AtomicBool::new(false),
+            changed: AtomicBool::new(false),
+            late_change: AtomicBool::new(false),
+            written_bytes: AtomicU64::new(0),
+            zeroed_bytes: AtomicU64::new(0),
+            read_bytes: AtomicU64::new(0),
+            coverage: Mutex::default(),
+            rate: Mutex::new(Rate::new(Instant::now())),
+            lost_at: Mutex::default(),
+            failure: Mutex::default(),
+        }
+    }
+
+    /// All numbers at once.
+    pub fn reading(&self) -> Reading {
+        Reading {
+            connections: self.connections.load(Ordering::Acquire),
+            ever_connected: self.ever_connected.load(Ordering::Acquire),
+            changed: self.changed.load(Ordering::Acquire),
+            written_bytes: self.written_bytes.load(Ordering::Acquire),
+            zeroed_bytes: self.zeroed_bytes.load(Ordering::Acquire),
+            read_bytes: self.read_bytes.load(Ordering::Acquire),
+            covered_bytes: lock(&self.coverage).covered_bytes(),
+        }
+    }
+
+    /// A copy of the covered ranges.
+    pub fn coverage(&self) -> Coverage {
+        lock(&self.coverage).clone()
+    }
+
+    /// Since when there has been no connection, when there was one before.
+    pub fn disconnected_since(&self) -> Option<Instant> {
+        *lock(&self.lost_at)
+    }
+
+    /// Payload written per second, over the last ten seconds.
+    pub fn written_per_second(&self) -> u64 {
+        lock(&self.rate).per_second(Instant::now())
+    }
+
+    /// Whether a write or zero request came after the gate was closed.
+    pub fn late_change(&self) -> bool {
+        self.late_change.load(Ordering::Acquire)
+    }
+
+    /// The first failure of the image.
+    pub fn failure(&self) -> Option<Failure> {
+        lock(&self.failure).clone()
+    }
+
+    pub(super) fn connected(self: &Arc<Self>) -> ConnectionCount {
+        {
+            let mut lost_at = lock(&self.lost_at);
+            self.connections.fetch_add(1, Ordering::AcqRel);
+            *lost_at = None;
+        }
+        self.ever_connected.store(true, Ordering::Release);
+        self.signals.change();
+        ConnectionCount { meter: Arc::clone(self) }
+    }
+
+    pub(super) fn read(&self, length: u64) {
+        self.read_bytes.fetch_add(length, Ordering::AcqRel);
+        self.signals.life();
+    }
+
+    pub(super) fn written(&self, offset: u64, length: u64) {
+        self.written_bytes.fetch_add(length, Ordering::AcqRel);
+        lock(&self.rate).add(length, Instant::now());
+        self.covered(offset, length);
+    }
+
+    pub(super) fn zeroed(&self, offset: u64, length: u64) {
+        self.zeroed_bytes.fetch_add(length, Ordering::AcqRel);
+        self.covered(offset, length);
+    }
+
+    pub(super) fn alive(&self) {
+        self.signals.life();
+    }
+
+    pub(super) fn late(&self) {
+        self.late_change.store(true, Ordering::Release);
+        self.signals.change();
+    }
+
+    pub(super) fn failed(&self, failure: Failure) {
+        lock(&self.failure).get_or_insert(failure);
+        self.signals.change();
+    }
+
+    fn covered(&self, offset: u64, length: u64) {
+        lock(&self.coverage).add(offset, length);
+        if self.changed.swap(true, Ordering::AcqRel) {
+            self.signals.life();
+        } else {
+            self.signals.change();
+        }
+    }
+}
+
+impl Drop for ConnectionCount {
+    fn drop(&mut self) {
+        {
+            let mut lost_at = lock(&self.meter.lost_at);
+            if self.meter.connections.fetch_sub(1, Ordering::AcqRel) == 1 {
+                *lost_at = Some(Instant::now());
+            }
+        }
+        self.meter.signals.change();
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_disk_is_disconnected_when_its_last_connection_is_gone() {
+        let meter = Arc::new(Meter::new(Arc::default()));
+        assert_eq!(meter.disconnected_since(), None);
+        let idle = meter.connected();
+        let busy = meter.connected();
+        drop(busy);
+        assert_eq!((meter.reading().connections, meter.disconnected_since()), (1, None));
+        drop(idle);
+        assert_eq!(meter.disconnected_since(), Some(Instant::now()));
+        let _again = meter.connected();
+        assert_eq!(meter.disconnected_since(), None);
+        assert!(meter.reading().ever_connected);
+    }
+
+    #[tokio::test]
+    async fn progress_counts_kinds_apart_and_covers_each_byte_once() {
+        let meter = Arc::new(Meter::new(Arc::default()));
+        meter.written(0, 1024);
+        meter.written(512, 1024);
+        meter.zeroed(4096, 512);
+        let reading = meter.reading();
+        assert_eq!((reading.written_bytes, reading.zeroed_bytes, reading.covered_bytes), (2048, 512, 2048));
+        assert_eq!(meter.coverage().first_gap(8192), Some((1536, 2560)));
+    }
+
+    #[test]
+    fn the_first_failure_is_the_one_that_counts() {
+        let meter = Meter::new(Arc::default());
+        meter.failed(Failure { no_space: true, text: "full".into() });
+        meter.failed(Failure { no_space: false, text: "poisoned".into() });
+        assert_eq!(meter.failure().unwrap().text, "full");
+    }
+}

@@ -1,0 +1,162 @@
+//! Restore points: what committed backups left.
+
+use axum::Json;
+use axum::extract::{Path, State};
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::extract::QueryParams;
+use super::listing;
+use super::problem::{Code, Problem};
+use crate::app::AppState;
+use crate::backup::state::BackupType;
+use crate::clock::UtcTime;
+use crate::id::{BackupId, RepositoryId, VmId};
+use crate::store::points::{self, Filter, PointDiskRow, PointRow};
+use crate::store::{Connection, StoreError, backups, repositories};
+
+pub(super) fn routes() -> OpenApiRouter<AppState> {
+    OpenApiRouter::new().routes(routes!(list_points)).routes(routes!(show_point))
+}
+
+/// A restore point: all disks of a VM as they were in one snapshot.
+#[derive(Serialize, ToSchema)]
+struct PointAnswer {
+    /// The id of the backup that made it.
+    #[schema(value_type = String, example = "backup-01JD8Z3M6Q9V4T2R7XK5N0WCHB")]
+    id: BackupId,
+    #[schema(value_type = String)]
+    vm_context_id: VmId,
+    vm_name: Option<String>,
+    #[schema(value_type = String)]
+    repository_id: RepositoryId,
+    /// The order of commits over the whole hub.
+    sequence: u64,
+    #[schema(example = "committed")]
+    state: String,
+    #[schema(example = "unverified")]
+    trust: String,
+    backup_type: BackupType,
+    #[schema(value_type = String, format = DateTime)]
+    committed_at: UtcTime,
+    /// The folder, in the repository.
+    path: Option<String>,
+    disks: Vec<PointDiskAnswer>,
+}
+
+/// One disk of a restore point.
+#[derive(Serialize, ToSchema)]
+struct PointDiskAnswer {
+    disk_id: u32,
+    device_key: u32,
+    vmdk_uuid: Option<String>,
+    vmdk_path: Option<String>,
+    size_bytes: u64,
+    backup_type: BackupType,
+    /// The image in the point's folder.
+    file: String,
+    file_bytes: u64,
+    change_id: Option<String>,
+    #[schema(value_type = Option<String>)]
+    parent_id: Option<BackupId>,
+    chain_depth: u32,
+}
+
+#[derive(Serialize, ToSchema)]
+struct PointList {
+    points: Vec<PointAnswer>,
+    /// Points on all pages together.
+    total: u64,
+    next_page_token: Option<String>,
+}
+
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct PointQuery {
+    /// Only points of this VM.
+    #[param(value_type = Option<String>)]
+    vm_context_id: Option<VmId>,
+    /// Only points in this repository.
+    #[param(value_type = Option<String>)]
+    repository_id: Option<RepositoryId>,
+    /// 1 to 1000.
+    limit: Option<u32>,
+    /// `next_page_token` of the page before.
+    page_token: Option<String>,
+}
+
+/// All restore points, newest first. Only whole VMs are ever here.
+#[utoipa::path(get, path = "/points", tag = "points", params(PointQuery), responses((status = 200, body = PointList)))]
+async fn list_points(
+    State(app): State<AppState>,
+    QueryParams(query): QueryParams<PointQuery>,
+) -> Result<Json<PointList>, Problem> {
+    let page = listing::page(query.limit, query.page_token.as_deref())?;
+    let filter = Filter { vm_id: query.vm_context_id, repository_id: query.repository_id };
+    let mut connection = app.store.read().await?;
+    let found = points::list(&mut connection, &filter, &page).await?;
+    let next_page_token = listing::next_page_token(&found);
+    let mut answers = Vec::with_capacity(found.rows.len());
+    for row in found.rows {
+        answers.push(PointAnswer::load(&mut connection, row).await?);
+    }
+    Ok(Json(PointList { points: answers, total: found.total, next_page_token }))
+}
+
+/// One restore point.
+#[utoipa::path(get, path = "/points/{id}", tag = "points", params(("id" = String, Path)),
+    responses((status = 200, body = PointAnswer)))]
+async fn show_point(State(app): State<AppState>, Path(id): Path<String>) -> Result<Json<PointAnswer>, Problem> {
+    let mut connection = app.store.read().await?;
+    let row = match id.parse::<BackupId>() {
+        Ok(id) => points::find(&mut connection, &id).await?,
+        Err(_) => None,
+    };
+    match row {
+        Some(row) => Ok(Json(PointAnswer::load(&mut connection, row).await?)),
+        None => Err(Problem::new(Code::PointNotFound, format!("There is no restore point with the id {id}."))),
+    }
+}
+
+impl PointAnswer {
+    async fn load(connection: &mut Connection, row: PointRow) -> Result<Self, StoreError> {
+        let disks = points::disks(connection, &row.id).await?;
+        let repository = repositories::find(connection, &row.repository_id).await?;
+        let backup = backups::find(connection, &row.id).await?;
+        let all_full = disks.iter().all(|disk| disk.backup_type == BackupType::Full);
+        Ok(Self {
+            path: repository.map(|repository| format!("{}/{}", repository.path, row.dir)),
+            id: row.id,
+            vm_context_id: row.vm_id,
+            vm_name: backup.map(|backup| backup.vm_name),
+            repository_id: row.repository_id,
+            sequence: row.sequence,
+            state: row.state,
+            trust: row.trust,
+            backup_type: if all_full { BackupType::Full } else { BackupType::Incremental },
+            committed_at: row.committed_at,
+            disks: disks.into_iter().map(Into::into).collect(),
+        })
+    }
+}
+
+impl From<PointDiskRow> for PointDiskAnswer {
+    fn from(disk: PointDiskRow) -> Self {
+        Self {
+            disk_id: disk.disk_id,
+            device_key: disk.device_key,
+            vmdk_uuid: disk.vmdk_uuid,
+            vmdk_path: disk.vmdk_path,
+            size_bytes: disk.size_bytes,
+            backup_type: disk.backup_type,
+            file: disk.file,
+            file_bytes: disk.file_bytes,
+            change_id: disk.change_id,
+            parent_id: disk.parent_id,
+            chain_depth: disk.chain_depth,
+        }
+    }
+}

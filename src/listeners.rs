@@ -1,0 +1,97 @@
+//! One NBD listener per disk: a leased port, an export, and the server that joins them.
+//!
+//! A listener is made for one disk of one job and dies with it; it cannot be pointed at anything else. Which ports there
+//! are is [`ports`]' business.
+
+pub mod ports;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use blockyard_nbd::stats::{ExportStats, Snapshot};
+use blockyard_nbd::{Budget, BudgetLimits, Exports, Handle, Limits, ListPolicy, Options, Server};
+
+use crate::config;
+use crate::export::ImageExport;
+use ports::{BoundPort, PortLease};
+
+/// How long a client is heard out when its listener stops. Clients keep their sockets open until they have been answered
+/// over HTTP, and that answer waits for the listener: a guess, long enough for a last refusal to leave.
+const LINGER: Duration = Duration::from_millis(100);
+
+/// What all listeners of a process share.
+#[derive(Clone, Debug)]
+pub struct ListenerOptions {
+    options: Options,
+}
+
+impl ListenerOptions {
+    /// Those of `[nbd]`, with one memory budget for all.
+    pub fn new(nbd: &config::Nbd) -> Self {
+        let budget = Budget::new(&BudgetLimits { bytes: nbd.memory_budget_bytes, ..BudgetLimits::default() });
+        let handshake_deadline = Duration::from_secs(nbd.handshake_timeout_s);
+        let limits = Limits { handshake_deadline, linger: LINGER, ..Limits::default() };
+        let list = if nbd.list_exports { ListPolicy::Show } else { ListPolicy::Hide };
+        let connections_per_export = usize::try_from(nbd.max_connections_per_export).unwrap_or(usize::MAX);
+        Self { options: Options { limits, list, connections_per_export, ..Options::new(budget) } }
+    }
+}
+
+/// A disk that clients can reach. Dropped without [`Self::stop`], it closes at once.
+#[derive(Debug)]
+pub struct DiskListener {
+    server: Handle,
+    stats: Arc<ExportStats>,
+    // After the server: the number is free only when nothing listens on it.
+    lease: PortLease,
+}
+
+/// What a listener counts; readable at any time, also after it was stopped.
+#[derive(Clone, Debug)]
+pub struct ListenerFigures(Arc<ExportStats>);
+
+impl ListenerFigures {
+    /// All figures now.
+    pub fn snapshot(&self) -> Snapshot {
+        self.0.snapshot()
+    }
+}
+
+/// A listener that could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// The export cannot be served.
+    #[error("the export cannot be served: {0}")]
+    Export(#[from] blockyard_nbd::server::ExportsError),
+    /// The socket is not usable.
+    #[error("the listener is not usable: {0}")]
+    Socket(#[from] std::io::Error),
+}
+
+impl DiskListener {
+    /// Answers clients on a bound port from now on.
+    ///
+    /// # Errors
+    /// An export or socket that cannot be served; the port is given back.
+    pub fn serve(bound: BoundPort, export: &ImageExport, options: &ListenerOptions) -> Result<Self, ListenError> {
+        let exports = Exports::single(Arc::new(export.clone()))?;
+        let name = blockyard_nbd::Export::name(export);
+        let server = Server::start(bound.listener, exports, options.options.clone())?;
+        // The export was given a line above, so there are counters for its name.
+        let stats = server.stats(name).unwrap_or_default();
+        Ok(Self { server, stats, lease: bound.lease })
+    }
+
+    /// What it counts.
+    pub fn figures(&self) -> ListenerFigures {
+        ListenerFigures(Arc::clone(&self.stats))
+    }
+
+    /// Takes no new connections, answers requests in flight for at most `drain`, closes all sockets, gives the port back.
+    pub async fn stop(self, drain: Duration) {
+        let port = self.lease.port();
+        let stopped = self.server.stop(drain).await;
+        tracing::debug!(port, ?stopped, "listener stopped");
+        drop(self.lease);
+    }
+}

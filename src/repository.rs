@@ -1,0 +1,7 @@
+//! A repository on disk: names ([`layout`]), what a restore point says about itself ([`manifest`]), the file system steps
+//! of staging and publishing ([`directory`]), and the lock that makes one hub its owner ([`lock`]).
+
+pub mod directory;
+pub mod layout;
+pub mod lock;
+pub mod manifest;

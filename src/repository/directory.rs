@@ -1,0 +1,201 @@
+//! The file system steps of a backup's life: make the staged directory, publish it by one rename, or remove it.
+//!
+//! All functions block and are called on blocking threads. Each can be repeated after any crash; what a step promises
+//! about a power cut is said where it returns.
+
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::Path;
+
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+
+use super::layout::{BackupPaths, MANIFEST};
+use super::manifest::{Manifest, ManifestError};
+use crate::id::BackupId;
+
+/// Directories may be listed by the group of the service, images read by it, by nobody else.
+const DIRECTORY_MODE: u32 = 0o750;
+const PUBLISHED_FILE_MODE: u32 = 0o440;
+
+/// Makes `<vm-dir>` when it is missing, and the staged directory, which must be new.
+///
+/// # Errors
+/// Any error of the file system; the staged directory existing already is one.
+///
+/// # Durability
+/// Both directories survive a power cut.
+pub fn create_staged(paths: &BackupPaths) -> io::Result<()> {
+    let mut builder = DirBuilder::new();
+    builder.mode(DIRECTORY_MODE);
+    match builder.create(&paths.vm) {
+        Ok(()) => sync_directory(&paths.repository)?,
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        Err(error) => return Err(error),
+    }
+    builder.create(&paths.staged)?;
+    sync_directory(&paths.vm)
+}
+
+/// Removes the staged directory with everything in it; nothing to do when it is gone already. An empty `<vm-dir>` of a VM
+/// without points goes too.
+///
+/// # Errors
+/// Any error of the file system but "not found".
+pub fn remove_staged(paths: &BackupPaths) -> io::Result<()> {
+    match fs::remove_dir_all(&paths.staged) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    }
+    sync_directory(&paths.vm)?;
+    // Fails with "not empty" for every VM that has points, which is as it should be.
+    if fs::remove_dir(&paths.vm).is_ok() {
+        sync_directory(&paths.repository)?;
+    }
+    Ok(())
+}
+
+/// Sets the modes of the staged files, writes the manifest, and makes all of it durable under the staged name.
+///
+/// # Errors
+/// Any error of the file system. Nothing is published then.
+pub fn finish_staged(paths: &BackupPaths, manifest: &[u8]) -> io::Result<()> {
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o640).open(paths.staged.join(MANIFEST))?;
+    file.write_all(manifest)?;
+    file.set_permissions(Permissions::from_mode(PUBLISHED_FILE_MODE))?;
+    file.sync_all()?;
+    for entry in fs::read_dir(&paths.staged)? {
+        let entry = entry?;
+        // The images are durable since their seal; opening them again makes the mode durable too.
+        let image = File::open(entry.path())?;
+        image.set_permissions(Permissions::from_mode(PUBLISHED_FILE_MODE))?;
+        image.sync_all()?;
+    }
+    fs::set_permissions(&paths.staged, Permissions::from_mode(DIRECTORY_MODE))?;
+    sync_directory(&paths.staged)
+}
+
+/// The commit: gives the staged directory its final name. Never replaces anything.
+///
+/// # Errors
+/// Any error of the file system, also when the final name exists. Nothing is renamed then.
+///
+/// # Durability
+/// None before [`sync_published`].
+pub fn publish(paths: &BackupPaths) -> io::Result<()> {
+    match renameat_with(CWD, &paths.staged, CWD, &paths.published, RenameFlags::NOREPLACE) {
+        Ok(()) => Ok(()),
+        // Network file systems do not know the flag. A plain rename is as good here: it cannot replace a directory that
+        // holds anything, and a published one always holds its manifest.
+        Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS | rustix::io::Errno::OPNOTSUPP) => {
+            fs::rename(&paths.staged, &paths.published)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Makes the rename survive a power cut. Repeatable, and repeated when a restart rolls forward.
+///
+/// # Errors
+/// Any error of the file system.
+pub fn sync_published(paths: &BackupPaths) -> io::Result<()> {
+    sync_directory(&paths.vm)?;
+    sync_directory(&paths.repository)
+}
+
+/// The manifest of a published directory, or nothing when there is no such directory.
+///
+/// # Errors
+/// A directory whose manifest is missing, unreadable, or belongs to another backup.
+pub fn load_published(paths: &BackupPaths, backup_id: &BackupId) -> Result<Option<Manifest>, ManifestError> {
+    if !paths.published.try_exists()? {
+        return Ok(None);
+    }
+    let manifest = Manifest::decode(&fs::read(paths.published.join(MANIFEST))?)?;
+    if manifest.backup_id != *backup_id {
+        return Err(io::Error::other("the manifest belongs to another backup").into());
+    }
+    for disk in &manifest.disks {
+        if fs::metadata(paths.published.join(&disk.file))?.len() != disk.file_bytes {
+            return Err(io::Error::other(format!("{} has not the length in the manifest", disk.file)).into());
+        }
+    }
+    Ok(Some(manifest))
+}
+
+/// The length of a file in bytes.
+///
+/// # Errors
+/// Any error of the file system.
+pub fn file_bytes(path: &Path) -> io::Result<u64> {
+    Ok(fs::metadata(path)?.len())
+}
+
+/// Bytes that an unprivileged writer can still use, and the size of the file system.
+///
+/// # Errors
+/// Any error of the file system.
+pub fn space(path: &Path) -> io::Result<(u64, u64)> {
+    let facts = rustix::fs::statvfs(path)?;
+    Ok((facts.f_bavail.saturating_mul(facts.f_frsize), facts.f_blocks.saturating_mul(facts.f_frsize)))
+}
+
+fn sync_directory(path: &Path) -> io::Result<()> {
+    File::open(path)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn paths(root: &Path) -> BackupPaths {
+        BackupPaths::new(root, "db-4X7Z", "backup-1")
+    }
+
+    #[test]
+    fn a_staged_directory_must_be_new_and_goes_with_the_vm_directory_it_made() {
+        let root = tempfile::tempdir().unwrap();
+        let paths = paths(root.path());
+        create_staged(&paths).unwrap();
+        assert_eq!(create_staged(&paths).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+        fs::write(paths.staged_image(0), b"x").unwrap();
+        remove_staged(&paths).unwrap();
+        remove_staged(&paths).unwrap();
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn publishing_never_replaces_and_sets_the_modes() {
+        let root = tempfile::tempdir().unwrap();
+        let paths = paths(root.path());
+        create_staged(&paths).unwrap();
+        fs::write(paths.staged_image(0), b"x").unwrap();
+        finish_staged(&paths, b"{}").unwrap();
+        fs::create_dir(&paths.published).unwrap();
+        assert!(publish(&paths).is_err());
+        fs::remove_dir(&paths.published).unwrap();
+        publish(&paths).unwrap();
+        sync_published(&paths).unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
+        assert_eq!(mode(&paths.published), 0o750);
+        assert_eq!(mode(&paths.published_image(0)), 0o440);
+        assert_eq!(mode(&paths.published.join(MANIFEST)), 0o440);
+        // The directory of a VM that has a point stays.
+        fs::create_dir(&paths.staged).unwrap();
+        remove_staged(&paths).unwrap();
+        assert!(paths.published.exists());
+    }
+
+    #[test]
+    fn a_published_directory_without_a_valid_manifest_is_an_error_and_none_is_none() {
+        let root = tempfile::tempdir().unwrap();
+        let paths = paths(root.path());
+        let id = BackupId::new();
+        assert!(load_published(&paths, &id).unwrap().is_none());
+        fs::create_dir_all(&paths.published).unwrap();
+        assert!(load_published(&paths, &id).is_err());
+        fs::write(paths.published.join(MANIFEST), b"{").unwrap();
+        assert!(load_published(&paths, &id).is_err());
+    }
+}

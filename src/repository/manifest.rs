@@ -1,0 +1,215 @@
+//! `manifest.json`: everything about a restore point that its images do not say themselves, beside them, so that a
+//! repository can be understood and imported without any database, and restored with `qemu-img` alone.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::backup::coverage::Run;
+use crate::backup::state::{BackupType, RequestedType, TypeReason};
+use crate::clock::UtcTime;
+use crate::id::{BackupId, RepositoryId, VmId};
+
+/// The format this version writes; a reader refuses a higher one.
+pub const FORMAT: u32 = 1;
+
+/// One restore point.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// How to restore without this program.
+    pub readme: String,
+    /// The version of this layout.
+    pub format: u32,
+    /// The id of the job and of the point.
+    pub backup_id: BackupId,
+    /// The repository it was written into.
+    pub repository_id: RepositoryId,
+    /// Whose disks these are.
+    pub vm: ManifestVm,
+    /// When the job was accepted.
+    pub created_at: UtcTime,
+    /// When all disks were sealed.
+    pub committed_at: UtcTime,
+    /// What the caller asked for.
+    pub requested_type: RequestedType,
+    /// What it became.
+    pub backup_type: BackupType,
+    /// The caller's own words.
+    pub tags: BTreeMap<String, String>,
+    /// The version of the service that wrote it.
+    pub service_version: String,
+    /// In ascending order of number.
+    pub disks: Vec<ManifestDisk>,
+}
+
+/// The VM as the inventory knew it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ManifestVm {
+    /// Our id.
+    pub id: VmId,
+    /// The display name.
+    pub name: String,
+    /// The vCenter host.
+    pub vcenter: String,
+    /// The inventory path.
+    pub path: String,
+    /// The UUID, when the inventory knows it.
+    pub uuid: Option<String>,
+}
+
+/// One disk of a point.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ManifestDisk {
+    /// Our number of it.
+    pub disk_id: u32,
+    /// VMware's.
+    pub device_key: u32,
+    /// The identity of the VMDK, when known.
+    pub vmdk_uuid: Option<String>,
+    /// Its path in the datastore, when known.
+    pub vmdk_path: Option<String>,
+    /// The size of the virtual disk in bytes.
+    pub size_bytes: u64,
+    /// The image, in the same directory.
+    pub file: String,
+    /// Its length in bytes.
+    pub file_bytes: u64,
+    /// Full or overlay.
+    pub backup_type: BackupType,
+    /// What was observed.
+    pub effective_type: String,
+    /// Why it has this type.
+    pub reason: TypeReason,
+    /// The state of the disk in change tracking that this image holds.
+    pub change_id: Option<String>,
+    /// The state its delta began at.
+    pub from_change_id: Option<String>,
+    /// The point its backing file belongs to.
+    pub parent_id: Option<BackupId>,
+    /// How many images a read may pass, this one included.
+    pub chain_depth: u32,
+    /// Bytes that were written, as measured by the server.
+    pub written_bytes: u64,
+    /// Bytes that were zeroed.
+    pub zeroed_bytes: u64,
+    /// Bytes that were received and not stored, being equal to the parent's.
+    pub identical_bytes: u64,
+    /// The ranges that were written or zeroed: `[offset, length]` in ascending order.
+    pub coverage: Vec<Run>,
+}
+
+/// Why a manifest cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ManifestError {
+    /// The file cannot be read.
+    #[error("the manifest cannot be read: {0}")]
+    Read(#[from] std::io::Error),
+    /// It is not what a manifest looks like.
+    #[error("the manifest is not valid: {0}")]
+    Invalid(#[from] serde_json::Error),
+    /// A newer version of this program wrote it.
+    #[error("the manifest has format {found}, this version reads up to {FORMAT}")]
+    Newer {
+        /// Its format.
+        found: u32,
+    },
+}
+
+impl Manifest {
+    /// The line that tells a person in a hurry what to type.
+    pub fn readme_for(disks: &[ManifestDisk]) -> String {
+        let file = disks.first().map_or("disk-0.qcow2", |disk| disk.file.as_str());
+        format!(
+            "A restore point of Blockyard. Every disk is a qcow2 image that QEMU reads as it is: \
+             qemu-img convert -f qcow2 -O raw {file} disk.raw"
+        )
+    }
+
+    /// The bytes of the file.
+    ///
+    /// # Errors
+    /// None in practice: all keys are strings.
+    pub fn encode(&self) -> Result<Vec<u8>, serde_json::Error> {
+        let mut bytes = serde_json::to_vec_pretty(self)?;
+        bytes.push(b'\n');
+        Ok(bytes)
+    }
+
+    /// Reads the bytes of a file.
+    ///
+    /// # Errors
+    /// Bytes that are no manifest, or one of a newer version.
+    pub fn decode(bytes: &[u8]) -> Result<Self, ManifestError> {
+        #[derive(Deserialize)]
+        struct Head {
+            format: u32,
+        }
+        let head: Head = serde_json::from_slice(bytes)?;
+        if head.format > FORMAT {
+            return Err(ManifestError::Newer { found: head.format });
+        }
+        Ok(serde_json::from_slice(bytes)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn manifest() -> Manifest {
+        let disks = vec![ManifestDisk {
+            disk_id: 0,
+            device_key: 2000,
+            vmdk_uuid: None,
+            vmdk_path: Some("[ds1] db/db.vmdk".into()),
+            size_bytes: 1024,
+            file: "disk-0.qcow2".into(),
+            file_bytes: 196_608,
+            backup_type: BackupType::Full,
+            effective_type: "full".into(),
+            reason: TypeReason::FirstBackup,
+            change_id: Some("52 c2/1".into()),
+            from_change_id: None,
+            parent_id: None,
+            chain_depth: 1,
+            written_bytes: 512,
+            zeroed_bytes: 512,
+            identical_bytes: 0,
+            coverage: vec![(0, 1024)],
+        }];
+        Manifest {
+            readme: Manifest::readme_for(&disks),
+            format: FORMAT,
+            backup_id: "backup-01JD8Z3M6Q9V4T2R7XK5N0WCHB".parse().unwrap(),
+            repository_id: "repo-1".parse().unwrap(),
+            vm: ManifestVm {
+                id: "vm-01JC0A7K2E5H8M3P6R9T1V4X7Z".parse().unwrap(),
+                name: "db".into(),
+                vcenter: "vc".into(),
+                path: "/DC/vm/db".into(),
+                uuid: None,
+            },
+            created_at: "2026-11-23T22:00:00Z".parse().unwrap(),
+            committed_at: "2026-11-23T22:05:00Z".parse().unwrap(),
+            requested_type: RequestedType::Auto,
+            backup_type: BackupType::Full,
+            tags: BTreeMap::new(),
+            service_version: "0.1.0".into(),
+            disks,
+        }
+    }
+
+    #[test]
+    fn reads_back_as_written_and_names_the_command() {
+        let bytes = manifest().encode().unwrap();
+        assert_eq!(Manifest::decode(&bytes).unwrap(), manifest());
+        assert!(String::from_utf8(bytes).unwrap().contains("qemu-img convert -f qcow2 -O raw disk-0.qcow2"));
+    }
+
+    #[test]
+    fn a_newer_format_and_garbage_are_refused() {
+        assert!(matches!(Manifest::decode(br#"{"format": 2}"#), Err(ManifestError::Newer { found: 2 })));
+        assert!(matches!(Manifest::decode(b"{"), Err(ManifestError::Invalid(_))));
+        assert!(matches!(Manifest::decode(br#"{"format": 1}"#), Err(ManifestError::Invalid(_))));
+    }
+}

@@ -1,0 +1,114 @@
+//! The `leases` table: who owns a VM, an inventory name or a port right now.
+//!
+//! The owning values live in memory; these rows are their record, and the last line of defence against two jobs on one
+//! VM. A row of another boot is void: the process that held the thing is gone, and the thing with it.
+
+use super::{Connection, StoreError};
+use crate::id::BackupId;
+
+/// What can be owned by one job at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LeaseKind {
+    /// A VM, by id.
+    Vm,
+    /// An inventory name, by which the backup client asks for change ids.
+    Name,
+    /// A TCP port.
+    Port,
+}
+
+impl LeaseKind {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Vm => "vm",
+            Self::Name => "name",
+            Self::Port => "port",
+        }
+    }
+}
+
+/// Takes a lease, or says whose it is.
+///
+/// # Errors
+/// The database's. A key that is taken is no error but an answer.
+pub async fn take(
+    connection: &mut Connection,
+    kind: LeaseKind,
+    key: &str,
+    owner: &BackupId,
+    boot_id: &str,
+) -> Result<Result<(), BackupId>, StoreError> {
+    let holder: Option<BackupId> = sqlx::query_scalar("SELECT owner FROM leases WHERE kind = ? AND key = ?")
+        .bind(kind.as_str())
+        .bind(key)
+        .fetch_optional(&mut *connection)
+        .await?;
+    if let Some(holder) = holder {
+        return Ok(Err(holder));
+    }
+    insert(connection, kind, key, owner, boot_id).await?;
+    Ok(Ok(()))
+}
+
+/// Takes a lease whoever has it: for things whose possession is proven otherwise, such as a port by its socket.
+///
+/// # Errors
+/// The database's.
+pub async fn take_over(
+    connection: &mut Connection,
+    kind: LeaseKind,
+    key: &str,
+    owner: &BackupId,
+    boot_id: &str,
+) -> Result<(), StoreError> {
+    sqlx::query("DELETE FROM leases WHERE kind = ? AND key = ?")
+        .bind(kind.as_str())
+        .bind(key)
+        .execute(&mut *connection)
+        .await?;
+    insert(connection, kind, key, owner, boot_id).await
+}
+
+async fn insert(
+    connection: &mut Connection,
+    kind: LeaseKind,
+    key: &str,
+    owner: &BackupId,
+    boot_id: &str,
+) -> Result<(), StoreError> {
+    sqlx::query("INSERT INTO leases (kind, key, owner, boot_id) VALUES (?, ?, ?, ?)")
+        .bind(kind.as_str())
+        .bind(key)
+        .bind(owner)
+        .bind(boot_id)
+        .execute(connection)
+        .await?;
+    Ok(())
+}
+
+/// Gives back everything an owner has. Repeatable.
+///
+/// # Errors
+/// The database's.
+pub async fn release_all(connection: &mut Connection, owner: &BackupId) -> Result<(), StoreError> {
+    sqlx::query("DELETE FROM leases WHERE owner = ?").bind(owner).execute(connection).await?;
+    Ok(())
+}
+
+/// Removes the leases of every other boot and says how many there were.
+///
+/// # Errors
+/// The database's.
+pub async fn void_other_boots(connection: &mut Connection, boot_id: &str) -> Result<u64, StoreError> {
+    let done = sqlx::query("DELETE FROM leases WHERE boot_id <> ?").bind(boot_id).execute(connection).await?;
+    Ok(done.rows_affected())
+}
+
+/// How many leases there are.
+///
+/// # Errors
+/// The database's.
+pub async fn count(connection: &mut Connection) -> Result<u64, StoreError> {
+    let count: i64 = sqlx::query_scalar("SELECT count(*) FROM leases").fetch_one(connection).await?;
+    Ok(u64::try_from(count).unwrap_or(0))
+}

@@ -1,0 +1,235 @@
+//! The tables `restore_points` and `point_disks`: what committed jobs left, in the order of their commits.
+
+use serde_json::json;
+use sqlx::sqlite::SqliteRow;
+use sqlx::{FromRow, QueryBuilder, Row};
+
+use super::column::{signed, unsigned};
+use super::events::{self, Actor};
+use super::{Connection, Listing, Page, StoreError};
+use crate::backup::state::BackupType;
+use crate::clock::UtcTime;
+use crate::id::{BackupId, RepositoryId, VmId};
+
+/// One restore point.
+#[derive(Clone, Debug)]
+pub struct PointRow {
+    /// The id of the job that made it.
+    pub id: BackupId,
+    /// Whose disks.
+    pub vm_id: VmId,
+    /// Where it is.
+    pub repository_id: RepositoryId,
+    /// The order of commits over the whole hub.
+    pub sequence: u64,
+    /// Its folder, relative to the repository.
+    pub dir: String,
+    /// `committed`, `missing`, `deleting` or `deleted`.
+    pub state: String,
+    /// `unverified`, `verified`, `suspect` or `corrupt`.
+    pub trust: String,
+    /// When it was committed.
+    pub committed_at: UtcTime,
+}
+
+/// One disk of a restore point.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PointDiskRow {
+    /// Our number of it.
+    pub disk_id: u32,
+    /// VMware's.
+    pub device_key: u32,
+    /// The identity of the VMDK.
+    pub vmdk_uuid: Option<String>,
+    /// Its path in the datastore.
+    pub vmdk_path: Option<String>,
+    /// Its size.
+    pub size_bytes: u64,
+    /// Full or overlay.
+    pub backup_type: BackupType,
+    /// The image in the point's folder.
+    pub file: String,
+    /// Its length.
+    pub file_bytes: u64,
+    /// The state of the disk in change tracking.
+    pub change_id: Option<String>,
+    /// The point below it.
+    pub parent_id: Option<BackupId>,
+    /// How many images a read may pass.
+    pub chain_depth: u32,
+}
+
+impl FromRow<'_, SqliteRow> for PointRow {
+    fn from_row(row: &SqliteRow) -> Result<Self, sqlx::Error> {
+        Ok(Self {
+            id: row.try_get("id")?,
+            vm_id: row.try_get("vm_id")?,
+            repository_id: row.try_get("repository_id")?,
+            sequence: unsigned(row, "sequence")?,
+            dir: row.try_get("dir")?,
+            state: row.try_get("state")?,
+            trust: row.try_get("trust")?,
+            committed_at: row.try_get("committed_at")?,
+        })
+    }
+}
+
+impl FromRow<'_, SqliteRow> for PointDiskRow {
+    fn from_row(row: &SqliteRow) -> Result<Self, sqlx::Error> {
+        Ok(Self {
+            disk_id: row.try_get("disk_id")?,
+            device_key: row.try_get("device_key")?,
+            vmdk_uuid: row.try_get("vmdk_uuid")?,
+            vmdk_path: row.try_get("vmdk_path")?,
+            size_bytes: unsigned(row, "size_bytes")?,
+            backup_type: row.try_get("backup_type")?,
+            file: row.try_get("file")?,
+            file_bytes: unsigned(row, "file_bytes")?,
+            change_id: row.try_get("change_id")?,
+            parent_id: row.try_get("parent_id")?,
+            chain_depth: row.try_get("chain_depth")?,
+        })
+    }
+}
+
+/// A point to be stored; the database gives the sequence.
+#[derive(Clone, Debug)]
+pub struct NewPoint<'a> {
+    /// The id of the job.
+    pub id: &'a BackupId,
+    /// Whose disks.
+    pub vm_id: &'a VmId,
+    /// Where.
+    pub repository_id: &'a RepositoryId,
+    /// Its folder, relative to the repository.
+    pub dir: &'a str,
+    /// When.
+    pub committed_at: UtcTime,
+    /// Its disks.
+    pub disks: &'a [PointDiskRow],
+}
+
+/// Stores a point with its disks and its event; returns its sequence.
+///
+/// # Errors
+/// The database's.
+pub async fn insert(connection: &mut Connection, point: &NewPoint<'_>) -> Result<i64, StoreError> {
+    let sequence: i64 = sqlx::query_scalar("SELECT COALESCE(max(sequence), 0) + 1 FROM restore_points")
+        .fetch_one(&mut *connection)
+        .await?;
+    sqlx::query(
+        "INSERT INTO restore_points (id, vm_id, repository_id, sequence, dir, state, trust, committed_at) \
+         VALUES (?, ?, ?, ?, ?, 'committed', 'unverified', ?)",
+    )
+    .bind(point.id)
+    .bind(point.vm_id)
+    .bind(point.repository_id)
+    .bind(sequence)
+    .bind(point.dir)
+    .bind(point.committed_at)
+    .execute(&mut *connection)
+    .await?;
+    for disk in point.disks {
+        sqlx::query(
+            "INSERT INTO point_disks (point_id, disk_id, device_key, vmdk_uuid, vmdk_path, size_bytes, backup_type, file, \
+             file_bytes, change_id, parent_id, chain_depth) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        )
+        .bind(point.id)
+        .bind(disk.disk_id)
+        .bind(disk.device_key)
+        .bind(&disk.vmdk_uuid)
+        .bind(&disk.vmdk_path)
+        .bind(signed(disk.size_bytes)?)
+        .bind(disk.backup_type)
+        .bind(&disk.file)
+        .bind(signed(disk.file_bytes)?)
+        .bind(&disk.change_id)
+        .bind(&disk.parent_id)
+        .bind(disk.chain_depth)
+        .execute(&mut *connection)
+        .await?;
+    }
+    let data = json!({
+        "point_id": point.id, "repository_id": point.repository_id, "sequence": sequence, "disks": point.disks.len(),
+        "parents": point.disks.iter().map(|disk| &disk.parent_id).collect::<Vec<_>>(), "trust": "unverified",
+    });
+    events::append(connection, "point.committed", point.id.as_str(), &data, Actor::Service, point.committed_at).await?;
+    Ok(sequence)
+}
+
+/// The newest point of a VM in a repository that may be built upon.
+///
+/// # Errors
+/// The database's.
+pub async fn newest_usable(
+    connection: &mut Connection,
+    vm: &VmId,
+    repository: &RepositoryId,
+) -> Result<Option<PointRow>, StoreError> {
+    Ok(sqlx::query_as(
+        "SELECT * FROM restore_points WHERE vm_id = ? AND repository_id = ? AND state = 'committed' \
+         AND trust NOT IN ('suspect', 'corrupt') ORDER BY sequence DESC LIMIT 1",
+    )
+    .bind(vm)
+    .bind(repository)
+    .fetch_optional(connection)
+    .await?)
+}
+
+/// One point.
+///
+/// # Errors
+/// The database's.
+pub async fn find(connection: &mut Connection, id: &BackupId) -> Result<Option<PointRow>, StoreError> {
+    Ok(sqlx::query_as("SELECT * FROM restore_points WHERE id = ?").bind(id).fetch_optional(connection).await?)
+}
+
+/// The disks of a point in ascending order of number.
+///
+/// # Errors
+/// The database's.
+pub async fn disks(connection: &mut Connection, id: &BackupId) -> Result<Vec<PointDiskRow>, StoreError> {
+    Ok(sqlx::query_as("SELECT * FROM point_disks WHERE point_id = ? ORDER BY disk_id")
+        .bind(id)
+        .fetch_all(connection)
+        .await?)
+}
+
+/// Which points; all that are not deleted by default.
+#[derive(Clone, Debug, Default)]
+pub struct Filter {
+    /// By VM.
+    pub vm_id: Option<VmId>,
+    /// By repository.
+    pub repository_id: Option<RepositoryId>,
+}
+
+/// One page of the points that match, in the reverse order of their commits.
+///
+/// # Errors
+/// The database's.
+pub async fn list(
+    connection: &mut Connection,
+    filter: &Filter,
+    page: &Page<u64>,
+) -> Result<Listing<PointRow, u64>, StoreError> {
+    let restricted = |select: &str| {
+        let mut query = QueryBuilder::new(select);
+        query.push(" FROM restore_points WHERE state <> 'deleted'");
+        if let Some(vm) = &filter.vm_id {
+            query.push(" AND vm_id = ").push_bind(vm.clone());
+        }
+        if let Some(repository) = &filter.repository_id {
+            query.push(" AND repository_id = ").push_bind(repository.clone());
+        }
+        query
+    };
+    let total: i64 = restricted("SELECT count(*)").build_query_scalar().fetch_one(&mut *connection).await?;
+    let mut query = restricted("SELECT *");
+    if let Some(before) = page.after {
+        query.push(" AND sequence < ").push_bind(signed(before)?);
+    }
+    query.push(" ORDER BY sequence DESC LIMIT ").push_bind(page.fetch_limit());
+    let points = query.build_query_as().fetch_all(connection).await?;
+    Ok(page.listing(points, total.unsigned_abs(), |point: &PointRow| point.sequence))
+}

@@ -1,0 +1,20 @@
+//! Whole backups over real sockets: the service in this process or as a child, a fake node with its client, and QEMU's
+//! and libnbd's tools as clients and judges.
+#![allow(unreachable_pub, reason = "the files of one binary share what they need")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod cancel;
+mod client;
+mod complete;
+mod foreign;
+mod lists;
+mod names;
+mod nbd;
+mod node;
+mod refusals;
+mod restart;
+mod rig;
+mod start;

@@ -1,0 +1,403 @@
+//! Ends of the process: kill, SIGTERM, a second instance, and what the next start makes of it.
+
+use std::path::{Path, PathBuf};
+
+use blockyard::node::fake::{FakeConfig, FakeDisk, FakeNode, Faults, PausePoint, Source};
+use serde_json::{Value, json};
+
+use crate::rig::{self, Plan, Rig, change_id, content, id_of};
+use crate::support::TestService;
+use crate::support::process::{ServeProcess, blockyard};
+
+/// The real binary with one VM and a fake node beside it.
+struct Child {
+    folder: tempfile::TempDir,
+    node: FakeNode,
+    ports: std::ops::RangeInclusive<u16>,
+    disks: Vec<(u32, Vec<u8>)>,
+}
+
+impl Child {
+    async fn new(faults: Faults) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let disks = vec![(2000, content(1, 8 << 20)), (2016, content(2, (2 << 20) + 512))];
+        let fake = disks
+            .iter()
+            .map(|(key, bytes)| {
+                let source = Source::Bytes(bytes.as_slice().into());
+                (*key, FakeDisk { source, change_id: change_id(*key) })
+            })
+            .collect();
+        let mut config = FakeConfig::new("http://127.0.0.1:1", fake);
+        config.request_bytes = 256 << 10;
+        config.faults = faults;
+        let node = FakeNode::start(config).await.unwrap();
+        let ports = rig::free_ports();
+        let toml = rig::configuration(&node.url(), folder.path(), &ports, "");
+        let toml = toml.replace("{folder}", folder.path().to_str().unwrap());
+        std::fs::write(folder.path().join("blockyard.toml"), toml).unwrap();
+        std::fs::create_dir(folder.path().join("main")).unwrap();
+        Self { folder, node, ports, disks }
+    }
+
+    fn start(&self) -> Running {
+        let config = self.folder.path().join("blockyard.toml");
+        let process = ServeProcess::start(self.folder.path(), |command| {
+            command.arg("--config").arg(&config);
+        });
+        let hub_url = process.url.clone();
+        self.node.reconfigure(|config| config.hub_url = hub_url);
+        let token = std::fs::read_to_string(self.folder.path().join("state/token")).unwrap();
+        let http = reqwest::Client::builder().no_proxy().build().unwrap();
+        Running { process, token: token.trim().to_owned(), http }
+    }
+
+    fn repository(&self) -> PathBuf {
+        self.folder.path().join("main")
+    }
+
+    /// Makes the VM and the repository and returns the VM's id.
+    async fn furnish(&self, running: &Running) -> String {
+        running.post("/repositories", &json!({"id": "main", "name": "main", "path": self.repository()})).await;
+        let mut vm = crate::support::vm_body("db-server");
+        vm["credential"] = "main".into();
+        vm["disks"] =
+            rig::sizes(&self.disks).iter().map(|(key, size)| json!({"device_key": key, "size_bytes": size})).collect();
+        running.post("/vms", &vm).await["id"].as_str().unwrap().to_owned()
+    }
+
+    async fn paused(&self) {
+        let paused = self.node.log().first(|event| (*event == blockyard::node::fake::Event::Paused).then_some(()));
+        tokio::time::timeout(rig::DEADLINE, paused).await.expect("the client never paused");
+    }
+
+    fn expect_ports_free(&self) {
+        for port in self.ports.clone() {
+            let connected = std::net::TcpStream::connect(("127.0.0.1", port));
+            assert!(connected.is_err(), "something listens on {port}");
+        }
+    }
+}
+
+struct Running {
+    process: ServeProcess,
+    token: String,
+    http: reqwest::Client,
+}
+
+impl Running {
+    async fn get(&self, path: &str) -> Value {
+        let url = format!("{}/api/v1{path}", self.process.url);
+        let answer = self.http.get(url).bearer_auth(&self.token).send().await.unwrap();
+        assert!(answer.status().is_success(), "{path}: {}", answer.status());
+        answer.json().await.unwrap()
+    }
+
+    async fn post(&self, path: &str, body: &Value) -> Value {
+        let url = format!("{}/api/v1{path}", self.process.url);
+        let answer = self.http.post(url).bearer_auth(&self.token).json(body).send().await.unwrap();
+        let status = answer.status();
+        let text = answer.text().await.unwrap();
+        assert!(status.is_success(), "{path}: {status} {text}");
+        serde_json::from_str(&text).unwrap()
+    }
+
+    async fn back_up(&self, vm: &str) -> Value {
+        let body = json!({"vm_context_id": vm, "repository_id": "main", "backup_type": "auto"});
+        self.post("/backups/vm", &body).await
+    }
+
+    async fn end_of(&self, id: &str) -> Value {
+        let wait = async {
+            loop {
+                let backup = self.get(&format!("/backups/{id}?wait=5")).await;
+                if ["committed", "failed", "cancelled"].contains(&backup["state"].as_str().unwrap()) {
+                    return backup;
+                }
+            }
+        };
+        tokio::time::timeout(rig::DEADLINE, wait).await.expect("the backup did not end")
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kill_nine_in_the_middle_of_a_copy_leaves_no_running_row_port_or_partial_after_restart() {
+    let moments = [
+        PausePoint::BeforeConnect(0),
+        PausePoint::Connected(0),
+        PausePoint::AfterBytes(3 << 20),
+        PausePoint::BeforeComplete(0),
+        PausePoint::BeforeConnect(1),
+        PausePoint::BeforeComplete(1),
+    ];
+    for moment in moments {
+        let child = Child::new(Faults { pause: Some(moment), ..Faults::default() }).await;
+        let running = child.start();
+        let vm = child.furnish(&running).await;
+        let started = running.back_up(&vm).await;
+        child.paused().await;
+        assert_eq!(rig::backup_directories(&child.repository()), [format!("{}.partial", id_of(&started))]);
+        running.process.signal("KILL");
+        running.process.wait();
+
+        let running = child.start();
+        let backup = running.get(&format!("/backups/{}", id_of(&started))).await;
+        assert_eq!((&backup["state"], &backup["code"]), (&json!("failed"), &json!("service_restart")), "{moment:?}");
+        assert_eq!(backup["facets"]["snapshot_cleanup"], "alert", "{moment:?}");
+        assert_eq!(running.get("/points").await["total"], 0, "{moment:?}");
+        assert_eq!(running.get("/ports").await["leased"], 0, "{moment:?}");
+        assert!(rig::backup_directories(&child.repository()).is_empty(), "{moment:?}");
+        child.expect_ports_free();
+
+        // The client of the old process finds nobody; a new backup works.
+        child.node.resume();
+        child.node.reconfigure(|config| config.faults = Faults::default());
+        let started = running.back_up(&vm).await;
+        let backup = running.end_of(id_of(&started)).await;
+        assert_eq!(backup["state"], "committed", "{moment:?}: {backup:#}");
+        for (disk, (_, bytes)) in backup["disk_results"].as_array().unwrap().iter().zip(&child.disks) {
+            rig::expect_image_equals(Path::new(disk["qcow2_path"].as_str().unwrap()), bytes);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sigterm_undoes_a_running_job_and_exits_zero() {
+    let child = Child::new(Faults { pause: Some(PausePoint::AfterBytes(1 << 20)), ..Faults::default() }).await;
+    let config = child.folder.path().join("blockyard.toml");
+    let mut text = std::fs::read_to_string(&config).unwrap();
+    text.push_str("\n[server]\ndrain_s = 1\n");
+    std::fs::write(&config, text).unwrap();
+    let running = child.start();
+    let vm = child.furnish(&running).await;
+    let started = running.back_up(&vm).await;
+    child.paused().await;
+    running.process.signal("TERM");
+    assert_eq!(running.process.wait().code(), Some(0));
+    // Undone by the process that stopped, not by the next one.
+    assert!(rig::backup_directories(&child.repository()).is_empty());
+    child.expect_ports_free();
+    let running = child.start();
+    let backup = running.get(&format!("/backups/{}", id_of(&started))).await;
+    assert_eq!((&backup["state"], &backup["code"]), (&json!("failed"), &json!("service_restart")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sigterm_lets_a_job_that_is_nearly_done_finish_and_refuses_new_ones() {
+    let child = Child::new(Faults { pause: Some(PausePoint::BeforeComplete(1)), ..Faults::default() }).await;
+    let running = child.start();
+    let vm = child.furnish(&running).await;
+    let started = running.back_up(&vm).await;
+    child.paused().await;
+    running.process.signal("TERM");
+    let body = json!({"vm_context_id": vm, "repository_id": "main", "backup_type": "auto"});
+    let refused = async {
+        loop {
+            let request = running.http.post(format!("{}/api/v1/backups/vm", running.process.url));
+            let answer = request.bearer_auth(&running.token).json(&body).send().await.unwrap();
+            // Until the signal has arrived the VM is just busy.
+            if answer.status() == 503 {
+                return answer.json::<Value>().await.unwrap();
+            }
+            assert_eq!(answer.status(), 409);
+        }
+    };
+    let refused = tokio::time::timeout(rig::DEADLINE, refused).await.expect("never refused");
+    assert_eq!(refused["code"], "draining");
+    child.node.resume();
+    assert_eq!(running.process.wait().code(), Some(0));
+    assert_eq!(rig::backup_directories(&child.repository()), [id_of(&started)]);
+    let running = child.start();
+    assert_eq!(running.get(&format!("/backups/{}", id_of(&started))).await["state"], "committed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn second_instance_on_the_same_state_or_repository_refuses_to_start() {
+    let child = Child::new(Faults::default()).await;
+    let running = child.start();
+    let vm = child.furnish(&running).await;
+    let started = running.back_up(&vm).await;
+    running.end_of(id_of(&started)).await;
+    // A copy of the state, as of a hub that was cloned: its own lock is free, that of the repository is not.
+    let clone = tempfile::tempdir().unwrap();
+    std::fs::create_dir(clone.path().join("state")).unwrap();
+    for entry in std::fs::read_dir(child.folder.path().join("state")).unwrap() {
+        let entry = entry.unwrap();
+        if entry.file_name() != "lock" {
+            std::fs::copy(entry.path(), clone.path().join("state").join(entry.file_name())).unwrap();
+        }
+    }
+    for (state, reason) in [(child.folder.path(), "another instance"), (clone.path(), "in use by another hub")] {
+        let output = blockyard()
+            .args(["serve", "--config"])
+            .arg(child.folder.path().join("blockyard.toml"))
+            .env("BLOCKYARD__SERVER__BIND", "127.0.0.1:0")
+            .env("BLOCKYARD__SERVER__STATE_DIR", state.join("state"))
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && said.contains(reason), "{said}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_published_directory_without_its_row_is_rolled_forward() {
+    // A committed job whose last transaction is taken back is what a crash between the rename and it leaves.
+    let rig = Rig::new().await;
+    let started = rig.start().await;
+    let before = rig.end_of(id_of(&started)).await;
+    let Rig { service, node, repository, vm, disks, ports } = rig;
+    let folder = service.stop().await;
+    let database = folder.path().join("state/blockyard.db");
+    let undo = format!(
+        "DELETE FROM point_disks; DELETE FROM restore_points; \
+         UPDATE backups SET state = 'committing', result = 'none', completed_at = NULL WHERE id = '{}'; \
+         INSERT INTO leases (kind, key, owner, boot_id) VALUES ('vm', '{vm}', '{}', 'a dead boot');",
+        id_of(&started),
+        id_of(&started)
+    );
+    sqlite(&database, &undo).await;
+    let toml = rig::configuration(&node.url(), folder.path(), &ports, "");
+    let service = TestService::start_in(folder, &toml).await;
+    let hub_url = service.service.url();
+    node.reconfigure(|config| config.hub_url = hub_url);
+    let rig = Rig { service, node, repository, vm, disks, ports };
+    let mut after = rig.backup(id_of(&started)).await;
+    assert_eq!((&after["state"], &after["result"]), (&json!("committed"), &json!("success")), "{after:#}");
+    after["completed_at"] = before["completed_at"].clone();
+    assert_eq!(after, before);
+    rig.expect_restorable(id_of(&started)).await;
+    rig.expect_nothing_left_and_a_backup_works(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_published_directory_is_no_restore_point() {
+    let rig = Rig::new().await;
+    let started = rig.start().await;
+    rig.end_of(id_of(&started)).await;
+    let image = rig::published(&rig, id_of(&started)).await.join("disk-1.qcow2");
+    let Rig { service, node, ports, .. } = rig;
+    let folder = service.stop().await;
+    let undo = format!(
+        "DELETE FROM point_disks; DELETE FROM restore_points; \
+         UPDATE backups SET state = 'committing', result = 'none', completed_at = NULL WHERE id = '{}';",
+        id_of(&started)
+    );
+    sqlite(&folder.path().join("state/blockyard.db"), &undo).await;
+    std::fs::OpenOptions::new().write(true).open(&image).unwrap().set_len(512).unwrap();
+    let toml = rig::configuration(&node.url(), folder.path(), &ports, "");
+    let service = TestService::start_in(folder, &toml).await;
+    let backup = service.get(&format!("/api/v1/backups/{}", id_of(&started))).await.expect_status(200).json();
+    assert_eq!((&backup["state"], &backup["code"]), (&json!("failed"), &json!("service_restart")), "{backup:#}");
+    assert_eq!(service.get("/api/v1/points").await.json()["total"], 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_that_vanishes_is_cleared_up_after_in_the_same_folder() {
+    let rig = Rig::faulty(Faults { pause: Some(PausePoint::AfterBytes(2 << 20)), ..Faults::default() }).await;
+    let started = rig.start().await;
+    rig.paused().await;
+    let Rig { service, node, repository, vm, disks, ports } = rig;
+    let TestService { service, folder, .. } = service;
+    drop(service);
+    let toml = rig::configuration(&node.url(), folder.path(), &ports, "");
+    // The sockets of the one that vanished close when the runtime gets to it.
+    let service = TestService::start_in(folder, &toml).await;
+    let hub_url = service.service.url();
+    node.resume();
+    node.reconfigure(|config| config.hub_url = hub_url);
+    let rig = Rig { service, node, repository, vm, disks, ports };
+    let backup = rig.backup(id_of(&started)).await;
+    assert_eq!((&backup["state"], &backup["code"]), (&json!("failed"), &json!("service_restart")));
+    rig.expect_nothing_left_and_a_backup_works(0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn database_error_while_preparing_fails_the_job_and_undoes_it() {
+    // A trigger that refuses the step from preparing to starting stands for any refusal of the database.
+    let rig = Rig::with(Plan::default()).await;
+    let database = rig.service.folder.path().join("state/blockyard.db");
+    sqlite(
+        &database,
+        "CREATE TRIGGER refuse BEFORE UPDATE OF state ON backups WHEN NEW.state = 'starting' \
+         BEGIN SELECT RAISE(ABORT, 'no'); END;",
+    )
+    .await;
+    let problem = rig.try_start().await.expect_problem(500, "internal");
+    assert!(rig.node.log().calls().is_empty(), "nothing was called");
+    let backup = rig.backup(id_of(&problem)).await;
+    assert_eq!((&backup["state"], &backup["code"]), (&json!("failed"), &json!("database_error")), "{backup:#}");
+    assert_eq!(backup["facets"]["snapshot_cleanup"], "unknown");
+    rig.expect_nothing_left(0).await;
+    sqlite(&database, "DROP TRIGGER refuse").await;
+    rig.expect_nothing_left_and_a_backup_works(0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn undo_with_one_failing_step_still_frees_the_others_and_finishes_later() {
+    // The terminal state cannot be recorded for a while: everything else is given back all the same.
+    let rig = Rig::faulty(Faults { pause: Some(PausePoint::AfterBytes(1 << 20)), ..Faults::default() }).await;
+    let started = rig.start().await;
+    rig.paused().await;
+    let database = rig.service.folder.path().join("state/blockyard.db");
+    let refuse = "CREATE TRIGGER refuse BEFORE UPDATE OF state ON backups WHEN NEW.state = 'cancelled' \
+                  BEGIN SELECT RAISE(ABORT, 'no'); END;";
+    sqlite(&database, refuse).await;
+    rig.cancel(id_of(&started)).await.expect_status(202);
+    let freed = async {
+        while rig.service.get("/api/v1/ports").await.json()["leased"] != 0 {}
+        while !rig::backup_directories(&rig.repository).is_empty() {}
+    };
+    tokio::time::timeout(rig::DEADLINE, freed).await.expect("ports and files are held");
+    assert_eq!(rig.backup(id_of(&started)).await["state"], "cancelling");
+    // The VM is not wedged by it.
+    rig.node.reconfigure(|config| config.faults = Faults::default());
+    let again = async {
+        loop {
+            let answer = rig.try_start().await;
+            if answer.status == 200 {
+                return answer.json();
+            }
+        }
+    };
+    let second = tokio::time::timeout(rig::DEADLINE, again).await.expect("the VM is wedged");
+    assert_eq!(rig.end_of(id_of(&second)).await["state"], "committed");
+    sqlite(&database, "DROP TRIGGER refuse").await;
+    assert_eq!(rig.end_of(id_of(&started)).await["state"], "cancelled");
+    rig.node.resume();
+    rig.expect_nothing_left(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_that_cannot_be_recorded_is_repeated_and_never_undone() {
+    let rig = Rig::faulty(Faults { pause: Some(PausePoint::BeforeComplete(2)), ..Faults::default() }).await;
+    let started = rig.start().await;
+    rig.paused().await;
+    let database = rig.service.folder.path().join("state/blockyard.db");
+    let refuse = "CREATE TRIGGER refuse BEFORE INSERT ON restore_points BEGIN SELECT RAISE(ABORT, 'no'); END;";
+    sqlite(&database, refuse).await;
+    rig.node.resume();
+    let renamed = async { while rig::backup_directories(&rig.repository) != [id_of(&started)] {} };
+    tokio::time::timeout(rig::DEADLINE, renamed).await.expect("never renamed");
+    // Published, not recorded: not a point yet, and not to be cancelled any more.
+    assert!(rig.points().await.is_empty());
+    assert_eq!(rig.backup(id_of(&started)).await["state"], "committing");
+    let cancelling = tokio::spawn({
+        let path = format!("/api/v1/backups/{}/cancel", id_of(&started));
+        crate::support::send(rig.service.request(reqwest::Method::POST, &path).json(&json!({})))
+    });
+    sqlite(&database, "DROP TRIGGER refuse").await;
+    assert_eq!(cancelling.await.unwrap().expect_status(200).json()["state"], "committed");
+    rig.expect_restorable(id_of(&started)).await;
+    assert_eq!(rig.client_ended().await, None);
+    rig.expect_nothing_left(1).await;
+}
+
+/// Changes the database behind the service's back.
+async fn sqlite(database: &Path, statements: &str) {
+    use sqlx::{ConnectOptions, Connection, Executor};
+    let options = sqlx::sqlite::SqliteConnectOptions::new().filename(database).busy_timeout(rig::DEADLINE);
+    let mut connection = options.connect().await.unwrap();
+    connection.execute(sqlx::raw_sql(sqlx::AssertSqlSafe(statements.to_owned()))).await.unwrap();
+    connection.close().await.unwrap();
+}
