@@ -278,3 +278,17 @@ async fn lengths_that_only_name_an_effect_need_no_memory() {
     assert!(budget.usage().input_peak == 0 && budget.usage().output_peak <= 2 * MIB);
     assert_eq!(client.max_payload(), MAX_PAYLOAD);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_peer_that_stops_speaking_nbd_is_closed_at_once_even_if_it_collects_nothing() {
+    let served = Served::disk(4 * MIB, Mem::new(4 * MIB)).await;
+    let mut raw = served.raw(Mode::Simple, 64 << 10).await;
+    raw.request(request(Command::READ, 1, 0, 4 * MIB), b"").await.unwrap();
+    raw.send(&[0; 28]).await.unwrap();
+    let start = Instant::now();
+    let mut connections = served.stats.connections();
+    while served.stats.snapshot().accepted == 0 || served.stats.snapshot().connections != 0 {
+        connections.changed().await.unwrap();
+    }
+    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+}
