@@ -1,11 +1,12 @@
 //! The command line: one file per noun, one enum of all commands, one meaning per exit code.
 //!
-//! `serve` is the service and `image` works on files; everything else is a client of the REST API and knows nothing that a
-//! script with curl would not.
+//! `serve` is the service, and `image` and `nbd` work on files; everything else is a client of the REST API and knows nothing
+//! that a script with curl would not.
 
 mod client;
 mod error;
 mod image;
+mod nbd;
 mod output;
 mod repo;
 mod serve;
@@ -45,6 +46,8 @@ enum Command {
     /// The folders that backups go to.
     #[command(subcommand)]
     Repo(repo::Command),
+    /// Serve one qcow2 image over NBD until SIGTERM or Ctrl-C.
+    Nbd(nbd::Arguments),
     /// qcow2 images, without a service.
     #[command(subcommand)]
     Image(image::Command),
@@ -76,6 +79,7 @@ async fn dispatch(command: Command, output: &Output) -> Result<Exit, CliError> {
         Command::Serve(arguments) => serve::run(arguments, output).await,
         Command::Vm(command) => vm::run(command, output).await,
         Command::Repo(command) => repo::run(command, output).await,
+        Command::Nbd(arguments) => nbd::run(arguments, output).await,
         Command::Image(command) => image::run(command, output).await,
     }
 }
