@@ -1,9 +1,10 @@
 //! The command line: one file per noun, one enum of all commands, one meaning per exit code.
 //!
-//! `serve` is the service, and `image` and `nbd` work on files; everything else is a client of the REST API and knows nothing
-//! that a script with curl would not.
+//! `serve` is the service, `demo` brings its own, and `image` and `nbd` work on files; everything else is a client of the REST
+//! API and knows nothing that a script with curl would not.
 
 mod client;
+mod demo;
 mod error;
 mod image;
 mod nbd;
@@ -40,6 +41,8 @@ struct Cli {
 enum Command {
     /// Run the service.
     Serve(serve::Arguments),
+    /// Try everything on this machine: back up and compare three disks, without VMware or configuration.
+    Demo(demo::Arguments),
     /// The VMs that can be backed up.
     #[command(subcommand)]
     Vm(vm::Command),
@@ -77,6 +80,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 async fn dispatch(command: Command, output: &Output) -> Result<Exit, CliError> {
     match command {
         Command::Serve(arguments) => serve::run(arguments, output).await,
+        Command::Demo(arguments) => Box::pin(demo::run(arguments, output)).await,
         Command::Vm(command) => vm::run(command, output).await,
         Command::Repo(command) => repo::run(command, output).await,
         Command::Nbd(arguments) => nbd::run(arguments, output).await,

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use super::client::ClientError;
+use super::demo::DemoError;
 use crate::config::ConfigError;
 use crate::serve::StartError;
 
@@ -110,6 +111,9 @@ pub enum CliError {
         /// What is wrong with the name.
         reason: String,
     },
+    /// The demo ended before its table.
+    #[error(transparent)]
+    Demo(#[from] DemoError),
     /// Standard output is gone or full.
     #[error("standard output cannot be written")]
     Output {
@@ -138,6 +142,7 @@ impl CliError {
             Self::NotFound { .. } => Exit::NotFound,
             Self::Client(error) => error.exit(),
             Self::Image(error) => image_exit(error),
+            Self::Demo(error) => error.exit(),
             Self::Start(_) | Self::Runtime { .. } | Self::Output { .. } | Self::Signals { .. } => Exit::Failed,
         }
     }

@@ -54,6 +54,19 @@ impl Output {
         }
     }
 
+    /// Whether notes are printed at all: not when they were declined, and not around a document.
+    pub fn has_notes(&self) -> bool {
+        self.format == Format::Text && !self.quiet
+    }
+
+    /// Tells on standard error what is going on, unless nobody wants to know.
+    pub fn note(&self, note: &str) {
+        if self.has_notes() {
+            // A note that nobody can read is not missed.
+            let _ = writeln!(io::stderr().lock(), "{note}");
+        }
+    }
+
     /// Prints one line. A reader that has gone away (a closed pipe) is no error.
     pub fn line(&self, line: &str) -> Result<(), CliError> {
         let mut stdout = io::stdout().lock();
