@@ -1,12 +1,13 @@
 //! The command line: one file per noun, one enum of all commands, one meaning per exit code.
 //!
-//! `serve` is the service, `demo` brings its own, and `image` works on files; everything else is a client of the REST API and knows nothing that a
-//! script with curl would not.
+//! `serve` is the service, `demo` brings its own, and `image` and `nbd` work on files; everything else is a client of the REST
+//! API and knows nothing that a script with curl would not.
 
 mod client;
 mod demo;
 mod error;
 mod image;
+mod nbd;
 mod output;
 mod repo;
 mod serve;
@@ -48,6 +49,8 @@ enum Command {
     /// The folders that backups go to.
     #[command(subcommand)]
     Repo(repo::Command),
+    /// Serve one qcow2 image over NBD until SIGTERM or Ctrl-C.
+    Nbd(nbd::Arguments),
     /// qcow2 images, without a service.
     #[command(subcommand)]
     Image(image::Command),
@@ -80,6 +83,7 @@ async fn dispatch(command: Command, output: &Output) -> Result<Exit, CliError> {
         Command::Demo(arguments) => Box::pin(demo::run(arguments, output)).await,
         Command::Vm(command) => vm::run(command, output).await,
         Command::Repo(command) => repo::run(command, output).await,
+        Command::Nbd(arguments) => nbd::run(arguments, output).await,
         Command::Image(command) => image::run(command, output).await,
     }
 }

@@ -4,11 +4,13 @@
 //! the [`meter`]; nothing here decides what a job does about it. The image is closed by its owner, never by a connection.
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use blockyard_nbd as nbd;
 use blockyard_qcow2::{self as qcow2, AsyncImage, ExtentKind, ZeroMode};
+pub use blockyard_qcow2::{Access, OpenOptions};
 
 pub mod gate;
 pub mod meter;
@@ -36,14 +38,20 @@ pub struct ImageExport {
 
 impl ImageExport {
     /// Offers `image` as `name`. `signals` hears of connections, first writes and failures.
-    pub fn new(name: &str, image: AsyncImage, access: qcow2::Access, signals: Arc<Signals>) -> Self {
+    pub fn new(name: &str, image: AsyncImage, access: Access, signals: Arc<Signals>) -> Self {
         Self {
             name: name.into(),
             image,
-            read_only: access == qcow2::Access::ReadOnly,
+            read_only: access == Access::ReadOnly,
             gate: Arc::default(),
             meter: Arc::new(Meter::new(signals)),
         }
+    }
+
+    /// Opens the image at `path` and offers it as `name`, with nobody listening to its signals.
+    pub async fn open(name: &str, path: PathBuf, options: OpenOptions) -> Result<Self, qcow2::Error> {
+        let access = options.access;
+        Ok(Self::new(name, AsyncImage::open(path, options).await?, access, Arc::default()))
     }
 
     /// What was seen so far.
@@ -151,7 +159,7 @@ impl AsMut<[u8]> for Lent {
 #[async_trait]
 impl nbd::Device for ImageDevice {
     fn buffer(&self, _offset: u64, length: usize) -> nbd::Buffer {
-        Box::new(vec![0_u8; length])
+        Box::new(self.image.buffer(length))
     }
 
     async fn read(&self, offset: u64, buffer: nbd::Buffer) -> Result<nbd::Buffer, nbd::Error> {

@@ -91,6 +91,26 @@ pub enum CliError {
     /// An image cannot be made, opened or used.
     #[error(transparent)]
     Image(#[from] blockyard_qcow2::Error),
+    /// An address cannot be listened on.
+    #[error("cannot listen on {address}: is it in use?")]
+    Bind {
+        /// The address, or the path of the socket.
+        address: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// An address that others can reach.
+    #[error("{address} is not loopback: without encryption an image is served to this machine only")]
+    NotLoopback {
+        /// The address.
+        address: std::net::IpAddr,
+    },
+    /// The export cannot be served under this name.
+    #[error("the image cannot be exported: {reason}")]
+    Export {
+        /// What is wrong with the name.
+        reason: String,
+    },
     /// The demo ended before its table.
     #[error(transparent)]
     Demo(#[from] DemoError),
@@ -112,7 +132,12 @@ impl CliError {
     /// The exit code of this error.
     pub fn exit(&self) -> Exit {
         match self {
-            Self::Config(_) | Self::Unreadable { .. } | Self::NotJson { .. } => Exit::Usage,
+            Self::Config(_)
+            | Self::Unreadable { .. }
+            | Self::NotJson { .. }
+            | Self::NotLoopback { .. }
+            | Self::Export { .. } => Exit::Usage,
+            Self::Bind { .. } => Exit::Conflict,
             Self::Start(StartError::StateInUse { .. }) | Self::Ambiguous { .. } => Exit::Conflict,
             Self::NotFound { .. } => Exit::NotFound,
             Self::Client(error) => error.exit(),
