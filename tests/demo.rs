@@ -1,4 +1,5 @@
 //! `blockyard demo` as a user runs it: the real binary, and QEMU's tools to judge what it leaves.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
 mod support;
 
@@ -184,7 +185,7 @@ async fn given_images_are_backed_up_and_not_changed() {
     let output = Demo::new().disk(&image).run().await;
     let (stdout, stderr) = expect_exit(&output, 0);
     assert!(stderr.contains("is a qcow2 image: its bytes are backed up as they are"), "{stderr}");
-    assert!(stdout.contains("1 of 1 disks equal") && stdout.contains("--keep DIR"), "{stdout}");
+    assert!(stdout.contains("1 of 1 disk equal") && stdout.contains("--keep DIR"), "{stdout}");
 }
 
 #[tokio::test]
@@ -202,6 +203,23 @@ async fn source_that_changes_after_the_copy_makes_the_exit_code_one() {
     assert!(row.ends_with("NO"), "{row}");
     line_with(&mut stdout, "1 of 2 disks equal").await;
     assert_eq!(exit_code(&mut child).await, Some(1));
+}
+
+#[tokio::test]
+async fn failed_backup_is_told_with_its_code() {
+    let folder = tempfile::tempdir().unwrap();
+    let (first, second) = (folder.path().join("first"), folder.path().join("second"));
+    // Copying the first disk takes long enough to cut the second.
+    File::create(&first).unwrap().set_len(256 << 20).unwrap();
+    fs::write(&second, b"QFI\xfb and more to make up two sectors".repeat(64).split_at(1024).0).unwrap();
+    let (temporary, mut child) = Demo::new().disk(&first).disk(&second).spawn();
+    let mut stderr = lines(child.stderr.take());
+    line_with(&mut stderr, &format!("{} is a qcow2 image", second.display())).await;
+    File::options().write(true).open(&second).unwrap().set_len(512).unwrap();
+    let told = line_with(&mut stderr, "blockyard: the backup ended as failed: ").await;
+    assert!(told.contains("the client said: ") && told.ends_with("(client_disconnected)"), "{told}");
+    assert_eq!(exit_code(&mut child).await, Some(1));
+    expect_empty(temporary.path());
 }
 
 #[tokio::test]
@@ -298,6 +316,6 @@ async fn quiet_demo_prints_the_table_and_nothing_else() {
     let disk = folder.path().join("disk");
     fs::write(&disk, [5; 512]).unwrap();
     let (stdout, stderr) = expect_exit(&Demo::with(&["--quiet"]).disk(&disk).run().await, 0);
-    assert!(stdout.starts_with("disk  key ") && stdout.contains("1 of 1 disks equal"), "{stdout}");
+    assert!(stdout.starts_with("disk  key ") && stdout.contains("1 of 1 disk equal"), "{stdout}");
     assert_eq!(stderr, "");
 }
