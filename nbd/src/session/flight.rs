@@ -1,6 +1,6 @@
 //! The requests of one connection that are under way, and the replies that wait for the socket.
 //!
-//! A request holds a [`Slot`] from before its payload is read until its last reply byte is taken by the socket; there are
+//! A request holds a [`Slot`](super::Slot) from before its payload is read until its last reply byte is taken by the socket; there are
 //! only so many. Each slot is answered at most once: by its request, or by [`Flight::cut`] when the server stops without
 //! waiting. Whoever drops a slot unanswered (a panic in a device) ends the connection, so that no client waits for ever.
 
