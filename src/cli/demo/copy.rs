@@ -85,12 +85,24 @@ async fn follow(stage: &Stage, backup_id: String, progress: &Progress) -> Result
         match backup["state"].as_str() {
             Some("committed") => return Ok(backup),
             Some("failed" | "cancelled") => {
-                let (state, message, code) = (said("state"), said("error_message"), said("code"));
+                let (state, code) = (said("state"), said("code"));
+                let message = match client_error(stage.node()) {
+                    Some(error) => format!("{}; the client said: {error}", said("error_message")),
+                    None => said("error_message"),
+                };
                 return Err(DemoError::Backup { state, message, code });
             }
             _ => tokio::time::sleep(LOOK).await,
         }
     }
+}
+
+/// Why the client gave up, if it did: the service sees only that it is gone.
+fn client_error(node: &FakeNode) -> Option<String> {
+    node.log().events().into_iter().find_map(|event| match event {
+        Event::Ended { error, .. } => error,
+        _ => None,
+    })
 }
 
 /// How long the client took for each disk. It copies one after the other, in the order of the VM.

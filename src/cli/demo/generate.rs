@@ -1,5 +1,5 @@
-//! Disks that look real, the same in every run and made in a second or two: one with a partition table and a file system,
-//! one mostly empty, one of everything.
+//! Disks that look real, made in a second or two: one with a partition table and a file system, one mostly empty, one of
+//! everything. They are the same in every run, but for the times in the file system.
 
 use std::fs::{self, File};
 use std::io;

@@ -92,8 +92,8 @@ fn text(rows: &[Row<'_>], copied: &Copied, folder: &Folder) -> String {
         table::render(&headings, &cells),
         String::new(),
         format!(
-            "{equal} of {} disks equal; {} copied in {:.1} s, {} stored ({})",
-            rows.len(),
+            "{equal} of {} equal; {} copied in {:.1} s, {} stored ({})",
+            counted(rows.len()),
             readable(covered),
             copied.time.as_secs_f64(),
             readable(stored),
@@ -129,16 +129,20 @@ pub(super) fn ready(stage: &Stage, disks: &[DemoDisk], output: &Output) -> Resul
     }
     let body = json!({"vm_name": VM_NAME, "repository_id": REPOSITORY_ID, "backup_type": "full"});
     output.line(&format!(
-        "\nVM {VM_NAME} with {} disks and repository {REPOSITORY_ID} wait for requests until Ctrl-C. In another terminal:\n\n\
+        "\nVM {VM_NAME} with {} and repository {REPOSITORY_ID} wait for requests until Ctrl-C. In another terminal:\n\n\
          URL={url}\n\
          auth=\"Authorization: Bearer $(cat {})\"\n\
          curl -s -H \"$auth\" -H 'Content-Type: application/json' $URL/api/v1/backups/vm -d '{body}'\n\
          curl -s -H \"$auth\" \"$URL/api/v1/backups?limit=1\"\n\
          \n\
          Every route, to look at and to try: {url}/docs",
-        disks.len(),
+        counted(disks.len()),
         quoted(token_file),
     ))
+}
+
+fn counted(disks: usize) -> String {
+    if disks == 1 { "1 disk".to_owned() } else { format!("{disks} disks") }
 }
 
 /// Seconds to the millisecond.

@@ -128,9 +128,11 @@ fn configuration(node_url: &str, folder: &Folder, password_file: &Path) -> Confi
     config.nbd.port_range = port_range();
     // Nobody else's space is at stake: a demo may fill what there is.
     config.storage.min_free_bytes = 0;
-    // The client is in this process: when it is gone, it will not come back.
+    // The client is in this process: what it does not do soon, it will not do.
     config.jobs.first_contact_s = 30;
     config.jobs.reconnect_s = 5;
+    config.jobs.idle_s = 30;
+    config.jobs.stalled_s = 30;
     config
 }
 
