@@ -1,6 +1,6 @@
 //! Memory for payloads, bounded over all connections and listeners of a process.
 //!
-//! Two pools, so that READ data nobody collects never stand in the way of WRITE payload. A [`Permit`] is taken before the
+//! Two pools, so that READ data nobody collects never stand in the way of WRITE payload. A permit is taken before the
 //! memory exists and travels with it. Waiting is first come, first served, in the connection and then in the process; a
 //! part of each pool is kept for connections that hold nothing, one piece each, so that a few greedy ones cannot starve
 //! the rest. Nobody waits for a permit while holding one that cannot be freed without it.

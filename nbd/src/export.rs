@@ -70,15 +70,28 @@ pub trait Export: Send + Sync + 'static {
     }
 
     /// Opens the bytes behind the name, once per connection, after the handshake asked for it and before it is acknowledged.
-    /// All connections of one export share one image, so this usually hands out the same device again.
+    /// All connections of one export share one image, so this usually hands out the same device again. An error is told to
+    /// the client: [`crate::ErrorKind::NotPermitted`] as a matter of policy, [`crate::ErrorKind::Shutdown`] as a server that
+    /// stops, anything else as a failure of the server.
+    ///
+    /// # Cancellation
+    /// The future is dropped if the client goes away or the handshake takes too long.
     async fn open(&self) -> Result<Arc<dyn Device>, Error>;
 }
 
 /// The bytes behind an export. The session has already checked range, flags and read-only: `offset + length <= size`, and
 /// `length > 0`.
 ///
+/// Calls overlap: up to a whole connection's requests are under way at once, of every connection, in no order. A WRITE
+/// longer than a piece ([`crate::Limits::piece_bytes`]) comes as several calls, each at most a piece long and ending at a
+/// multiple of it; if it was to be durable, [`Device::flush`] follows the last of them.
+///
 /// # Cancellation
-/// The session runs each call in a task of its own to its end, also when the client is gone.
+/// The session runs each call to its end, also when the client is gone. A call is polled first by the task that reads the
+/// socket, and moves to a task of its own if it has to wait: it may copy memory right away, but must not block.
+///
+/// # Panics
+/// A panic closes the connection whose call it was, and no other.
 #[async_trait]
 pub trait Device: Send + Sync + 'static {
     /// Memory for `length` bytes at `offset` (the offset lets an engine choose alignment). Contents are arbitrary.
@@ -96,7 +109,7 @@ pub trait Device: Send + Sync + 'static {
     /// Gives back the space of the range where that can be done; what was given back reads as zeroes.
     async fn trim(&self, offset: u64, length: u64, durability: Durability) -> Result<(), Error>;
 
-    /// Makes everything that was answered before, on any connection, durable.
+    /// Makes durable what every call that returned before this one began has changed, on any connection.
     async fn flush(&self) -> Result<(), Error>;
 
     /// The `base:allocation` answer from `offset` on: at least one extent, at most `max`, none empty, together at most

@@ -1,6 +1,7 @@
 //! An image for asynchronous callers: each operation runs to its end on tokio's threads for blocking work.
 
 use std::path::PathBuf;
+use std::sync::LazyLock;
 
 use tokio::sync::Semaphore;
 
@@ -14,8 +15,10 @@ use crate::sync::Arc;
 /// while a flush waits. (A guess; to be measured with the write path.)
 const AT_ONCE: usize = 8;
 
-/// Unused payload memory kept per image: a few of the largest requests that clients send. (A guess, as above.)
-const KEEP_BYTES: usize = 32 << 20;
+/// Unused payload memory kept for all images of the process: a few of the largest requests that clients send. One pool, so
+/// that memory does not grow with the number of disks. (A guess, as above.)
+const KEEP_BYTES: usize = 64 << 20;
+static BUFFERS: LazyLock<BufferPool> = LazyLock::new(|| BufferPool::new(KEEP_BYTES));
 
 /// A shared handle on an [`Image`]; clones are cheap and mean the same image.
 ///
@@ -26,7 +29,6 @@ const KEEP_BYTES: usize = 32 << 20;
 pub struct AsyncImage {
     image: Arc<Image>,
     turns: Arc<Semaphore>,
-    buffers: BufferPool,
 }
 
 impl AsyncImage {
@@ -38,8 +40,7 @@ impl AsyncImage {
 
     /// Shares an open image.
     pub fn new(image: Image) -> Self {
-        let (turns, buffers) = (Arc::new(Semaphore::new(AT_ONCE)), BufferPool::new(KEEP_BYTES));
-        Self { image: Arc::new(image), turns, buffers }
+        Self { image: Arc::new(image), turns: Arc::new(Semaphore::new(AT_ONCE)) }
     }
 
     /// Virtual size in bytes.
@@ -59,7 +60,7 @@ impl AsyncImage {
 
     /// Memory for a payload, aligned and used again; what it holds is arbitrary. Any other buffer will do too.
     pub fn buffer(&self, length: usize) -> Buffer {
-        self.buffers.lend(length)
+        BUFFERS.lend(length)
     }
 
     /// Fills the buffer from `offset` on and hands it back.

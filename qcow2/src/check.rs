@@ -51,9 +51,10 @@ pub(crate) fn check_storage(storage: &dyn Storage) -> Result<CheckReport> {
     let found = references::count(storage, &header, Some(&table))?;
     let length = storage.length().map_err(Error::io("fstat", 0))?;
     let width = header.refcount_width;
-    let differences = refcounts::compare(storage, header.geometry, width, &table, &found.counts, length)?;
+    let differences = refcounts::compare(storage, header.geometry, width, &table, &found, length)?;
     Ok(CheckReport {
-        errors: found.faults.count + differences.too_low,
+        // A table without its COPIED bit is among the wrong bits too.
+        errors: found.faults.count - found.not_copied + differences.wrong_copied_bits + differences.too_low,
         leaks: differences.too_high,
         allocated_clusters: found.data_clusters,
         compressed_clusters: found.compressed_clusters,

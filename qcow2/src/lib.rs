@@ -5,7 +5,7 @@
 //! How: host space only grows within a session, data is written before anything points at it, a flush has two barriers, and
 //! the dirty bit is durable before the first change.
 //!
-//! Start at [`Image`] (blocking) or [`AsyncImage`]; [`create`], [`check`] and [`info`] work on paths.
+//! Start at [`Image`] (blocking) or [`AsyncImage`]; [`create`], [`check`], [`repair`] and [`info`] work on paths.
 //!
 //! Inside, from the top down: `image` (one file per operation) uses `tables` (the mapping in memory), `allocate` (host
 //! space), `references` and `refcounts` (who owns what), `backing` (the layers below), all over `storage` (the file) and
@@ -21,6 +21,7 @@ mod cluster_lock;
 mod compressed;
 mod create;
 mod error;
+mod finish;
 mod format;
 mod geometry;
 mod image;
@@ -28,6 +29,7 @@ mod info;
 mod lock;
 mod refcounts;
 mod references;
+mod repair;
 mod snapshots;
 pub mod storage;
 mod sync;
@@ -43,3 +45,4 @@ pub use format::header::{Backing, BackingFormat};
 pub use image::{Durability, Extent, ExtentKind, Image, OpenOptions, ZeroMode};
 pub use info::{ImageInfo, info};
 pub use lock::Access;
+pub use repair::repair;

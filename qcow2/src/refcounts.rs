@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::format::header::{Header, REFCOUNT_TABLE_BYTES_MAX};
 use crate::format::refcount::{TABLE_OFFSET, Width};
 use crate::geometry::{ENTRY, Geometry};
-use crate::references::{Counts, read_table};
+use crate::references::{Counts, References, read_table};
 use crate::storage::Storage;
 
 /// Where the refcount table lies, and what it says.
@@ -115,13 +115,15 @@ fn write(
     storage.write(table.offset, &mut [IoSlice::new(&bytes)]).map_err(Error::io("write", table.offset))
 }
 
-/// Differences between the refcounts on disk and the counted references.
+/// Differences between the refcounts on disk and what the tables say.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Differences {
     /// Clusters whose refcount is below their references: corruption.
     pub(crate) too_low: u64,
     /// Clusters whose refcount is above their references: leaks.
     pub(crate) too_high: u64,
+    /// Entries whose COPIED bit does not fit the refcount: a writer would be misled.
+    pub(crate) wrong_copied_bits: u64,
 }
 
 /// Compares block by block; `end` is the end of the file in bytes.
@@ -130,7 +132,7 @@ pub(crate) fn compare(
     geometry: Geometry,
     width: Width,
     table: &RefcountTable,
-    counts: &Counts,
+    found: &References,
     end: u64,
 ) -> Result<Differences> {
     let cluster = geometry.cluster_size();
@@ -141,7 +143,7 @@ pub(crate) fn compare(
     for index in 0..blocks {
         let first = index * per_block;
         let host = table.entries.get(index as usize).map_or(0, |entry| entry & TABLE_OFFSET);
-        let referenced = counts.any(first, first + per_block);
+        let referenced = found.counts.any(first, first + per_block);
         if host == 0 && !referenced {
             continue;
         }
@@ -150,9 +152,12 @@ pub(crate) fn compare(
             storage.read(host, &mut block).map_err(Error::io("read", host))?;
         }
         for position in 0..per_block {
-            let (stored, counted) = (width.load(&block, position), counts.load(first + position));
+            let (stored, counted) = (width.load(&block, position), found.counts.load(first + position));
             differences.too_low += u64::from(stored < counted);
             differences.too_high += u64::from(stored > counted);
+            if counted > 0 {
+                differences.wrong_copied_bits += found.wrong_copied_bits(first + position, stored);
+            }
         }
     }
     Ok(differences)

@@ -88,13 +88,17 @@ impl Counts {
 #[derive(Debug, Default)]
 pub(crate) struct References {
     pub(crate) counts: Counts,
-    /// Clusters that some entry with the COPIED bit refers to.
+    /// Clusters that entries of the active tables with the COPIED bit refer to.
     copied: Counts,
+    /// Clusters that entries of the active tables without it refer to.
+    uncopied: Counts,
     /// Data clusters, compressed ones included; kept zero clusters not.
     pub(crate) data_clusters: u64,
     pub(crate) compressed_clusters: u64,
     /// Rules broken, in the order in which they were met.
     pub(crate) faults: Faults,
+    /// Faults that are no more than a COPIED bit missing from an L1 entry.
+    pub(crate) not_copied: u64,
     /// Highest used host byte plus one.
     pub(crate) end: u64,
 }
@@ -122,13 +126,31 @@ impl Faults {
     }
 }
 
+const NOT_COPIED: &str = "a table with one owner has the COPIED bit";
 const ONE_OWNER: &str = "each cluster of the file has one owner";
 
 impl References {
+    /// How many entries of the active tables that refer to a cluster have a COPIED bit which does not fit its refcount.
+    pub(crate) fn wrong_copied_bits(&self, cluster: u64, refcount: u64) -> u64 {
+        let wrong = if refcount == 1 { &self.uncopied } else { &self.copied };
+        wrong.load(cluster)
+    }
+
+    /// Whether nothing is broken but what follows from the tables: then refcounts and COPIED bits can be set right.
+    pub(crate) fn is_repairable(&self) -> bool {
+        self.faults.count == self.not_copied
+    }
+
     fn claim_all(&mut self, structure: &'static str, offset: u64, bytes: u64, cluster_size: u64) {
         for host in (offset..offset + bytes).step_by(cluster_size as usize) {
             self.claim(host / cluster_size, || Error::corrupt(structure, offset, host, ONE_OWNER));
             self.end = self.end.max(host + cluster_size);
+        }
+    }
+
+    fn note_copied(&mut self, tree: Tree, cluster: u64, copied: bool) {
+        if tree == Tree::Active {
+            if copied { &mut self.copied } else { &mut self.uncopied }.add(cluster);
         }
     }
 
@@ -172,14 +194,22 @@ pub(crate) fn count(storage: &dyn Storage, header: &Header, refcounts: Option<&R
     }
 
     let walk = Walk { storage, header, length };
-    walk.l1(&mut found, header.l1_offset, u64::from(header.l1_entries))?;
+    walk.l1(&mut found, Tree::Active, header.l1_offset, u64::from(header.l1_entries))?;
     let snapshots = snapshots::load(storage, header, length)?;
     found.shared(header.snapshots_offset, snapshots.bytes, cluster_size);
     for (offset, entries) in snapshots.l1_tables {
         found.shared(offset, entries * ENTRY, cluster_size);
-        walk.l1(&mut found, offset, entries)?;
+        walk.l1(&mut found, Tree::Snapshot, offset, entries)?;
     }
     Ok(found)
+}
+
+/// Whose tables are walked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Tree {
+    Active,
+    /// COPIED bits mean nothing in there.
+    Snapshot,
 }
 
 /// A walk from an L1 table down to the data clusters.
@@ -191,7 +221,7 @@ struct Walk<'a> {
 }
 
 impl Walk<'_> {
-    fn l1(&self, found: &mut References, offset: u64, entries: u64) -> Result<()> {
+    fn l1(&self, found: &mut References, tree: Tree, offset: u64, entries: u64) -> Result<()> {
         let cluster_size = self.header.geometry.cluster_size();
         let mut table = vec![0; cluster_size as usize];
         for (index, raw) in read_table(self.storage, offset, entries)?.iter().enumerate() {
@@ -214,18 +244,20 @@ impl Walk<'_> {
                 found.counts.add(host / cluster_size);
             } else {
                 if !copied {
-                    found.faults.push(fault("a table with one owner has the COPIED bit"));
+                    found.faults.push(fault(NOT_COPIED));
+                    found.not_copied += 1;
                 }
                 found.claim(host / cluster_size, || fault(ONE_OWNER));
             }
+            found.note_copied(tree, host / cluster_size, copied);
             found.end = found.end.max(host + cluster_size);
             self.storage.read(host, &mut table).map_err(Error::io("read", host))?;
-            self.l2(found, &table, host);
+            self.l2(found, tree, &table, host);
         }
         Ok(())
     }
 
-    fn l2(&self, found: &mut References, table: &[u8], table_host: u64) {
+    fn l2(&self, found: &mut References, tree: Tree, table: &[u8], table_host: u64) {
         let geometry = self.header.geometry;
         let cluster_size = geometry.cluster_size();
         let words: Vec<u64> = entries(table).collect();
@@ -260,9 +292,7 @@ impl Walk<'_> {
             }
             let cluster = host / cluster_size;
             let shared = found.counts.add(cluster) > 0;
-            if copied {
-                found.copied.add(cluster);
-            }
+            found.note_copied(tree, cluster, copied);
             if shared && found.copied.load(cluster) > 0 {
                 found.faults.push(fault("a cluster with the COPIED bit has one owner"));
             }

@@ -86,7 +86,11 @@ impl Client {
             Some(path) => Some(Secret::read(&PathBuf::from(path))?),
             None => Secret::read(&Config::default().token_file()).ok(),
         };
-        let url = url.trim_end_matches('/').to_owned();
+        Self::new(url.trim_end_matches('/').to_owned(), token)
+    }
+
+    /// A client for the service at `url`, which has no slash at its end.
+    pub(super) fn new(url: String, token: Option<Secret>) -> Result<Self, ClientError> {
         // The API is plain HTTP on this machine: a proxy would only hand the token to somebody else.
         let http = reqwest::Client::builder()
             .no_proxy()

@@ -9,10 +9,12 @@ mod half_open;
 mod socket;
 
 use std::io;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, timeout, timeout_at};
 
@@ -74,19 +76,23 @@ impl Server {
         let half_open = HalfOpen::new(limits.half_open);
         let (limits, phase) = (Arc::new(limits), watch::Sender::new(Phase::Running));
         let shared = Arc::new(Shared { exports, limits, budget, list, connections_per_export, half_open, phase });
-        let accepting = tokio::spawn(accept(listener, shared.clone()));
-        Ok(Handle { address, shared, accepting })
+        let (streams, passed) = mpsc::unbounded_channel();
+        let accepting = tokio::spawn(accept(listener, passed, shared.clone()));
+        Ok(Handle { address, shared, streams, accepting })
     }
 }
 
 /// A running server. Dropping it aborts everything: the port is free and the connections are closed as soon as the runtime
 /// gets to it, and device calls that have begun run to their end. [`Handle::stop`] is the polite way.
-#[derive(Debug)]
 pub struct Handle {
     address: Address,
     shared: Arc<Shared>,
+    streams: mpsc::UnboundedSender<Conversation>,
     accepting: JoinHandle<()>,
 }
+
+/// The life of one connection.
+type Conversation = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// How a server stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,6 +120,15 @@ impl Handle {
     /// The counters of an export; they outlive the server.
     pub fn stats(&self, export: &str) -> Option<Arc<ExportStats>> {
         self.shared.exports.iter().find(|(name, _)| *name == export).map(|(_, entry)| entry.stats.clone())
+    }
+
+    /// Serves a stream that came some other way, as if it had been accepted: a tunnel, a passed socket, a pipe in a test.
+    pub fn serve<S: AsyncRead + AsyncWrite + Send + 'static>(&self, stream: S) {
+        let (reader, writer) = tokio::io::split(stream);
+        let shared = self.shared.clone();
+        let conversation = async move { connection::handle(shared, reader, writer, "stream".to_owned()).await };
+        // The other end goes away with the handle.
+        let _ = self.streams.send(Box::pin(conversation));
     }
 
     /// Stops: no new connections; new requests get ESHUTDOWN; those under way are waited for up to `drain`, then answered
@@ -152,6 +167,12 @@ impl Handle {
     }
 }
 
+impl std::fmt::Debug for Handle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Handle").field("address", &self.address).finish_non_exhaustive()
+    }
+}
+
 impl Drop for Handle {
     fn drop(&mut self) {
         self.accepting.abort();
@@ -166,7 +187,7 @@ async fn nobody_connected(exports: &Exports) {
 }
 
 /// Accepts until the server stops, then waits for the connections. Dropping it aborts them.
-async fn accept(listener: Listener, shared: Arc<Shared>) {
+async fn accept(listener: Listener, mut passed: mpsc::UnboundedReceiver<Conversation>, shared: Arc<Shared>) {
     let mut phase = shared.phase.subscribe();
     let mut connections = JoinSet::new();
     loop {
@@ -174,6 +195,9 @@ async fn accept(listener: Listener, shared: Arc<Shared>) {
             biased;
             () = reached(&mut phase, Phase::Draining) => break,
             Some(ended) = connections.join_next() => report(ended),
+            Some(conversation) = passed.recv() => {
+                connections.spawn(conversation);
+            }
             accepted = listener.accept() => match accepted {
                 Ok((stream, peer)) => {
                     let shared = shared.clone();

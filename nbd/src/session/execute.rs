@@ -55,7 +55,7 @@ async fn permit(connection: &Connection, share: &Arc<Share>, bytes: u32) -> Opti
     }
     tokio::select! {
         biased;
-        () = connection.flight.dead() => None,
+        _ = connection.flight.dead() => None,
         permit = share.acquire(bytes) => Some(permit),
     }
 }
@@ -79,7 +79,7 @@ async fn read_pieces(slot: Slot, request: Request, offset: u64, length: u64) {
     let end = offset + length;
     let mut at = offset;
     loop {
-        let next = piece_end(at, end, connection.limits.piece_bytes);
+        let next = piece_end(at, end, connection.piece);
         // A piece fits 32 bits by the bound on its size.
         let bytes = u32::try_from(next - at).unwrap_or(u32::MAX);
         let Some(permit) = permit(&connection, &connection.output, bytes).await else { return };
@@ -118,7 +118,7 @@ async fn read_whole(slot: Slot, request: Request, offset: u64, length: u64) {
     let mut buffers = Vec::new();
     let mut at = offset;
     while at < end {
-        let next = piece_end(at, end, connection.limits.piece_bytes);
+        let next = piece_end(at, end, connection.piece);
         let piece = usize::try_from(next - at).unwrap_or(usize::MAX);
         match read(&connection, at, piece).await {
             Ok(buffer) => buffers.push(buffer),
@@ -141,7 +141,7 @@ async fn status(slot: Slot, request: Request, offset: u64, length: u64, max: usi
     /// Bytes that one extent takes while the device lists it, the planner joins it and the reply holds it.
     const EXTENT_BYTES: usize = 2 * size_of::<crate::Extent>() + 8;
     let connection = slot.connection().clone();
-    let bytes = u32::try_from(max * EXTENT_BYTES).unwrap_or(u32::MAX).min(connection.limits.piece_bytes);
+    let bytes = u32::try_from(max * EXTENT_BYTES).unwrap_or(u32::MAX).min(connection.piece);
     let Some(mut permit) = permit(&connection, &connection.output, bytes).await else { return };
     let extents = connection.device.extents(offset, length, max).await;
     let planned = match extents.and_then(|extents| plan_status(length, max, &extents)) {

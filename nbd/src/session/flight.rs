@@ -1,6 +1,6 @@
 //! The requests of one connection that are under way, and the replies that wait for the socket.
 //!
-//! A request holds a [`Slot`] from before its payload is read until its last reply byte is taken by the socket; there are
+//! A request holds a [`Slot`](super::Slot) from before its payload is read until its last reply byte is taken by the socket; there are
 //! only so many. Each slot is answered at most once: by its request, or by [`Flight::cut`] when the server stops without
 //! waiting. Whoever drops a slot unanswered (a panic in a device) ends the connection, so that no client waits for ever.
 
@@ -9,6 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 
+use super::Ending;
 use super::outgoing::Frame;
 use crate::transmission::{Mode, failure};
 use crate::wire::reply::Last;
@@ -34,6 +35,8 @@ struct State {
     free: Vec<usize>,
     queue: VecDeque<Frame>,
     stage: Stage,
+    /// Why it is dead.
+    cause: Option<Ending>,
 }
 
 impl State {
@@ -61,6 +64,7 @@ impl Flight {
             free: (0..slots).rev().collect(),
             queue: VecDeque::with_capacity(slots),
             stage: Stage::Open,
+            cause: None,
         };
         Self { state: Mutex::new(state), room: Notify::new(), ready: Notify::new(), quiet: Notify::new() }
     }
@@ -117,7 +121,7 @@ impl Flight {
             }
         }
         if unanswered {
-            self.kill();
+            self.kill(Ending::Broken);
         }
     }
 
@@ -169,9 +173,10 @@ impl Flight {
     }
 
     /// Ends the connection: what is queued is dropped, what is under way runs on for nobody.
-    pub(crate) fn kill(&self) {
+    pub(crate) fn kill(&self, cause: Ending) {
         let mut state = self.lock();
         state.stage = Stage::Dead;
+        state.cause.get_or_insert(cause);
         // The frames hold slots, whose drop needs the lock.
         let dropped = std::mem::take(&mut state.queue);
         drop(state);
@@ -185,22 +190,22 @@ impl Flight {
         self.lock().stage == Stage::Dead
     }
 
-    /// Waits for [`Flight::kill`].
-    pub(crate) async fn dead(&self) {
-        self.until(|state| state.stage == Stage::Dead).await;
+    /// Waits for [`Flight::kill`] and tells its first cause.
+    pub(crate) async fn dead(&self) -> Ending {
+        self.until(|state| state.cause).await
     }
 
     /// Waits for a moment in which no request is under way.
     pub(crate) async fn quiet(&self) {
-        self.until(|state| state.busy() == 0).await;
+        self.until(|state| (state.busy() == 0).then_some(())).await;
     }
 
-    async fn until(&self, condition: impl Fn(&State) -> bool) {
+    async fn until<T>(&self, condition: impl Fn(&State) -> Option<T>) -> T {
         loop {
             let mut quiet = std::pin::pin!(self.quiet.notified());
             quiet.as_mut().enable();
-            if condition(&self.lock()) {
-                return;
+            if let Some(value) = condition(&self.lock()) {
+                return value;
             }
             quiet.await;
         }

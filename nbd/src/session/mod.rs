@@ -24,7 +24,7 @@ use tokio::time::timeout;
 use self::execute::{LongWrite, launch};
 use self::flight::Flight;
 use self::intake::{Dry, Intake};
-use self::outgoing::{Drained, Frame};
+use self::outgoing::Frame;
 use crate::budget::{Budget, Share};
 use crate::limits::Limits;
 use crate::stats::{ExportStats, Place};
@@ -77,6 +77,8 @@ pub(crate) struct Connection {
     output: Arc<Share>,
     flight: Flight,
     place: Place,
+    /// [`Limits::piece_bytes`], as far as the budget allows.
+    piece: u32,
 }
 
 impl Connection {
@@ -89,8 +91,9 @@ impl Connection {
     ) -> Arc<Self> {
         let input = Share::new(&budget.input, limits.input_bytes);
         let output = Share::new(&budget.output, limits.output_bytes);
-        let flight = Flight::new(limits.requests_in_flight);
-        Arc::new(Self { device, terms, limits, input, output, flight, place })
+        let flight = Flight::new(limits.requests_in_flight.max(1));
+        let piece = limits.piece_bytes.min(1 << input.largest().max(1).ilog2());
+        Arc::new(Self { device, terms, limits, input, output, flight, place, piece })
     }
 
     fn stats(&self) -> &ExportStats {
@@ -164,32 +167,29 @@ where
     let mut writer = Leash(tokio::spawn(async move { outgoing::send(&sender, writer).await }));
     let _guard = KillOnDrop(connection.clone());
 
-    let ending = tokio::select! {
+    let mut ending = tokio::select! {
         biased;
-        () = connection.flight.dead() => Ending::Broken,
+        cause = connection.flight.dead() => cause,
         ending = stopping(&connection, phase.clone()) => ending,
         ending = receive(&connection, &mut intake, &phase) => ending,
     };
-    let last_words = matches!(ending, Ending::Disconnected | Ending::TooLong | Ending::Stopped);
-    if !last_words {
-        connection.flight.kill();
-    }
-    connection.flight.finish();
-    let drained = tokio::select! {
-        drained = &mut writer.0 => drained,
-        () = reached(&mut phase, Phase::Cut) => {
-            connection.flight.cut(connection.terms.mode);
-            match timeout(limits.linger, &mut writer.0).await {
-                Ok(drained) => drained,
-                Err(_) => Ok(Drained::Stalled),
+    // Others have nobody to talk to, or nobody worth talking to.
+    let mut last_words = matches!(ending, Ending::Disconnected | Ending::TooLong | Ending::Stopped);
+    if last_words {
+        connection.flight.finish();
+        let sent = tokio::select! {
+            _ = &mut writer.0 => true,
+            () = reached(&mut phase, Phase::Cut) => {
+                connection.flight.cut(connection.terms.mode);
+                timeout(limits.linger, &mut writer.0).await.is_ok()
             }
+        };
+        last_words = sent && !connection.flight.is_dead();
+        if !last_words {
+            ending = if sent { connection.flight.dead().await } else { Ending::Stalled };
         }
-    };
-    let ending = match drained {
-        Ok(Drained::Stalled) => Ending::Stalled,
-        Ok(Drained::Broken) if ending == Ending::Broken => Ending::Gone,
-        _ => ending,
-    };
+    }
+    connection.flight.kill(ending);
     if ending == Ending::Stalled {
         connection.stats().stalled.fetch_add(1, Relaxed);
     }
@@ -206,7 +206,7 @@ struct KillOnDrop(Arc<Connection>);
 
 impl Drop for KillOnDrop {
     fn drop(&mut self) {
-        self.0.flight.kill();
+        self.0.flight.kill(Ending::Broken);
     }
 }
 
@@ -267,7 +267,7 @@ async fn receive_one<R: AsyncRead + Unpin>(
     let slot = Slot { connection: connection.clone(), index };
     match verdict {
         Verdict::Disconnect | Verdict::Run(Task::Nothing) => slot.answer(&request, Ok(())),
-        Verdict::Run(Task::Write { offset, length, durability }) if length <= connection.limits.piece_bytes => {
+        Verdict::Run(Task::Write { offset, length, durability }) if length <= connection.piece => {
             let permit = connection.input.acquire(length).await;
             let mut buffer = connection.device.buffer(offset, length as usize);
             intake.payload((*buffer).as_mut()).await?;
@@ -303,7 +303,7 @@ async fn long_write<R: AsyncRead + Unpin>(
     let end = offset + u64::from(length);
     let mut at = offset;
     while at < end {
-        let next = piece_end(at, end, connection.limits.piece_bytes);
+        let next = piece_end(at, end, connection.piece);
         let bytes = u32::try_from(next - at).unwrap_or(u32::MAX);
         if write.has_failed() {
             intake.discard(bytes).await?;

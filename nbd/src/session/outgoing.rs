@@ -7,7 +7,7 @@ use std::io::{self, IoSlice};
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::time::timeout;
 
-use super::{Connection, Slot};
+use super::{Connection, Ending, Slot};
 use crate::Buffer;
 use crate::budget::Permit;
 use crate::wire::reply::Head;
@@ -93,38 +93,24 @@ impl fmt::Debug for Frame {
     }
 }
 
-/// Why the writer ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Drained {
-    /// All replies were sent, and the sending direction is closed.
-    All,
-    /// The socket failed.
-    Broken,
-    /// The peer did not collect its replies.
-    Stalled,
-}
-
-/// Sends what the connection has queued until it is finished; ends the connection if that fails.
-pub(crate) async fn send<W: AsyncWrite + Unpin>(connection: &Connection, mut writer: W) -> Drained {
+/// Sends what the connection has queued until it is finished, then closes the sending direction; ends the connection if
+/// that fails.
+pub(crate) async fn send<W: AsyncWrite + Unpin>(connection: &Connection, mut writer: W) {
     let mut batch = VecDeque::new();
     while connection.flight.collect(&mut batch).await {
         while !batch.is_empty() {
             match timeout(connection.limits.stall_deadline, write_some(&mut writer, &batch)).await {
                 Ok(Ok(count)) if count > 0 => advance(&mut batch, count),
-                outcome => {
-                    connection.flight.kill();
-                    return if outcome.is_err() { Drained::Stalled } else { Drained::Broken };
-                }
+                Ok(_) => return connection.flight.kill(Ending::Gone),
+                Err(_) => return connection.flight.kill(Ending::Stalled),
             }
         }
         if writer.flush().await.is_err() {
-            connection.flight.kill();
-            return Drained::Broken;
+            return connection.flight.kill(Ending::Gone);
         }
     }
     // An error here means that the peer is gone, and all has been said.
     let _ = writer.shutdown().await;
-    Drained::All
 }
 
 async fn write_some<W: AsyncWrite + Unpin>(writer: &mut W, batch: &VecDeque<Frame>) -> io::Result<usize> {

@@ -6,8 +6,28 @@ pub mod servers;
 
 use std::time::Duration;
 
+use blockyard_nbd::wire::reply::ReplyHeader;
+use blockyard_nbd::wire::request::Request;
+use blockyard_nbd::wire::{Command, CommandFlags};
+
 /// Tells served from hung; no test waits for it to pass.
 pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A request with cookie and range.
+pub fn request(command: Command, cookie: u64, offset: u64, length: u64) -> Request {
+    Request { flags: CommandFlags(0), command, cookie, offset, length }
+}
+
+/// Error number of a reply, 0 for success, and the cookie.
+pub fn verdict((header, payload): &(ReplyHeader, Vec<u8>)) -> (u32, u64) {
+    match *header {
+        ReplyHeader::Simple { errno, cookie } => (errno, cookie),
+        ReplyHeader::Chunk { kind, cookie, .. } if kind.is_error() => {
+            (u32::from_be_bytes(*payload.first_chunk().unwrap()), cookie)
+        }
+        ReplyHeader::Chunk { cookie, .. } => (0, cookie),
+    }
+}
 
 /// The value, or a failure after [`PATIENCE`] with what was waited for.
 #[track_caller]

@@ -6,7 +6,10 @@ use blockyard_nbd::client::raw::Raw;
 use blockyard_nbd::client::{Client, Negotiation, Uri};
 use blockyard_nbd::server::Address;
 use blockyard_nbd::stats::ExportStats;
+use blockyard_nbd::transmission::Mode;
+use blockyard_nbd::wire::option::{InfoRequest, MetaRequest, OptionCode, ReplyType, WantedInfo};
 use blockyard_nbd::{Budget, BudgetLimits, Device, Export, Exports, Handle, Options, Server};
+use tokio::io::{AsyncRead, AsyncWrite, DuplexStream};
 use tokio::net::{TcpListener, TcpStream};
 
 use super::devices::Disk;
@@ -16,6 +19,28 @@ pub const NAME: &str = "disk0";
 
 pub fn options() -> Options {
     Options::new(Budget::new(&BudgetLimits::default()))
+}
+
+/// Greets and enters the export; with structured replies also `base:allocation`.
+pub async fn enter<S: AsyncRead + AsyncWrite + Unpin>(raw: &mut Raw<S>, mode: Mode) {
+    raw.greet(3).await.unwrap();
+    if mode == Mode::Structured {
+        settle(raw, OptionCode::STRUCTURED_REPLY, b"").await;
+        settle(raw, OptionCode::SET_META_CONTEXT, &MetaRequest::encode(NAME, &["base:allocation"])).await;
+    }
+    settle(raw, OptionCode::GO, &InfoRequest { name: NAME, wanted: WantedInfo::default() }.encode()).await;
+}
+
+/// Sends an option and reads its replies up to the ACK.
+async fn settle<S: AsyncRead + AsyncWrite + Unpin>(raw: &mut Raw<S>, code: OptionCode, data: &[u8]) {
+    raw.option(code, data).await.unwrap();
+    loop {
+        let (header, _) = super::soon("the handshake", raw.option_reply()).await.unwrap();
+        assert!(header.code == code && !header.reply.is_error(), "{header:?}");
+        if header.reply == ReplyType::ACK {
+            return;
+        }
+    }
 }
 
 /// A server of one disk on loopback.
@@ -55,7 +80,30 @@ impl Served {
         TcpStream::connect(address).await.unwrap()
     }
 
-    pub async fn raw(&self) -> Raw<TcpStream> {
-        Raw(self.stream().await)
+    /// A pipe into the server that holds so many bytes in each direction.
+    pub fn pipe(&self, capacity: usize) -> DuplexStream {
+        let (ours, theirs) = tokio::io::duplex(capacity);
+        self.handle.serve(theirs);
+        ours
+    }
+
+    /// A connection in the transmission phase whose bytes the test writes itself.
+    pub async fn raw(&self, mode: Mode, capacity: usize) -> Raw<DuplexStream> {
+        let mut raw = Raw(self.pipe(capacity));
+        enter(&mut raw, mode).await;
+        raw
+    }
+
+    /// The same over a socket.
+    pub async fn raw_socket(&self, mode: Mode) -> Raw<TcpStream> {
+        let mut raw = Raw(self.stream().await);
+        enter(&mut raw, mode).await;
+        raw
+    }
+
+    /// Waits until so many connections are in the transmission phase.
+    pub async fn connections(&self, count: usize) {
+        let mut connections = self.stats.connections();
+        super::soon("the number of connections", connections.wait_for(|now| *now == count)).await.unwrap();
     }
 }

@@ -25,7 +25,7 @@ use crate::cluster_lock::ClusterLocks;
 use crate::compressed::Inflated;
 use crate::error::{Error, Result};
 use crate::format::header::Header;
-use crate::geometry::{Geometry, SECTOR};
+use crate::geometry::Geometry;
 use crate::lock::Access;
 use crate::storage::Storage;
 use crate::sync::{Arc, Mutex, RwLock};
@@ -34,7 +34,7 @@ use crate::tables::Tables;
 pub use flush::Durability;
 pub use map::{Extent, ExtentKind};
 pub use open::OpenOptions;
-pub(crate) use open::read_header;
+pub(crate) use open::{read_header, refuse_read_only_features};
 pub use zero::ZeroMode;
 
 /// An open qcow2 image.
@@ -136,6 +136,3 @@ impl Image {
         self.storage.sync_data().map_err(|source| self.poison_by(Error::io("fdatasync", 0)(source)))
     }
 }
-
-/// The first sector of the file, in which every header field lies that changes.
-type HeaderSector = [u8; SECTOR as usize];

@@ -8,14 +8,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use rustix::fs::OFlags;
 
+use super::Image;
 use super::flush::FlushState;
 use super::session::Session;
-use super::{HeaderSector, Image};
 use crate::allocate::Allocator;
 use crate::backing::{Chain, Layer};
 use crate::cluster_lock::ClusterLocks;
 use crate::compressed::Inflated;
 use crate::error::{Error, Result};
+use crate::finish::HeaderSector;
 use crate::format::entry::decode_l1;
 use crate::format::header::{self, Backing, CORRUPT, Header};
 use crate::geometry::{ENTRY, SECTOR};
@@ -94,6 +95,9 @@ impl Image {
         let (header, sector) = read_header(&*storage)?;
         if access == Access::ReadWrite {
             refuse_read_only_features(&header)?;
+            if header.incompatible & CORRUPT != 0 {
+                return Err(Error::unsupported("writing to an image that is marked corrupt; repair it first"));
+            }
             if header.is_dirty() {
                 // After a failed writeback the page cache may show what the disk never got.
                 storage.sync_data().map_err(Error::io("fdatasync", 0))?;
@@ -138,12 +142,9 @@ pub(crate) fn read_header(storage: &dyn Storage) -> Result<(Header, HeaderSector
 }
 
 /// What section "Features" leaves to readers only.
-fn refuse_read_only_features(header: &Header) -> Result<()> {
+pub(crate) fn refuse_read_only_features(header: &Header) -> Result<()> {
     if header.version < 3 {
         return Err(Error::unsupported("writing to version 2 images; convert to version 3 (compat=1.1) first"));
-    }
-    if header.incompatible & CORRUPT != 0 {
-        return Err(Error::unsupported("writing to an image that is marked corrupt; repair it first"));
     }
     if header.geometry.extended {
         return Err(Error::unsupported("writing to an image with extended L2 entries (subclusters)"));

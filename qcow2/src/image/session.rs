@@ -4,8 +4,9 @@
 use std::io::IoSlice;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::{HeaderSector, Image};
+use super::Image;
 use crate::error::{Error, Result};
+use crate::finish::{HeaderSector, put64};
 use crate::format::header::{DIRTY, EXTENSION_RETIRED_BITMAPS, field};
 use crate::lock::Access;
 use crate::sync::{Mutex, RwLockReadGuard, lock};
@@ -97,9 +98,4 @@ impl Image {
         self.session.begun.store(true, Ordering::Release);
         Ok(())
     }
-}
-
-/// Stores a big-endian field of the header's first sector.
-pub(super) fn put64(sector: &mut HeaderSector, at: usize, value: u64) {
-    sector[at..at + 8].copy_from_slice(&value.to_be_bytes());
 }

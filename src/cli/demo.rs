@@ -1,0 +1,114 @@
+//! `blockyard demo`: the whole product on this machine, without VMware, configuration or root.
+//!
+//! A real service, a stand-in for the node, a VM with generated or given disks: one REST call backs it up, then every disk
+//! of the restore point is read back over NBD and compared with its source. With `--serve` service and node stay for curl.
+//!
+//! In the order of a run: [`folder`] is where it all goes, [`disks`] what is backed up, [`stage`] what runs, [`copy`] the
+//! one call and its progress, [`restore`] the way back, [`report`] what is printed.
+
+mod copy;
+mod disks;
+mod error;
+mod folder;
+mod generate;
+mod progress;
+mod report;
+mod restore;
+mod stage;
+mod stored;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::Args;
+
+use super::serve::Stop;
+use super::{CliError, Exit, Output};
+use crate::config::Server;
+use crate::telemetry;
+use disks::DemoDisk;
+pub(super) use error::DemoError;
+use folder::Folder;
+use progress::Progress;
+use stage::Stage;
+
+#[derive(Debug, Args)]
+pub(super) struct Arguments {
+    /// Back up this disk, a raw image file or a block device, instead of generated ones; may be repeated. It is only read.
+    #[arg(long = "disk", value_name = "FILE")]
+    disks: Vec<PathBuf>,
+    /// Keep repository, database and generated disks in this folder, which must be empty or absent.
+    #[arg(long, value_name = "DIR")]
+    keep: Option<PathBuf>,
+    /// Back up nothing: leave service and node running until Ctrl-C, ready for requests.
+    #[arg(long)]
+    serve: bool,
+}
+
+pub(super) async fn run(arguments: Arguments, output: &Output) -> Result<Exit, CliError> {
+    // Listened for before anything is made: what a signal interrupts is also cleared away.
+    let mut stop = Stop::new()?;
+    telemetry::init(&Server { log: "error".to_owned(), ..Server::default() });
+    let given = disks::open(&arguments.disks)?;
+    let folder = Arc::new(Folder::new(arguments.keep.as_deref())?);
+    let disks = interruptible(&mut stop, choose(given, &folder, output)).await?;
+    let stage = interruptible(&mut stop, Stage::start(&folder, &disks)).await?;
+    let done = if arguments.serve {
+        serve(&mut stop, &stage, &disks, output).await
+    } else {
+        Box::pin(interruptible(&mut stop, back_up_and_compare(&stage, &disks, &folder, output))).await
+    };
+    stage.stop().await;
+    done
+}
+
+/// The given disks, or generated ones when none are given.
+async fn choose(given: Vec<DemoDisk>, folder: &Arc<Folder>, output: &Output) -> Result<Vec<DemoDisk>, CliError> {
+    if !given.is_empty() {
+        for disk in given.iter().filter(|disk| disk.looks_like_qcow2) {
+            output.note(&format!(
+                "{} is a qcow2 image: its bytes are backed up as they are, not the disk inside",
+                disk.path.display()
+            ));
+        }
+        return Ok(given);
+    }
+    output.note("making three disks");
+    // The folder stays until the files in it are finished, also when nobody waits for them any more.
+    let folder = Arc::clone(folder);
+    let made = tokio::task::spawn_blocking(move || generate::disks(&folder.disks())).await;
+    let generated = made.map_err(|_| DemoError::Panicked)??;
+    if let Some(why) = generated.without_file_system {
+        output.note(&format!("disk 0 has no file system: {why}"));
+    }
+    Ok(generated.disks)
+}
+
+async fn serve(stop: &mut Stop, stage: &Stage, disks: &[DemoDisk], output: &Output) -> Result<Exit, CliError> {
+    report::ready(stage, disks, output)?;
+    stop.wait().await;
+    Ok(Exit::Ok)
+}
+
+async fn back_up_and_compare(
+    stage: &Stage,
+    disks: &[DemoDisk],
+    folder: &Folder,
+    output: &Output,
+) -> Result<Exit, CliError> {
+    let copied = copy::run(stage, disks, &Progress::new("copy", disks, output)).await?;
+    let compared = restore::run(disks, &copied, &Progress::new("compare", disks, output)).await?;
+    report::result(disks, &copied, &compared, folder, output)?;
+    Ok(report::exit(&compared))
+}
+
+/// The outcome of `work`, or an error at the first signal.
+///
+/// # Cancellation
+/// At a signal `work` is dropped where it is.
+async fn interruptible<T>(stop: &mut Stop, work: impl Future<Output = Result<T, CliError>>) -> Result<T, CliError> {
+    tokio::select! {
+        done = work => done,
+        () = stop.wait() => Err(DemoError::Interrupted.into()),
+    }
+}

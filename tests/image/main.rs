@@ -1,0 +1,12 @@
+//! `blockyard nbd` and `blockyard image` as a user meets them: the real binary, real files, and the tools that people have.
+#![allow(unreachable_pub, reason = "a test binary has no outside")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod clients;
+mod command;
+mod ending;
+#[path = "../support/process.rs"]
+#[allow(dead_code, reason = "every test binary uses its own part")]
+mod process;
+mod server;
+mod tools;
