@@ -71,8 +71,7 @@ fn render_list(document: &Value) -> String {
 
 fn render(point: &Value) -> String {
     let fields = ["id", "vm_name", "repository_id", "backup_type", "state", "trust", "committed_at", "path"];
-    let mut lines: Vec<String> =
-        fields.iter().map(|field| format!("{field:<13} {}", text(&point[field]))).collect();
+    let mut lines: Vec<String> = fields.iter().map(|field| format!("{field:<13} {}", text(&point[field]))).collect();
     let disks: Vec<Vec<String>> = rows(&point["disks"])
         .iter()
         .map(|disk| {
