@@ -1,18 +1,18 @@
 //! The handshake without I/O: bytes of the client in, [`Action`]s out.
 //!
-//! The driver sends the greeting, feeds what arrives, and does what [`Handshake::next`] says until it says `Wait`. What
-//! was fed beyond the handshake are the first requests: [`Handshake::into_rest`]. Clock, caps and the opening of exports
-//! are the driver's. "Fixed newstyle negotiation" and "Option types" are the sections behind each answer.
+//! The driver sends the greeting, feeds what arrives, and does what [`Handshake::next_action`] says until it says `Wait`.
+//! What was fed beyond the handshake are the first requests: [`Handshake::into_rest`]. Clock, caps and the opening of
+//! exports are the driver's. Framing is here, what each option is answered in `answers`; the sections behind both are
+//! "Fixed newstyle negotiation" and "Option types".
 #![deny(clippy::indexing_slicing)]
+
+mod answers;
 
 use std::sync::Arc;
 
-use crate::transmission::{BASE_ALLOCATION_ID, ContextSet, Mode, Terms};
-use crate::wire::option::{
-    BlockSizes, ExportInfo, INFO_BLOCK_SIZE, INFO_DESCRIPTION, INFO_EXPORT, INFO_NAME, InfoRequest, MetaRequest,
-    OPTION_HEADER_LENGTH, OptionCode, OptionHeader, ReplyType, WantedInfo, encode_reply, prefixed,
-};
-use crate::wire::{FIXED_NEWSTYLE, MAX_ERROR_TEXT, MAX_PAYLOAD, MAX_STRING, NO_ZEROES, string, truncated};
+use crate::transmission::{ContextSet, Mode, Terms};
+use crate::wire::option::{OPTION_HEADER_LENGTH, OptionCode, OptionHeader, ReplyType, WantedInfo};
+use crate::wire::{FIXED_NEWSTYLE, MAX_STRING, NO_ZEROES};
 use crate::{Error, ErrorKind};
 
 /// Option data up to this many bytes are looked at; a list of 4096 metadata queries fits.
@@ -157,8 +157,7 @@ impl Handshake {
     }
 
     /// The next thing to do; call it until it says [`Action::Wait`].
-    #[allow(clippy::should_implement_trait)]
-    pub fn next(&mut self) -> Action {
+    pub fn next_action(&mut self) -> Action {
         loop {
             if !self.outbox.is_empty() {
                 return Action::Send(std::mem::take(&mut self.outbox));
@@ -245,6 +244,8 @@ impl Handshake {
         self.option_bytes += u64::from(header.length);
         self.state = if self.options > self.policy.options {
             State::Closed("too many options")
+        } else if !self.fixed && header.code != OptionCode::EXPORT_NAME {
+            State::Closed("an option from a client that is not fixed newstyle")
         } else if header.code == OptionCode::ABORT {
             // Its data are ignored, and the connection ends: no need to wait for them.
             self.reply(header.code, ReplyType::ACK, &[]);
@@ -256,8 +257,6 @@ impl Handshake {
                 (Stance::Welcome, Ok(length)) if length <= MAX_STRING => State::Data(header),
                 _ => State::Closed("EXPORT_NAME cannot be refused politely"),
             }
-        } else if !self.fixed {
-            State::Closed("an option from a client that is not fixed newstyle")
         } else if header.length > MAX_PARSED || !has_data(header.code) || self.stance != Stance::Welcome {
             State::Discard(header, header.length)
         } else {
@@ -279,38 +278,6 @@ impl Handshake {
         Some(())
     }
 
-    /// Options whose data were dropped: those that take none, unknown ones, and any from a client that is not welcome.
-    fn answer_without_data(&mut self, OptionHeader { code, length }: OptionHeader) {
-        match &self.stance {
-            Stance::Welcome => {}
-            Stance::Refused(text) => {
-                let text = text.clone();
-                return self.refuse(code, ReplyType::ERR_POLICY, &text);
-            }
-            Stance::ShuttingDown => return self.refuse(code, ReplyType::ERR_SHUTDOWN, "the server is shutting down"),
-        }
-        match code {
-            OptionCode::LIST | OptionCode::STRUCTURED_REPLY if length > 0 => {
-                self.refuse(code, ReplyType::ERR_INVALID, "the option takes no data");
-            }
-            OptionCode::LIST => self.list(),
-            OptionCode::STRUCTURED_REPLY if self.mode == Mode::Simple => {
-                self.mode = Mode::Structured;
-                self.reply(code, ReplyType::ACK, &[]);
-            }
-            OptionCode::STRUCTURED_REPLY => {
-                self.refuse(code, ReplyType::ERR_INVALID, "structured replies were negotiated before");
-            }
-            OptionCode::INFO | OptionCode::GO | OptionCode::LIST_META_CONTEXT | OptionCode::SET_META_CONTEXT => {
-                if code == OptionCode::SET_META_CONTEXT {
-                    self.contexts = None;
-                }
-                self.refuse(code, ReplyType::ERR_TOO_BIG, "the option is longer than 65536 bytes");
-            }
-            _ => self.refuse(code, ReplyType::ERR_UNSUP, "the option is not supported"),
-        }
-    }
-
     fn data(&mut self, header: OptionHeader) -> Option<()> {
         let length = usize::try_from(header.length).ok()?;
         let data = self.unread().get(..length)?.to_vec();
@@ -323,114 +290,6 @@ impl Handshake {
         }
         Some(())
     }
-
-    fn export_name(&mut self, data: &[u8]) {
-        let export = string(data).and_then(|name| self.find(name));
-        self.state = match export {
-            Some(export) => State::Opening(OptionCode::EXPORT_NAME, self.agreed(export), WantedInfo::default()),
-            None => State::Closed("EXPORT_NAME for an export that is not here"),
-        };
-    }
-
-    fn info(&mut self, code: OptionCode, data: &[u8]) {
-        let request = match InfoRequest::decode(data) {
-            Ok(request) => request,
-            Err(text) => return self.refuse(code, ReplyType::ERR_INVALID, text),
-        };
-        let Some(export) = self.find(request.name) else { return self.unknown(code, request.name) };
-        let negotiated = self.agreed(export);
-        if code == OptionCode::GO {
-            self.state = State::Opening(code, negotiated, request.wanted);
-        } else {
-            self.information(code, negotiated, request.wanted);
-            self.reply(code, ReplyType::ACK, &[]);
-        }
-    }
-
-    fn meta_context(&mut self, code: OptionCode, data: &[u8]) {
-        let set = code == OptionCode::SET_META_CONTEXT;
-        if set {
-            // Also a SET that fails replaces what an earlier one selected.
-            self.contexts = None;
-            if self.mode == Mode::Simple {
-                return self.refuse(code, ReplyType::ERR_INVALID, "negotiate structured replies first");
-            }
-        }
-        let request = match MetaRequest::decode(data) {
-            Ok(request) => request,
-            Err(text) => return self.refuse(code, ReplyType::ERR_INVALID, text),
-        };
-        let Some(export) = self.find(request.name) else { return self.unknown(code, request.name) };
-        let mut queries = request.queries().peekable();
-        // LIST without queries asks for everything and knows `base:` as a wildcard; SET knows neither.
-        let all = !set && queries.peek().is_none();
-        let base_allocation = all || queries.any(|query| query == BASE_ALLOCATION || (!set && query == "base:"));
-        if base_allocation {
-            let id = if set { BASE_ALLOCATION_ID } else { 0 };
-            self.reply(code, ReplyType::META_CONTEXT, &[&id.to_be_bytes(), BASE_ALLOCATION.as_bytes()]);
-        }
-        if set {
-            self.contexts = Some((export, ContextSet { base_allocation }));
-        }
-        self.reply(code, ReplyType::ACK, &[]);
-    }
-
-    fn list(&mut self) {
-        let code = OptionCode::LIST;
-        if self.policy.list == ListPolicy::Hide {
-            return self.refuse(code, ReplyType::ERR_POLICY, "listing is not allowed here");
-        }
-        for export in self.exports.clone().iter() {
-            self.reply(code, ReplyType::SERVER, &[&prefixed(&export.name), export.description.as_bytes()]);
-        }
-        self.reply(code, ReplyType::ACK, &[]);
-    }
-
-    /// The answers of INFO and GO before their ACK.
-    fn information(&mut self, code: OptionCode, negotiated: Negotiated, wanted: WantedInfo) {
-        let exports = self.exports.clone();
-        let Some(facts) = exports.get(negotiated.export) else { return };
-        let Some(info) = self.export_info(negotiated) else { return };
-        self.reply(code, ReplyType::INFO, &[&INFO_EXPORT.to_be_bytes(), &info.encode()]);
-        if wanted.name {
-            self.reply(code, ReplyType::INFO, &[&INFO_NAME.to_be_bytes(), facts.name.as_bytes()]);
-        }
-        if wanted.description {
-            self.reply(code, ReplyType::INFO, &[&INFO_DESCRIPTION.to_be_bytes(), facts.description.as_bytes()]);
-        }
-        let sizes = BlockSizes { minimum: 1, preferred: facts.preferred_block_size, maximum: MAX_PAYLOAD };
-        self.reply(code, ReplyType::INFO, &[&INFO_BLOCK_SIZE.to_be_bytes(), &sizes.encode()]);
-    }
-
-    fn export_info(&self, negotiated: Negotiated) -> Option<ExportInfo> {
-        let facts = self.exports.get(negotiated.export)?;
-        Some(ExportInfo { size: facts.size, flags: negotiated.terms(facts).flags() })
-    }
-
-    /// The export of that name; the empty one is the only export, if there is just one.
-    fn find(&self, name: &str) -> Option<usize> {
-        let found = self.exports.iter().position(|export| export.name == name);
-        found.or((name.is_empty() && self.exports.len() == 1).then_some(0))
-    }
-
-    /// What entering `export` now would mean. Contexts that were selected for another export do not count.
-    fn agreed(&self, export: usize) -> Negotiated {
-        let contexts = self.contexts.filter(|(selected, _)| *selected == export);
-        Negotiated { export, mode: self.mode, contexts: contexts.map(|(_, set)| set).unwrap_or_default() }
-    }
-
-    fn unknown(&mut self, code: OptionCode, name: &str) {
-        let name = truncated(name, 256);
-        self.refuse(code, ReplyType::ERR_UNKNOWN, &format!("there is no export \"{name}\" here"));
-    }
-
-    fn refuse(&mut self, code: OptionCode, reply: ReplyType, text: &str) {
-        self.reply(code, reply, &[truncated(text, MAX_ERROR_TEXT).as_bytes()]);
-    }
-
-    fn reply(&mut self, code: OptionCode, reply: ReplyType, data: &[&[u8]]) {
-        encode_reply(&mut self.outbox, code, reply, data);
-    }
 }
 
 impl Negotiated {
@@ -439,9 +298,6 @@ impl Negotiated {
         Terms { size: facts.size, read_only: facts.read_only, mode: self.mode, contexts: self.contexts }
     }
 }
-
-/// The one metadata context served.
-const BASE_ALLOCATION: &str = "base:allocation";
 
 /// Whether the data of the option mean something here.
 fn has_data(code: OptionCode) -> bool {

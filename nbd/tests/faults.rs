@@ -10,7 +10,7 @@ use blockyard_nbd::wire::reply::{ChunkType, ErrorChunk, ReplyHeader};
 use blockyard_nbd::wire::request::Request;
 use blockyard_nbd::wire::{Command, CommandFlags};
 use blockyard_nbd::{Durability, Error, ErrorKind, ZeroFlags};
-use common::devices::{Call, Counting, Disk, Faulty, Hooked, Mem, Panics};
+use common::devices::{Call, Counting, Disk, Faulty, Hooked, Mem, Moment, Panics};
 use common::servers::{NAME, Served, options};
 use common::{pattern, request, soon, verdict};
 
@@ -106,8 +106,11 @@ async fn a_long_durable_write_is_flushed_once_after_its_last_piece() {
 
 #[tokio::test]
 async fn a_panic_in_a_device_call_ends_one_connection_and_no_other() {
-    for call in [Call::Read, Call::Write, Call::Zero, Call::Trim, Call::Flush, Call::Extents] {
-        let served = Served::disk(8 * MIB, Hooked::new(Mem::new(8 * MIB), Panics(call))).await;
+    let calls = [Call::Read, Call::Write, Call::Zero, Call::Trim, Call::Flush, Call::Extents];
+    let both = calls.into_iter().flat_map(|call| [(call, Moment::AtOnce), (call, Moment::Later)]);
+    for (call, moment) in both {
+        let panics = Panics { call, moment };
+        let served = Served::disk(8 * MIB, Hooked::new(Mem::new(8 * MIB), panics)).await;
         let (victim, other) = (served.client().await, served.client().await);
         let result = match call {
             Call::Read => soon("the end", victim.read(0, 2 << 20)).await.map(drop),
@@ -117,7 +120,7 @@ async fn a_panic_in_a_device_call_ends_one_connection_and_no_other() {
             Call::Flush => soon("the end", victim.flush()).await,
             Call::Extents => soon("the end", victim.block_status(0, 512)).await.map(drop),
         };
-        assert!(matches!(result, Err(ClientError::Connection(_))), "{call:?}: {result:?}");
+        assert!(matches!(result, Err(ClientError::Connection(_))), "{call:?} {moment:?}: {result:?}");
         other.cache(0, 512).await.unwrap();
         served.connections(1).await;
         served.client().await.cache(0, 512).await.unwrap();

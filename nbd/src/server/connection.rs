@@ -99,7 +99,7 @@ where
         if *phase.borrow_and_update() != Phase::Running {
             handshake.shut_down();
         }
-        match handshake.next() {
+        match handshake.next_action() {
             Action::Wait => tokio::select! {
                 read = reader.read(&mut chunk) => match read {
                     Ok(count) if count > 0 => handshake.feed(&chunk[..count]),

@@ -251,12 +251,25 @@ impl Hook for Faulty {
 }
 
 /// Panics in calls of one kind.
-pub struct Panics(pub Call);
+pub struct Panics {
+    pub call: Call,
+    /// At the first poll, or after having waited.
+    pub moment: Moment,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moment {
+    AtOnce,
+    Later,
+}
 
 #[async_trait]
 impl Hook for Panics {
     async fn before(&self, call: Call, _: u64, _: u64) -> Result<(), Error> {
-        assert!(call != self.0, "a device with a bug");
+        if self.moment == Moment::Later {
+            tokio::task::yield_now().await;
+        }
+        assert!(call != self.call, "a device with a bug");
         Ok(())
     }
 }
