@@ -3,12 +3,14 @@
 //! `serve` is the service, `demo` brings its own, and `image` and `nbd` work on files; everything else is a client of the REST
 //! API and knows nothing that a script with curl would not.
 
+mod backup;
 mod client;
 mod demo;
 mod error;
 mod image;
 mod nbd;
 mod output;
+mod point;
 mod repo;
 mod serve;
 mod size;
@@ -49,6 +51,12 @@ enum Command {
     /// The folders that backups go to.
     #[command(subcommand)]
     Repo(repo::Command),
+    /// Start, wait for, look at and cancel backups.
+    #[command(subcommand)]
+    Backup(backup::Command),
+    /// The restore points that backups left.
+    #[command(subcommand)]
+    Point(point::Command),
     /// Serve one qcow2 image over NBD until SIGTERM or Ctrl-C.
     Nbd(nbd::Arguments),
     /// qcow2 images, without a service.
@@ -83,6 +91,8 @@ async fn dispatch(command: Command, output: &Output) -> Result<Exit, CliError> {
         Command::Demo(arguments) => Box::pin(demo::run(arguments, output)).await,
         Command::Vm(command) => vm::run(command, output).await,
         Command::Repo(command) => repo::run(command, output).await,
+        Command::Backup(command) => backup::run(command, output).await,
+        Command::Point(command) => point::run(command, output).await,
         Command::Nbd(arguments) => nbd::run(arguments, output).await,
         Command::Image(command) => image::run(command, output).await,
     }

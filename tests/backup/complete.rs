@@ -106,11 +106,13 @@ async fn full_after_an_older_backup_is_told_no_change_id_and_must_cover_every_by
         })
         .collect();
     assert!(told.len() >= 4 && told.iter().all(|change_id| change_id.is_empty()), "{told:?}");
-    let refused = events.iter().find_map(|event| match event {
-        Event::Completed { status: 409, body, .. } => Some(body.clone()),
-        _ => None,
-    });
-    let refused: serde_json::Value = serde_json::from_str(&refused.unwrap()).unwrap();
+    let refused = rig
+        .seen(|event| match event {
+            Event::Completed { status: 409, body, .. } => Some(body.clone()),
+            _ => None,
+        })
+        .await;
+    let refused: serde_json::Value = serde_json::from_str(&refused).unwrap();
     assert_eq!(refused["code"], "coverage_incomplete");
     assert_eq!(rig.points().await.len(), 1, "the older point stays");
     rig.expect_nothing_left_and_a_backup_works(1).await;
