@@ -44,6 +44,24 @@ async fn failed_job_raises_an_alert_that_a_snapshot_may_be_left() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_does_not_show_itself_raises_an_alert_long_before_the_job_fails() {
+    let faults = Faults { never_connect: true, ..Faults::default() };
+    let rig =
+        Rig::with(Plan { toml: "[jobs]\nfirst_contact_warn_s = 1\n".to_owned(), faults, ..Plan::default() }).await;
+    let started = rig.start().await;
+    let warned = async {
+        loop {
+            if let Some(alert) = alerts(&rig, id_of(&started)).await.pop() {
+                return alert;
+            }
+        }
+    };
+    let alert = tokio::time::timeout(rig::DEADLINE, warned).await.expect("no alert");
+    assert_eq!((&alert["alert"], &alert["job_id"]), (&json!("no_client"), &started["backup_id"]));
+    assert_eq!(rig.backup(id_of(&started)).await["state"], "starting");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_committed_job_raises_no_alert_and_tells_every_state_once() {
     let rig = Rig::new().await;
     let started = rig.start().await;

@@ -442,6 +442,61 @@ async fn a_damaged_published_directory_is_no_restore_point() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_point_whose_directory_is_gone_is_missing_until_it_is_back() {
+    let rig = Rig::new().await;
+    let kept = rig.back_up().await;
+    let lost = rig.back_up().await;
+    let folder_of_lost = rig::published(&rig, id_of(&lost)).await;
+    let elsewhere = rig.service.folder.path().join("elsewhere");
+    let states = async |service: &TestService| {
+        let points = service.get("/api/v1/points").await.expect_status(200).json();
+        let state =
+            |point: &Value| (point["id"].as_str().unwrap().to_owned(), point["state"].as_str().unwrap().to_owned());
+        points["points"].as_array().unwrap().iter().map(state).collect::<std::collections::BTreeMap<_, _>>()
+    };
+    let Rig { service, node, ports, .. } = rig;
+    let toml = |folder: &Path| rig::configuration(&node.url(), folder, &ports, "");
+    let folder = service.stop().await;
+    std::fs::rename(&folder_of_lost, &elsewhere).unwrap();
+    let toml_text = toml(folder.path());
+    let service = TestService::start_in(folder, &toml_text).await;
+    let found = states(&service).await;
+    assert_eq!((found[id_of(&kept)].as_str(), found[id_of(&lost)].as_str()), ("committed", "missing"));
+    let folder = service.stop().await;
+    std::fs::rename(&elsewhere, &folder_of_lost).unwrap();
+    let service = TestService::start_in(folder, &toml_text).await;
+    assert!(states(&service).await.values().all(|state| state == "committed"));
+    // A repository that is not mounted says nothing about its points.
+    let folder = service.stop().await;
+    let (mounted, unmounted) = (folder.path().join("main"), folder.path().join("unmounted"));
+    std::fs::rename(&mounted, &unmounted).unwrap();
+    let service = TestService::start_in(folder, &toml_text).await;
+    assert!(states(&service).await.values().all(|state| state == "committed"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stray_staged_directory_is_put_aside_and_never_listed() {
+    let rig = Rig::new().await;
+    let backup = rig.back_up().await;
+    let vm_folder = rig::published(&rig, id_of(&backup)).await.parent().unwrap().to_owned();
+    let Rig { service, node, ports, .. } = rig;
+    let folder = service.stop().await;
+    let stray = blockyard::id::BackupId::new();
+    std::fs::create_dir(vm_folder.join(format!("{stray}.partial"))).unwrap();
+    std::fs::write(vm_folder.join(format!("{stray}.partial/disk-0.qcow2")), "half an image").unwrap();
+    std::fs::create_dir(vm_folder.join("somebody.partial")).unwrap();
+    let toml = rig::configuration(&node.url(), folder.path(), &ports, "");
+    let service = TestService::start_in(folder, &toml).await;
+    let mut names: Vec<String> =
+        std::fs::read_dir(&vm_folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    let mut expected = vec![id_of(&backup).to_owned(), format!("{stray}.failed"), "somebody.partial".to_owned()];
+    expected.sort();
+    assert_eq!(names, expected, "put aside, and what is not ours left alone");
+    assert_eq!(service.get("/api/v1/points").await.json()["total"], 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_service_that_vanishes_is_cleared_up_after_in_the_same_folder() {
     let rig = Rig::faulty(Faults { pause: Some(PausePoint::AfterBytes(2 << 20)), ..Faults::default() }).await;
     let started = rig.start().await;
