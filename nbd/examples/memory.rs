@@ -13,7 +13,7 @@ use blockyard_nbd::{
 use tokio::net::TcpListener;
 
 /// Bytes per separately locked part of the disk.
-const PART: u64 = 1 << 20;
+const PART: u64 = 256 << 10;
 
 /// Buffers wait here to be used again: fresh ones of this size cost a page fault for every 4 KiB.
 type Pool = Arc<Mutex<Vec<Vec<u8>>>>;
@@ -137,7 +137,7 @@ async fn main() -> Result<(), Box<dyn StdError>> {
         [address, mib, null] if null == "null" => (address, mib.parse::<u64>()?, true),
         _ => return Err("usage: memory ADDRESS MIB [null]".into()),
     };
-    let parts = if null { 0 } else { mib };
+    let parts = if null { 0 } else { (mib << 20) / PART };
     let parts = (0..parts).map(|_| RwLock::new(vec![0; PART as usize])).collect();
     let memory = Arc::new(Memory { size: mib << 20, parts, pool: Pool::default() });
     let options = Options::new(Budget::new(&BudgetLimits::default()));

@@ -130,6 +130,9 @@ impl Share {
     /// # Cancellation
     /// Dropping the future takes nothing.
     pub(crate) async fn acquire(self: &Arc<Self>, bytes: u32) -> Permit {
+        if let Some(permit) = self.try_acquire(bytes) {
+            return permit;
+        }
         // Both semaphores are never closed, so an error cannot come; were it to, waiting for ever is the safe answer.
         let Ok(own) = self.own.acquire_many(bytes.min(self.own_bytes)).await else { std::future::pending().await };
         let source = self.take_from_pool(bytes).await;
