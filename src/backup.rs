@@ -17,6 +17,7 @@ mod registry;
 mod seal;
 mod start;
 pub mod state;
+mod sweep;
 mod transfer;
 mod undo;
 

@@ -181,6 +181,8 @@ pub struct Jobs {
     pub prepare_s: u64,
     /// First sign of life of a client whose start the node did not confirm.
     pub start_grace_s: u64,
+    /// First sign of life of a client whose start the node confirmed, before an alert is raised.
+    pub first_contact_warn_s: u64,
     /// First sign of life of a client whose start the node confirmed.
     pub first_contact_s: u64,
     /// Silence after which a job counts as stalled.
@@ -308,6 +310,7 @@ impl Default for Jobs {
             answer_within_s: 10,
             prepare_s: 60,
             start_grace_s: 300,
+            first_contact_warn_s: 120,
             first_contact_s: 1800,
             idle_s: 300,
             stalled_s: 1800,

@@ -15,6 +15,8 @@ use crate::config;
 pub struct Limits {
     /// `start_grace_s`
     pub start_grace: Duration,
+    /// `first_contact_warn_s`
+    pub first_contact_warn: Duration,
     /// `first_contact_s`
     pub first_contact: Duration,
     /// `idle_s`
@@ -30,6 +32,7 @@ impl Limits {
     pub fn new(jobs: &config::Jobs) -> Self {
         Self {
             start_grace: Duration::from_secs(jobs.start_grace_s),
+            first_contact_warn: Duration::from_secs(jobs.first_contact_warn_s),
             first_contact: Duration::from_secs(jobs.first_contact_s),
             idle: Duration::from_secs(jobs.idle_s),
             stalled: Duration::from_secs(jobs.stalled_s),
@@ -56,6 +59,8 @@ pub struct Seen {
     pub state: JobState,
     /// The call to the node.
     pub node: NodePhase,
+    /// Whether somebody was told that no client shows itself.
+    pub warned: bool,
     /// The last sign of life.
     pub last_life: Option<Instant>,
     /// Since when a disk that was being written has had no connection: the earliest of all.
@@ -71,6 +76,8 @@ pub enum Decision {
     Stall,
     /// A stalled job is alive again.
     Resume,
+    /// No client shows itself, and somebody should look why.
+    Warn,
     /// The job is over.
     Fail(FailureCode),
 }
@@ -104,6 +111,9 @@ pub fn decide(seen: &Seen, limits: &Limits, now: Instant) -> Decision {
             if due(at + limits.first_contact) {
                 return Decision::Fail(FailureCode::NoClient);
             }
+            if !seen.warned && due(at + limits.first_contact_warn) {
+                return Decision::Warn;
+            }
         }
         (None, NodePhase::Ambiguous(at)) => {
             if due(at + limits.start_grace) {
@@ -120,6 +130,7 @@ mod tests {
 
     const LIMITS: Limits = Limits {
         start_grace: Duration::from_secs(300),
+        first_contact_warn: Duration::from_secs(120),
         first_contact: Duration::from_secs(1800),
         idle: Duration::from_secs(300),
         stalled: Duration::from_secs(1800),
@@ -131,7 +142,7 @@ mod tests {
     }
 
     fn seen(state: JobState, node: NodePhase) -> Seen {
-        Seen { state, node, last_life: None, disconnected_since: None }
+        Seen { state, node, warned: true, last_life: None, disconnected_since: None }
     }
 
     #[tokio::test]
@@ -140,6 +151,9 @@ mod tests {
         let accepted = seen(JobState::Starting, NodePhase::Accepted(base));
         assert_eq!(decide(&accepted, &LIMITS, after(1799, base)), Decision::Wait(Some(after(1800, base))));
         assert_eq!(decide(&accepted, &LIMITS, after(1800, base)), Decision::Fail(FailureCode::NoClient));
+        let silent = Seen { warned: false, ..accepted };
+        assert_eq!(decide(&silent, &LIMITS, after(119, base)), Decision::Wait(Some(after(120, base))));
+        assert_eq!(decide(&silent, &LIMITS, after(120, base)), Decision::Warn);
         let ambiguous = seen(JobState::Starting, NodePhase::Ambiguous(base));
         assert_eq!(decide(&ambiguous, &LIMITS, after(299, base)), Decision::Wait(Some(after(300, base))));
         assert_eq!(decide(&ambiguous, &LIMITS, after(300, base)), Decision::Fail(FailureCode::NodeOutcomeUnknown));

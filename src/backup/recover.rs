@@ -1,7 +1,8 @@
 //! What a new process makes of the jobs of the one before it.
 //!
 //! Nothing of a dead process can go on: its clients do not reconnect. A job whose directory was renamed is a restore
-//! point and is rolled forward; every other one is undone and has failed. The same is done for a job whose task panicked.
+//! point and is rolled forward; every other one is undone and has failed. Then each repository is swept. A job whose task
+//! panicked is ended in the same way.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -9,12 +10,13 @@ use std::sync::Arc;
 use super::commit;
 use super::job::{End, Failed};
 use super::state::{FailureCode, JobState};
-use super::{Shared, undo};
+use super::{Shared, sweep, undo};
 use crate::repository::directory;
 use crate::repository::layout::BackupPaths;
 use crate::repository::manifest::{Manifest, ManifestError};
 use crate::store::backups::{self, BackupRow, ChangeError};
-use crate::store::{StoreError, leases, repositories};
+use crate::store::repositories::{self, Repository};
+use crate::store::{StoreError, leases};
 
 /// Why the state of the last process could not be cleared up.
 #[derive(Debug, thiserror::Error)]
@@ -35,7 +37,7 @@ pub enum RecoverError {
 
 /// Takes the locks of all repositories, voids the leases of earlier processes, and ends their jobs.
 pub(super) async fn recover(shared: &Arc<Shared>) -> Result<(), RecoverError> {
-    lock_repositories(shared).await?;
+    let owned = lock_repositories(shared).await?;
     let mut transaction = shared.store.write().await?;
     let voided = leases::void_other_boots(&mut transaction, &shared.boot_id).await?;
     let unfinished = backups::unfinished(&mut transaction).await?;
@@ -47,24 +49,28 @@ pub(super) async fn recover(shared: &Arc<Shared>) -> Result<(), RecoverError> {
         let failed = Failed::new(FailureCode::ServiceRestart, "the service was restarted while the backup ran");
         settle(shared, &row, failed).await?;
     }
+    for repository in &owned {
+        sweep::sweep(shared, repository).await?;
+    }
     Ok(())
 }
 
-/// A repository that is not there now (an unmounted disk) does not stop the service; one that another hub has does.
-async fn lock_repositories(shared: &Arc<Shared>) -> Result<(), RecoverError> {
+/// The repositories that this process owns from now on. One that is not there now (an unmounted disk) does not stop the service; one that another hub has does.
+async fn lock_repositories(shared: &Arc<Shared>) -> Result<Vec<Repository>, RecoverError> {
     let mut connection = shared.store.read().await?;
     let all = repositories::all(&mut connection).await?;
     drop(connection);
+    let mut owned = Vec::new();
     for repository in all {
         let (locks, id, path) = (Arc::clone(&shared.locks), repository.id.to_string(), repository.path.clone());
         let locked = tokio::task::spawn_blocking(move || locks.acquire(&id, Path::new(&path))).await;
         match locked.map_err(|_| RecoverError::Panicked)? {
-            Ok(()) => {}
+            Ok(()) => owned.push(repository),
             Err(error) if error.is_conflict() => return Err(error.into()),
             Err(error) => tracing::warn!(repository = %repository.id, %error, "a repository cannot be used now"),
         }
     }
-    Ok(())
+    Ok(owned)
 }
 
 /// Ends one job that no task runs any more: forward when its directory was published, else as failed with `failed`.

@@ -6,6 +6,7 @@
 use std::pin::Pin;
 use std::time::Duration;
 
+use serde_json::json;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
@@ -17,7 +18,7 @@ use crate::clock::UtcTime;
 use crate::node::{JobKnown, NodeClient, StartOutcome, StartRequest};
 use crate::store::StoreError;
 use crate::store::backups::{self, NodeOutcome};
-use crate::store::events::Actor;
+use crate::store::events::{self, Actor};
 
 /// How often a node that gave no clear answer is asked whether it knows the job. A guess: often enough that a launched
 /// client is soon known, rarely enough for a node that is in trouble.
@@ -44,6 +45,7 @@ impl Job {
         let limits = Limits::new(&self.shared.config.jobs);
         let mut phase = NodePhase::Calling;
         let mut started_noted = false;
+        let mut warned = false;
         let mut status: Option<Background> = None;
         loop {
             self.refuse_failed_disks()?;
@@ -56,7 +58,7 @@ impl Job {
             {
                 self.advance(JobState::Transferring, Actor::Client).await?;
             }
-            let wake = match deadline::decide(&self.seen(phase), &limits, Instant::now()) {
+            let wake = match deadline::decide(&self.seen(phase, warned), &limits, Instant::now()) {
                 Decision::Wait(wake) => wake,
                 Decision::Stall => {
                     self.advance(JobState::Stalled, Actor::Clock).await?;
@@ -65,6 +67,11 @@ impl Job {
                 }
                 Decision::Resume => {
                     self.advance(JobState::Transferring, Actor::Client).await?;
+                    continue;
+                }
+                Decision::Warn => {
+                    self.alert_no_client().await?;
+                    warned = true;
                     continue;
                 }
                 Decision::Fail(code) => return Err(overdue(code).into()),
@@ -116,14 +123,14 @@ impl Job {
         }
     }
 
-    fn seen(&self, node: NodePhase) -> Seen {
+    fn seen(&self, node: NodePhase, warned: bool) -> Seen {
         let disconnected_since = self
             .disks
             .iter()
             .filter(|disk| disk.sealed.is_none() && disk.export.meter().reading().changed)
             .filter_map(|disk| disk.export.meter().disconnected_since())
             .min();
-        Seen { state: self.state(), node, last_life: self.signals.last_life(), disconnected_since }
+        Seen { state: self.state(), node, warned, last_life: self.signals.last_life(), disconnected_since }
     }
 
     /// Ends the job as soon as an image failed or a completed disk was written to: neither can become good again.
@@ -149,6 +156,20 @@ impl Job {
     async fn note_started(&self) -> Result<(), Failed> {
         let mut transaction = self.store().write().await?;
         backups::set_started(&mut transaction, &self.facts.id, UtcTime::now()).await?;
+        transaction.commit().await.map_err(StoreError::from)?;
+        Ok(())
+    }
+
+    /// Tells that the node accepted the job and nobody came: stale snapshots may be consolidating, or something is broken.
+    async fn alert_no_client(&self) -> Result<(), Failed> {
+        let facts = &self.facts;
+        tracing::warn!(job_id = %facts.id, "the node accepted the job, but no backup client has shown itself yet");
+        let data = json!({
+            "alert": "no_client", "job_id": facts.id, "vm_context_id": facts.vm.id, "vm_name": facts.vm.name,
+            "detail": "The node accepted the job, but no backup client has shown itself yet.",
+        });
+        let mut transaction = self.store().write().await?;
+        events::append(&mut transaction, "alert", facts.id.as_str(), &data, Actor::Clock, UtcTime::now()).await?;
         transaction.commit().await.map_err(StoreError::from)?;
         Ok(())
     }

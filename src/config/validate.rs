@@ -146,6 +146,7 @@ impl Config {
             ("answer_within_s", jobs.answer_within_s),
             ("prepare_s", jobs.prepare_s),
             ("start_grace_s", jobs.start_grace_s),
+            ("first_contact_warn_s", jobs.first_contact_warn_s),
             ("first_contact_s", jobs.first_contact_s),
             ("idle_s", jobs.idle_s),
             ("stalled_s", jobs.stalled_s),

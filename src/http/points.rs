@@ -14,12 +14,15 @@ use crate::app::AppState;
 use crate::backup::state::BackupType;
 use crate::clock::UtcTime;
 use crate::id::{BackupId, RepositoryId, VmId};
-use crate::store::points::{self, Filter, PointDiskRow, PointRow};
+use crate::store::points::{self, Filter, PointDiskRow, PointRow, PointState};
 use crate::store::{Connection, StoreError, backups, repositories};
 
 pub(super) fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::new().routes(routes!(list_points)).routes(routes!(show_point))
 }
+
+/// Nothing in the node's contract turns quiescing off or reports its level.
+pub(super) const QUIESCE: &str = "client_default";
 
 /// A restore point: all disks of a VM as they were in one snapshot.
 #[derive(Serialize, ToSchema)]
@@ -34,11 +37,13 @@ struct PointAnswer {
     repository_id: RepositoryId,
     /// The order of commits over the whole hub.
     sequence: u64,
-    #[schema(example = "committed")]
-    state: String,
+    state: PointState,
     #[schema(example = "unverified")]
     trust: String,
     backup_type: BackupType,
+    /// How the file systems were brought to rest: the backup client's own choice, which the node does not confirm.
+    #[schema(example = "client_default")]
+    quiesce: &'static str,
     #[schema(value_type = String, format = DateTime)]
     committed_at: UtcTime,
     /// The folder, in the repository.
@@ -137,6 +142,7 @@ impl PointAnswer {
             state: row.state,
             trust: row.trust,
             backup_type: if all_full { BackupType::Full } else { BackupType::Incremental },
+            quiesce: QUIESCE,
             committed_at: row.committed_at,
             disks: disks.into_iter().map(Into::into).collect(),
         })

@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 
 /// The name of the manifest in a published directory.
 pub const MANIFEST: &str = "manifest.json";
+/// What a staged directory that belongs to nobody is called instead of `.partial`.
+pub const QUARANTINE_EXTENSION: &str = "failed";
 /// What is appended to the directory of a job that is not committed.
 const STAGED_SUFFIX: &str = ".partial";
 /// A VM name is cut here in export and directory names: the contract's bound, far below the 255 bytes of a file name.

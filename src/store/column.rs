@@ -50,6 +50,7 @@ text_column!(
     crate::backup::state::BackupType,
     crate::backup::state::TypeReason,
     crate::store::backups::NodeOutcome,
+    crate::store::points::PointState,
 );
 
 /// An unsigned number of a row. SQLite's integers are signed; a negative one is an error of that row.

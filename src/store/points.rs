@@ -1,13 +1,18 @@
 //! The tables `restore_points` and `point_disks`: what committed jobs left, in the order of their commits.
 
+use std::fmt;
+use std::str::FromStr;
+
+use serde::Serialize;
 use serde_json::json;
 use sqlx::sqlite::SqliteRow;
 use sqlx::{FromRow, QueryBuilder, Row};
+use utoipa::ToSchema;
 
 use super::column::{signed, unsigned};
 use super::events::{self, Actor};
 use super::{Connection, Listing, Page, StoreError};
-use crate::backup::state::BackupType;
+use crate::backup::state::{BackupType, UnknownWord};
 use crate::clock::UtcTime;
 use crate::id::{BackupId, RepositoryId, VmId};
 
@@ -24,12 +29,50 @@ pub struct PointRow {
     pub sequence: u64,
     /// Its folder, relative to the repository.
     pub dir: String,
-    /// `committed`, `missing`, `deleting` or `deleted`.
-    pub state: String,
+    /// Whether its files are there.
+    pub state: PointState,
     /// `unverified`, `verified`, `suspect` or `corrupt`.
     pub trust: String,
     /// When it was committed.
     pub committed_at: UtcTime,
+}
+
+/// Where a restore point is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum PointState {
+    /// It can be restored from.
+    Committed,
+    /// Its directory was not there when a process started.
+    Missing,
+    /// Its files are being removed.
+    Deleting,
+    /// Only its record is left.
+    Deleted,
+}
+
+impl PointState {
+    const ALL: [Self; 4] = [Self::Committed, Self::Missing, Self::Deleting, Self::Deleted];
+}
+
+impl fmt::Display for PointState {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Committed => "committed",
+            Self::Missing => "missing",
+            Self::Deleting => "deleting",
+            Self::Deleted => "deleted",
+        })
+    }
+}
+
+impl FromStr for PointState {
+    type Err = UnknownWord;
+
+    fn from_str(word: &str) -> Result<Self, UnknownWord> {
+        let unknown = || UnknownWord { kind: "PointState", word: word.to_owned() };
+        Self::ALL.into_iter().find(|state| state.to_string() == word).ok_or_else(unknown)
+    }
 }
 
 /// One disk of a restore point.
@@ -193,6 +236,26 @@ pub async fn disks(connection: &mut Connection, id: &BackupId) -> Result<Vec<Poi
         .bind(id)
         .fetch_all(connection)
         .await?)
+}
+
+/// Every point of a repository that is not deleted.
+///
+/// # Errors
+/// The database's.
+pub async fn all_in(connection: &mut Connection, repository: &RepositoryId) -> Result<Vec<PointRow>, StoreError> {
+    Ok(sqlx::query_as("SELECT * FROM restore_points WHERE repository_id = ? AND state <> 'deleted' ORDER BY sequence")
+        .bind(repository)
+        .fetch_all(connection)
+        .await?)
+}
+
+/// Notes whether the files of a point are there.
+///
+/// # Errors
+/// The database's.
+pub async fn set_state(connection: &mut Connection, id: &BackupId, state: PointState) -> Result<(), StoreError> {
+    sqlx::query("UPDATE restore_points SET state = ? WHERE id = ?").bind(state).bind(id).execute(connection).await?;
+    Ok(())
 }
 
 /// Which points; all that are not deleted by default.

@@ -44,6 +44,24 @@ async fn failed_job_raises_an_alert_that_a_snapshot_may_be_left() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_does_not_show_itself_raises_an_alert_long_before_the_job_fails() {
+    let faults = Faults { never_connect: true, ..Faults::default() };
+    let rig =
+        Rig::with(Plan { toml: "[jobs]\nfirst_contact_warn_s = 1\n".to_owned(), faults, ..Plan::default() }).await;
+    let started = rig.start().await;
+    let warned = async {
+        loop {
+            if let Some(alert) = alerts(&rig, id_of(&started)).await.pop() {
+                return alert;
+            }
+        }
+    };
+    let alert = tokio::time::timeout(rig::DEADLINE, warned).await.expect("no alert");
+    assert_eq!((&alert["alert"], &alert["job_id"]), (&json!("no_client"), &started["backup_id"]));
+    assert_eq!(rig.backup(id_of(&started)).await["state"], "starting");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_committed_job_raises_no_alert_and_tells_every_state_once() {
     let rig = Rig::new().await;
     let started = rig.start().await;
@@ -278,6 +296,63 @@ async fn enospc_fails_the_job_once_and_keeps_every_older_point() {
     assert_eq!(alerts(&rig, id_of(&second)).await.len(), 1);
     rig.expect_restorable(id_of(&first)).await;
     rig.expect_nothing_left(0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fatal_error_is_answered_once_then_the_job_hangs_up_and_alerts() {
+    let rig = Rig::with(Plan {
+        toml: "[storage]\nmin_free_bytes = 0\nfull_estimate_ratio = 0.01\n".to_owned(),
+        faults: Faults { pause: Some(PausePoint::BeforeConnect(0)), ..Faults::default() },
+        disks: vec![(2000, content(1, 64 << 20)), (2016, content(2, 512))],
+        ..Plan::default()
+    })
+    .await;
+    let small = rig.service.folder.path().join("small");
+    std::fs::create_dir(&small).unwrap();
+    rig::tool("mount (and root)", "mount", &["-t", "tmpfs", "-o", "size=8m", "tmpfs", small.to_str().unwrap()]);
+    let _mounted = Mounted(small.clone());
+    rig.service
+        .post("/api/v1/repositories", &json!({"id": "small", "name": "small", "path": small}))
+        .await
+        .expect_status(201);
+    let start = json!({"vm_context_id": rig.vm, "repository_id": "small", "backup_type": "full"});
+    let started = rig.service.post("/api/v1/backups/vm", &start).await.expect_status(200).json();
+    let uri = |index: usize| {
+        let disk = &started["disk_results"][index];
+        format!("nbd://127.0.0.1:{}/{}", disk["nbd_port"], disk["nbd_export_name"].as_str().unwrap())
+    };
+    let (mut writer, mut bystander) = (rig::Nbd::connect(&uri(0)), rig::Nbd::connect(&uri(1)));
+    let piece = content(3, 1 << 20);
+    let error = (0..).find_map(|index| writer.write(index << 20, &piece).err()).unwrap();
+    assert_eq!(error.raw_os_error(), Some(28), "ENOSPC, once");
+    // From then on every socket of the job is closed: nothing can hang on it for ever.
+    let hung_up = |link: &mut rig::Nbd| {
+        let mut refusals = 0;
+        loop {
+            match link.write(0, &[1; 512]).unwrap_err().raw_os_error() {
+                // Requests that were on their way when it happened.
+                Some(28 | 108) => refusals += 1,
+                _ => return refusals,
+            }
+            assert!(refusals < 100, "the sockets stay open");
+        }
+    };
+    hung_up(&mut writer);
+    let backup = rig.end_of(id_of(&started)).await;
+    assert_eq!((&backup["state"], &backup["code"]), (&json!("failed"), &json!("insufficient_storage")), "{backup:#}");
+    hung_up(&mut bystander);
+    assert_eq!(alerts(&rig, id_of(&started)).await[0]["alert"], "snapshot_may_be_left");
+    assert!(rig::backup_directories(&small).is_empty());
+    rig.expect_nothing_left_and_a_backup_works(0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dropped_link_fails_cleanly_and_the_next_auto_succeeds() {
+    let faults = Faults { die_after_bytes: Some(4 << 20), ..Faults::default() };
+    let rig = Rig::with(Plan { toml: "[jobs]\nreconnect_s = 1\n".to_owned(), faults, ..Plan::default() }).await;
+    let first = rig.back_up().await;
+    assert_eq!((&first["state"], &first["code"]), (&json!("failed"), &json!("client_disconnected")), "{first:#}");
+    rig.expect_nothing_left_and_a_backup_works(0).await;
 }
 
 /// A mounted file system, until dropped.

@@ -279,6 +279,17 @@ async fn the_manifest_says_everything_about_the_point() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn quiesce_is_left_on_and_its_level_is_recorded_on_the_point() {
+    let rig = Rig::new().await;
+    let backup = rig.back_up().await;
+    // Nothing that the node is told turns it off: the call has the fields of its contract and no other, which the fake
+    // refuses; and nobody claims more than is known.
+    assert_eq!(rig.node.log().calls().len(), 1);
+    assert_eq!(backup["facets"]["quiesce"], "client_default");
+    assert_eq!(rig.points().await[0]["quiesce"], "client_default");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn published_files_are_not_readable_by_others() {
     let rig = Rig::new().await;
     let started = rig.start().await;

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use blockyard::node::fake::{FakeConfig, FakeDisk, FakeNode, Faults, PausePoint, Source};
+use blockyard::node::fake::{FakeConfig, FakeDisk, FakeNode, Faults, PausePoint, Source, StartFault};
 use serde_json::{Value, json};
 
 use crate::rig::{self, Plan, Rig, change_id, content, id_of};
@@ -121,7 +121,7 @@ impl Running {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn kill_nine_in_the_middle_of_a_copy_leaves_no_running_row_port_or_partial_after_restart() {
+async fn kill_nine_at_any_moment_leaves_no_running_row_port_or_partial_after_restart() {
     let moments = [
         PausePoint::BeforeConnect(0),
         PausePoint::Connected(0),
@@ -162,7 +162,7 @@ async fn kill_nine_in_the_middle_of_a_copy_leaves_no_running_row_port_or_partial
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sigterm_undoes_a_running_job_and_exits_zero() {
+async fn sigterm_answers_requests_in_flight_and_exits_zero() {
     let child = Child::new(Faults { pause: Some(PausePoint::AfterBytes(1 << 20)), ..Faults::default() }).await;
     let config = child.folder.path().join("blockyard.toml");
     let mut text = std::fs::read_to_string(&config).unwrap();
@@ -209,6 +209,155 @@ async fn sigterm_lets_a_job_that_is_nearly_done_finish_and_refuses_new_ones() {
     assert_eq!(rig::backup_directories(&child.repository()), [id_of(&started)]);
     let running = child.start();
     assert_eq!(running.get(&format!("/backups/{}", id_of(&started))).await["state"], "committed");
+}
+
+/// The calls at which a commit is cut: everything that makes files, names and rows durable or visible.
+const STEPS: &str = "fsync,fdatasync,chmod,fchmod,rename,renameat2,unlink";
+
+/// Kills a process at its `number`-th call of one kind in any of its threads from now on.
+fn kill_at(process: &ServeProcess, number: usize) -> std::process::Child {
+    let pid = process.id().to_string();
+    let inject = format!("inject={STEPS}:signal=SIGKILL:when={number}");
+    let tracer = std::process::Command::new("strace")
+        .args(["-f", "-qq", "-o", "/dev/null", "-e", &format!("trace={STEPS}"), "-e", &inject, "-p", &pid])
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .expect("strace: install the package strace");
+    let threads = format!("/proc/{pid}/task");
+    let traced = || {
+        std::fs::read_dir(&threads).unwrap().all(|thread| {
+            let status = std::fs::read_to_string(thread.unwrap().path().join("status")).unwrap_or_default();
+            !status.contains("TracerPid:\t0\n")
+        })
+    };
+    let deadline = std::time::Instant::now() + rig::DEADLINE;
+    while !traced() {
+        assert!(std::time::Instant::now() < deadline, "strace did not attach");
+        std::thread::yield_now();
+    }
+    tracer
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn crash_at_every_step_of_commit_shows_the_old_or_the_new_point_never_a_mix() {
+    let (mut failed, mut committed, mut killed) = (0, 0, 0);
+    for number in 1.. {
+        // Everything but the last disk's seal and the commit is done when the process is first watched.
+        let child = Child::new(Faults { pause: Some(PausePoint::BeforeComplete(1)), ..Faults::default() }).await;
+        let running = child.start();
+        let vm = child.furnish(&running).await;
+        let started = running.back_up(&vm).await;
+        child.paused().await;
+        let mut tracer = kill_at(&running.process, number);
+        child.node.resume();
+        let ended = child.node.log().first(|event| match event {
+            blockyard::node::fake::Event::Ended { error, .. } => Some(error.is_none()),
+            _ => None,
+        });
+        let answered = tokio::time::timeout(rig::DEADLINE, ended).await.expect("the client never ended");
+        running.process.signal_if_alive("KILL");
+        killed += usize::from(!answered);
+        running.process.wait();
+        // With the process its tracer ends.
+        tracer.wait().unwrap();
+
+        let running = child.start();
+        let backup = running.get(&format!("/backups/{}", id_of(&started))).await;
+        let points = running.get("/points").await["total"].clone();
+        let folders = rig::backup_directories(&child.repository());
+        match backup["state"].as_str().unwrap() {
+            "committed" => {
+                assert_eq!((&points, folders), (&json!(1), vec![id_of(&started).to_owned()]), "step {number}");
+                for (disk, (_, bytes)) in backup["disk_results"].as_array().unwrap().iter().zip(&child.disks) {
+                    rig::expect_image_equals(Path::new(disk["qcow2_path"].as_str().unwrap()), bytes);
+                }
+                committed += 1;
+            }
+            state => {
+                assert!(!answered, "step {number}: what was answered with success is {state}");
+                assert_eq!((state, &backup["code"]), ("failed", &json!("service_restart")), "step {number}");
+                assert_eq!((&points, folders), (&json!(0), vec![]), "step {number}");
+                failed += 1;
+            }
+        }
+        if answered {
+            break;
+        }
+    }
+    assert!(failed >= 3 && committed >= 1 && killed >= 4, "{failed} failed, {committed} committed, {killed} killed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kill_between_the_rename_and_its_record_rolls_forward() {
+    let child = Child::new(Faults { pause: Some(PausePoint::BeforeComplete(1)), ..Faults::default() }).await;
+    let running = child.start();
+    let vm = child.furnish(&running).await;
+    let started = running.back_up(&vm).await;
+    child.paused().await;
+    let database = child.folder.path().join("state/blockyard.db");
+    let refuse = "CREATE TRIGGER refuse BEFORE INSERT ON restore_points BEGIN SELECT RAISE(ABORT, 'no'); END;";
+    sqlite(&database, refuse).await;
+    child.node.resume();
+    let renamed = async { while rig::backup_directories(&child.repository()) != [id_of(&started)] {} };
+    tokio::time::timeout(rig::DEADLINE, renamed).await.expect("never renamed");
+    running.process.signal("KILL");
+    running.process.wait();
+    sqlite(&database, "DROP TRIGGER refuse").await;
+    let running = child.start();
+    let backup = running.get(&format!("/backups/{}", id_of(&started))).await;
+    assert_eq!((&backup["state"], &backup["result"]), (&json!("committed"), &json!("success")), "{backup:#}");
+    assert_eq!(running.get("/points").await["total"], 1);
+    for (disk, (_, bytes)) in backup["disk_results"].as_array().unwrap().iter().zip(&child.disks) {
+        rig::expect_image_equals(Path::new(disk["qcow2_path"].as_str().unwrap()), bytes);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_secret_appears_in_logs_errors_events_or_the_database() {
+    let child = Child::new(Faults::default()).await;
+    let config = child.folder.path().join("blockyard.toml");
+    let mut text = std::fs::read_to_string(&config).unwrap();
+    text.push_str("\n[server]\nlog = \"trace\"\n");
+    std::fs::write(&config, text).unwrap();
+    let running = child.start();
+    let vm = child.furnish(&running).await;
+    let started = running.back_up(&vm).await;
+    assert_eq!(running.end_of(id_of(&started)).await["state"], "committed");
+    // A node that echoes the password in its refusal.
+    child.node.reconfigure(|config| config.faults.start = StartFault::Status { status: 500, launch: false });
+    let body = json!({"vm_context_id": vm, "repository_id": "main", "backup_type": "auto"});
+    let request = running.http.post(format!("{}/api/v1/backups/vm", running.process.url));
+    let refused = request.bearer_auth(&running.token).json(&body).send().await.unwrap();
+    assert_eq!(refused.status(), 502);
+    let refused = refused.text().await.unwrap();
+    let token = running.token.clone();
+    running.process.signal("TERM");
+    running.process.wait();
+    let secrets = ["secret-of-the-vcenter", token.as_str()];
+    assert!(secrets.iter().all(|secret| !refused.contains(secret)), "{refused}");
+    let mut looked_at = 0;
+    for path in files_below(child.folder.path()) {
+        let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+        if name == "password" || name == "token" || name.ends_with(".qcow2") {
+            continue;
+        }
+        let bytes = std::fs::read(&path).unwrap();
+        let text = String::from_utf8_lossy(&bytes);
+        for secret in secrets {
+            assert!(!text.contains(secret), "a secret is in {}", path.display());
+        }
+        looked_at += 1;
+    }
+    assert!(looked_at >= 4, "log, database, configuration and manifest are looked at");
+}
+
+fn files_below(folder: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() { files.extend(files_below(&path)) } else { files.push(path) }
+    }
+    files
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -290,6 +439,61 @@ async fn a_damaged_published_directory_is_no_restore_point() {
     let backup = service.get(&format!("/api/v1/backups/{}", id_of(&started))).await.expect_status(200).json();
     assert_eq!((&backup["state"], &backup["code"]), (&json!("failed"), &json!("service_restart")), "{backup:#}");
     assert_eq!(service.get("/api/v1/points").await.json()["total"], 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_point_whose_directory_is_gone_is_missing_until_it_is_back() {
+    let rig = Rig::new().await;
+    let kept = rig.back_up().await;
+    let lost = rig.back_up().await;
+    let folder_of_lost = rig::published(&rig, id_of(&lost)).await;
+    let elsewhere = rig.service.folder.path().join("elsewhere");
+    let states = async |service: &TestService| {
+        let points = service.get("/api/v1/points").await.expect_status(200).json();
+        let state =
+            |point: &Value| (point["id"].as_str().unwrap().to_owned(), point["state"].as_str().unwrap().to_owned());
+        points["points"].as_array().unwrap().iter().map(state).collect::<std::collections::BTreeMap<_, _>>()
+    };
+    let Rig { service, node, ports, .. } = rig;
+    let toml = |folder: &Path| rig::configuration(&node.url(), folder, &ports, "");
+    let folder = service.stop().await;
+    std::fs::rename(&folder_of_lost, &elsewhere).unwrap();
+    let toml_text = toml(folder.path());
+    let service = TestService::start_in(folder, &toml_text).await;
+    let found = states(&service).await;
+    assert_eq!((found[id_of(&kept)].as_str(), found[id_of(&lost)].as_str()), ("committed", "missing"));
+    let folder = service.stop().await;
+    std::fs::rename(&elsewhere, &folder_of_lost).unwrap();
+    let service = TestService::start_in(folder, &toml_text).await;
+    assert!(states(&service).await.values().all(|state| state == "committed"));
+    // A repository that is not mounted says nothing about its points.
+    let folder = service.stop().await;
+    let (mounted, unmounted) = (folder.path().join("main"), folder.path().join("unmounted"));
+    std::fs::rename(&mounted, &unmounted).unwrap();
+    let service = TestService::start_in(folder, &toml_text).await;
+    assert!(states(&service).await.values().all(|state| state == "committed"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stray_staged_directory_is_put_aside_and_never_listed() {
+    let rig = Rig::new().await;
+    let backup = rig.back_up().await;
+    let vm_folder = rig::published(&rig, id_of(&backup)).await.parent().unwrap().to_owned();
+    let Rig { service, node, ports, .. } = rig;
+    let folder = service.stop().await;
+    let stray = blockyard::id::BackupId::new();
+    std::fs::create_dir(vm_folder.join(format!("{stray}.partial"))).unwrap();
+    std::fs::write(vm_folder.join(format!("{stray}.partial/disk-0.qcow2")), "half an image").unwrap();
+    std::fs::create_dir(vm_folder.join("somebody.partial")).unwrap();
+    let toml = rig::configuration(&node.url(), folder.path(), &ports, "");
+    let service = TestService::start_in(folder, &toml).await;
+    let mut names: Vec<String> =
+        std::fs::read_dir(&vm_folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    let mut expected = vec![id_of(&backup).to_owned(), format!("{stray}.failed"), "somebody.partial".to_owned()];
+    expected.sort();
+    assert_eq!(names, expected, "put aside, and what is not ours left alone");
+    assert_eq!(service.get("/api/v1/points").await.json()["total"], 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -61,6 +61,13 @@ impl ServeProcess {
         assert!(status.success());
     }
 
+    /// Sends a signal by its name unless the process has ended.
+    pub fn signal_if_alive(&self, name: &str) {
+        let pid = self.child.id().to_string();
+        // Not waited for yet, so the number is still its own; one that has ended just does not listen.
+        let _ = Command::new("kill").args(["-s", name, &pid]).stderr(Stdio::null()).status();
+    }
+
     /// Waits for its end.
     pub fn wait(mut self) -> ExitStatus {
         let deadline = Instant::now() + DEADLINE;

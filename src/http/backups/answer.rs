@@ -13,6 +13,7 @@ use crate::backup::state::{
     BackupType, DiskState, FailureCode, JobResult, JobState, OldStatus, RequestedType, TypeReason,
 };
 use crate::clock::UtcTime;
+use crate::http::points::QUIESCE;
 use crate::id::{BackupId, RepositoryId, VmId};
 use crate::repository::layout::BackupPaths;
 use crate::store::backups::{self, BackupDiskRow, BackupRow, NodeOutcome};
@@ -269,7 +270,7 @@ impl BackupAnswer {
                 snapshot_cleanup: snapshot_cleanup(row.state, row.node_outcome),
                 verify: "none",
                 coverage: if covered == total_bytes { "complete" } else { "partial" },
-                quiesce: "client_default",
+                quiesce: QUIESCE,
             },
             disks_count: disks.len(),
             disk_results,
