@@ -253,8 +253,8 @@ async fn crash_at_every_step_of_commit_shows_the_old_or_the_new_point_never_a_mi
         }
         assert!(killed >= 1, "{step} is never called");
     }
-    // At the least: manifest, modes, folder and rename before; what makes the rename and the record durable after.
-    assert!(failed >= 5 && committed >= 2, "{failed} crashes before the commit, {committed} after it");
+    // Manifest, modes, folder and rename before it; at the least one of those that make the rename and its record durable.
+    assert!(failed >= 5 && committed >= 1, "{failed} crashes before the commit, {committed} after it");
 }
 
 /// Where a crash hit.
