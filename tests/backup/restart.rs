@@ -212,14 +212,14 @@ async fn sigterm_lets_a_job_that_is_nearly_done_finish_and_refuses_new_ones() {
 }
 
 /// The calls at which a commit is cut: everything that makes files, names and rows durable or visible.
-const STEPS: &str = "fsync,fdatasync,chmod,fchmod,rename,renameat2,unlink";
+const STEPS: [&str; 5] = ["fdatasync", "fsync", "fchmod", "chmod", "renameat2"];
 
-/// Kills a process at its `number`-th call of one kind in any of its threads from now on.
-fn kill_at(process: &ServeProcess, number: usize) -> std::process::Child {
+/// Kills a process when one of its threads makes its `number`-th call of this kind from now on.
+fn kill_at(process: &ServeProcess, step: &str, number: usize) -> std::process::Child {
     let pid = process.id().to_string();
-    let inject = format!("inject={STEPS}:signal=SIGKILL:when={number}");
+    let inject = format!("inject={step}:signal=SIGKILL:when={number}");
     let tracer = std::process::Command::new("strace")
-        .args(["-f", "-qq", "-o", "/dev/null", "-e", &format!("trace={STEPS}"), "-e", &inject, "-p", &pid])
+        .args(["-f", "-qq", "-o", "/dev/null", "-e", &format!("trace={step}"), "-e", &inject, "-p", &pid])
         .stderr(std::process::Stdio::null())
         .spawn()
         .expect("strace: install the package strace");
@@ -240,51 +240,74 @@ fn kill_at(process: &ServeProcess, number: usize) -> std::process::Child {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn crash_at_every_step_of_commit_shows_the_old_or_the_new_point_never_a_mix() {
-    let (mut failed, mut committed, mut killed) = (0, 0, 0);
-    for number in 1.. {
-        // Everything but the last disk's seal and the commit is done when the process is first watched.
-        let child = Child::new(Faults { pause: Some(PausePoint::BeforeComplete(1)), ..Faults::default() }).await;
-        let running = child.start();
-        let vm = child.furnish(&running).await;
-        let started = running.back_up(&vm).await;
-        child.paused().await;
-        let mut tracer = kill_at(&running.process, number);
-        child.node.resume();
-        let ended = child.node.log().first(|event| match event {
-            blockyard::node::fake::Event::Ended { error, .. } => Some(error.is_none()),
-            _ => None,
-        });
-        let answered = tokio::time::timeout(rig::DEADLINE, ended).await.expect("the client never ended");
-        running.process.signal_if_alive("KILL");
-        killed += usize::from(!answered);
-        running.process.wait();
-        // With the process its tracer ends.
-        tracer.wait().unwrap();
-
-        let running = child.start();
-        let backup = running.get(&format!("/backups/{}", id_of(&started))).await;
-        let points = running.get("/points").await["total"].clone();
-        let folders = rig::backup_directories(&child.repository());
-        match backup["state"].as_str().unwrap() {
-            "committed" => {
-                assert_eq!((&points, folders), (&json!(1), vec![id_of(&started).to_owned()]), "step {number}");
-                for (disk, (_, bytes)) in backup["disk_results"].as_array().unwrap().iter().zip(&child.disks) {
-                    rig::expect_image_equals(Path::new(disk["qcow2_path"].as_str().unwrap()), bytes);
-                }
-                committed += 1;
+    let (mut failed, mut committed) = (0, 0);
+    for step in STEPS {
+        let mut killed = 0;
+        for number in 1.. {
+            match crash_at(step, number).await {
+                Crash::Never => break,
+                Crash::Before => failed += 1,
+                Crash::After => committed += 1,
             }
-            state => {
-                assert!(!answered, "step {number}: what was answered with success is {state}");
-                assert_eq!((state, &backup["code"]), ("failed", &json!("service_restart")), "step {number}");
-                assert_eq!((&points, folders), (&json!(0), vec![]), "step {number}");
-                failed += 1;
-            }
+            killed += 1;
         }
-        if answered {
-            break;
-        }
+        assert!(killed >= 1, "{step} is never called");
     }
-    assert!(failed >= 3 && committed >= 1 && killed >= 4, "{failed} failed, {committed} committed, {killed} killed");
+    // Manifest, modes, folder and rename before it; at the least one of those that make the rename and its record durable.
+    assert!(failed >= 5 && committed >= 1, "{failed} crashes before the commit, {committed} after it");
+}
+
+/// Where a crash hit.
+enum Crash {
+    /// Nowhere: the commit was over before there were so many calls.
+    Never,
+    /// Before the restore point.
+    Before,
+    /// After it.
+    After,
+}
+
+/// Cuts one commit and holds what the next start makes of it.
+async fn crash_at(step: &str, number: usize) -> Crash {
+    // Everything but the last disk's seal and the commit is done when the process is first watched.
+    let child = Child::new(Faults { pause: Some(PausePoint::BeforeComplete(1)), ..Faults::default() }).await;
+    let running = child.start();
+    let vm = child.furnish(&running).await;
+    let started = running.back_up(&vm).await;
+    child.paused().await;
+    let mut tracer = kill_at(&running.process, step, number);
+    child.node.resume();
+    let ended = child.node.log().first(|event| match event {
+        blockyard::node::fake::Event::Ended { error, .. } => Some(error.is_none()),
+        _ => None,
+    });
+    let answered = tokio::time::timeout(rig::DEADLINE, ended).await.expect("the client never ended");
+    running.process.signal_if_alive("KILL");
+    running.process.wait();
+    // With the process its tracer ends.
+    tracer.wait().unwrap();
+
+    let what = format!("{step} {number}");
+    let running = child.start();
+    let backup = running.get(&format!("/backups/{}", id_of(&started))).await;
+    let points = running.get("/points").await["total"].clone();
+    let folders = rig::backup_directories(&child.repository());
+    let committed = backup["state"] == "committed";
+    if committed {
+        assert_eq!((&points, folders), (&json!(1), vec![id_of(&started).to_owned()]), "{what}");
+        for (disk, (_, bytes)) in backup["disk_results"].as_array().unwrap().iter().zip(&child.disks) {
+            rig::expect_image_equals(Path::new(disk["qcow2_path"].as_str().unwrap()), bytes);
+        }
+    } else {
+        assert!(!answered, "{what}: what was answered with success is {}", backup["state"]);
+        assert_eq!((&backup["state"], &backup["code"]), (&json!("failed"), &json!("service_restart")), "{what}");
+        assert_eq!((&points, folders), (&json!(0), vec![]), "{what}");
+    }
+    match (answered, committed) {
+        (true, _) => Crash::Never,
+        (false, true) => Crash::After,
+        (false, false) => Crash::Before,
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
