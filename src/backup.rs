@@ -294,7 +294,7 @@ impl JobHandle {
 
     /// What the job is still expected to store.
     fn outstanding_bytes(&self) -> u64 {
-        let stored: u64 = self.live().iter().map(|disk| disk.export.meter().reading().written_bytes).sum();
+        let stored: u64 = self.live().iter().map(|disk| disk.meter.reading().written_bytes).sum();
         self.facts().estimated_bytes.saturating_sub(stored)
     }
 }

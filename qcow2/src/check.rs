@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::path::Path;
 
+use crate::bitmaps;
 use crate::error::{Error, Result};
 use crate::image::read_header;
 use crate::lock::{self, Access};
@@ -48,7 +49,8 @@ pub fn check(path: &Path) -> Result<CheckReport> {
 pub(crate) fn check_storage(storage: &dyn Storage) -> Result<CheckReport> {
     let (header, _) = read_header(storage)?;
     let table = RefcountTable::load(storage, &header)?;
-    let found = references::count(storage, &header, Some(&table))?;
+    let mut found = references::count(storage, &header, Some(&table))?;
+    bitmaps::each_range(storage, &header, |offset, bytes| found.shared(offset, bytes, header.geometry.cluster_size()))?;
     let length = storage.length().map_err(Error::io("fstat", 0))?;
     let width = header.refcount_width;
     let differences = refcounts::compare(storage, header.geometry, width, &table, &found, length)?;

@@ -15,6 +15,7 @@
 mod allocate;
 mod async_image;
 mod backing;
+mod bitmaps;
 mod buffer;
 mod check;
 mod cluster_lock;

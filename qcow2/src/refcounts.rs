@@ -25,7 +25,7 @@ pub(crate) struct RefcountTable {
 impl RefcountTable {
     pub(crate) fn load(storage: &dyn Storage, header: &Header) -> Result<Self> {
         let (offset, clusters) = (header.refcount_table_offset, u64::from(header.refcount_table_clusters));
-        let mut entries = read_table(storage, offset, clusters * header.geometry.l2_entries())?;
+        let mut entries = read_table(storage, offset, clusters * header.geometry.cluster_size() / ENTRY)?;
         let used = entries.iter().rposition(|entry| *entry != 0).map_or(0, |last| last + 1);
         entries.truncate(used);
         Ok(Self { offset, clusters, entries })

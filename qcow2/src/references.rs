@@ -155,7 +155,7 @@ impl References {
     }
 
     /// References that others may have too.
-    fn shared(&mut self, offset: u64, bytes: u64, cluster_size: u64) {
+    pub(crate) fn shared(&mut self, offset: u64, bytes: u64, cluster_size: u64) {
         for cluster in offset / cluster_size..(offset + bytes).div_ceil(cluster_size) {
             self.counts.add(cluster);
         }
@@ -305,8 +305,8 @@ impl Walk<'_> {
         found.data_clusters += 1;
         found.compressed_clusters += 1;
         let last = (host + bytes - 1) / cluster_size;
-        if host >= self.length {
-            found.faults.push(fault("compressed data must be inside the file"));
+        if last * cluster_size >= self.length {
+            found.faults.push(fault("compressed data must end in a cluster of the file"));
             return;
         }
         for cluster in host / cluster_size..=last {

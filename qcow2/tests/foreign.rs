@@ -340,7 +340,14 @@ fn bitmaps_are_retired_before_the_first_write_and_leave_no_leak() {
     let folder = folder();
     let path = join(&folder, "image.qcow2");
     qemu_create(&path, "cluster_size=65536", 4 * MIB);
-    succeed("qemu-img", &["bitmap", "--add", "-f", "qcow2", text(&path), "nightly"]);
+    for name in ["nightly", "a second one"] {
+        succeed("qemu-img", &["bitmap", "--add", "-f", "qcow2", text(&path), name]);
+        qemu_io(&path, &["write -q -P 3 1M 200k"]);
+    }
+    // As long as nobody writes without knowing them, they own their clusters.
+    assert_clean(&path);
+    assert!(blockyard_qcow2::repair(&path).unwrap().is_clean());
+    assert!(succeed("qemu-img", &["info", "--output=json", text(&path)]).contains("nightly"));
     let image = open(&path, Access::ReadWrite);
     image.write(0, &pattern(1, 1000), LATER).unwrap();
     image.close().unwrap();

@@ -18,6 +18,7 @@ use super::registry::{Presence, Slot};
 use super::state::{BackupType, DiskState, FailureCode, JobResult, JobState, RequestedType};
 use crate::clock::UtcTime;
 use crate::export::ImageExport;
+use crate::export::meter::Meter;
 use crate::export::signals::Signals;
 use crate::id::BackupId;
 use crate::listeners::ports::BoundPort;
@@ -100,8 +101,8 @@ pub struct JobHandle {
 pub struct LiveDisk {
     /// Its number.
     pub disk_id: u32,
-    /// Its export, for the numbers.
-    pub export: ImageExport,
+    /// Its numbers. Not its export: the image belongs to the job alone, and is closed with it.
+    pub meter: Arc<Meter>,
     /// Its listener's figures.
     pub figures: ListenerFigures,
 }
@@ -112,7 +113,7 @@ impl LiveDisk {
         if stored != DiskState::Listening {
             return stored;
         }
-        let reading = self.export.meter().reading();
+        let reading = self.meter.reading();
         match (reading.ever_connected, reading.changed, reading.connections) {
             (false, ..) => DiskState::Listening,
             (true, false, _) => DiskState::Connected,

@@ -67,7 +67,9 @@ pub enum PlanError {
         size_bytes: u64,
     },
     /// An incremental was asked for and no disk has anything to build upon.
-    #[error("no disk of the VM has a parent in this repository ({reason}); ask for \"auto\" or \"full\"")]
+    #[error(
+        "no disk of the VM can be incremental ({reason}; this version keeps chains of one image): ask for \"auto\" or \"full\""
+    )]
     NoParent {
         /// Why not, for the first disk.
         reason: TypeReason,

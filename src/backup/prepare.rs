@@ -79,7 +79,7 @@ impl Job {
                 Failed::new(FailureCode::ImageFailed, format!("disk {} cannot be served", disk.plan.disk_id))
             })?;
             let figures = listener.figures();
-            live.push(LiveDisk { disk_id: disk.plan.disk_id, export: export.clone(), figures });
+            live.push(LiveDisk { disk_id: disk.plan.disk_id, meter: export.meter().clone(), figures });
             self.disks.push(RunningDisk { disk: disk.clone(), export, listener: Some(listener), sealed: None });
         }
         // Set once per job: this is the only place, and it runs once.

@@ -46,6 +46,14 @@ pub(super) async fn recover(shared: &Arc<Shared>) -> Result<(), RecoverError> {
         tracing::warn!(leases = voided, jobs = unfinished.len(), "clearing up after the last run");
     }
     for row in unfinished {
+        if row.state == JobState::Committing && !owned.iter().any(|repository| repository.id == row.repository_id) {
+            // It may have been published. Only its repository can tell, and a terminal state would be for ever.
+            tracing::error!(
+                job_id = %row.id, repository = %row.repository_id,
+                "a backup that was being committed waits for its repository; make it usable and start again"
+            );
+            continue;
+        }
         let failed = Failed::new(FailureCode::ServiceRestart, "the service was restarted while the backup ran");
         settle(shared, &row, failed).await?;
     }
@@ -55,7 +63,8 @@ pub(super) async fn recover(shared: &Arc<Shared>) -> Result<(), RecoverError> {
     Ok(())
 }
 
-/// The repositories that this process owns from now on. One that is not there now (an unmounted disk) does not stop the service; one that another hub has does.
+/// The repositories that this process owns from now on. One that is not there now (an unmounted disk) does not stop the
+/// service; one that another hub has does.
 async fn lock_repositories(shared: &Arc<Shared>) -> Result<Vec<Repository>, RecoverError> {
     let mut connection = shared.store.read().await?;
     let all = repositories::all(&mut connection).await?;

@@ -178,6 +178,16 @@ async fn a_late_answer_is_not_waited_for_longer_than_callers_wait() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_is_done_before_the_node_has_answered_was_started() {
+    let rig = Rig::faulty(Faults { start: StartFault::Late(Duration::from_secs(3600)), ..Faults::default() }).await;
+    let started = rig.start().await;
+    assert_eq!(started["status"], "started");
+    let backup = rig.end_of(id_of(&started)).await;
+    assert_eq!(backup["state"], "committed", "{backup:#}");
+    rig.expect_nothing_left(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_caller_that_hangs_up_changes_nothing() {
     let rig = Rig::faulty(Faults { start: StartFault::Hang { launch: true }, ..Faults::default() }).await;
     let request = rig.service.request(reqwest::Method::POST, "/api/v1/backups/vm").json(&rig.start_body());

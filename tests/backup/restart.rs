@@ -352,6 +352,38 @@ async fn kill_between_the_rename_and_its_record_rolls_forward() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_backup_that_was_published_waits_for_a_repository_that_is_not_mounted_at_the_start() {
+    let child = Child::new(Faults { pause: Some(PausePoint::BeforeComplete(1)), ..Faults::default() }).await;
+    let running = child.start();
+    let vm = child.furnish(&running).await;
+    let started = running.back_up(&vm).await;
+    child.paused().await;
+    let database = child.folder.path().join("state/blockyard.db");
+    let refuse = "CREATE TRIGGER refuse BEFORE INSERT ON restore_points BEGIN SELECT RAISE(ABORT, 'no'); END;";
+    sqlite(&database, refuse).await;
+    child.node.resume();
+    let renamed = async { while rig::backup_directories(&child.repository()) != [id_of(&started)] {} };
+    tokio::time::timeout(rig::DEADLINE, renamed).await.expect("never renamed");
+    running.process.signal("KILL");
+    running.process.wait();
+    sqlite(&database, "DROP TRIGGER refuse").await;
+
+    let elsewhere = child.folder.path().join("unmounted");
+    std::fs::rename(child.repository(), &elsewhere).unwrap();
+    let running = child.start();
+    let backup = running.get(&format!("/backups/{}", id_of(&started))).await;
+    assert_eq!(backup["state"], "committing", "only the repository can tell: {backup:#}");
+    running.process.signal("KILL");
+    running.process.wait();
+
+    std::fs::rename(&elsewhere, child.repository()).unwrap();
+    let running = child.start();
+    let backup = running.get(&format!("/backups/{}", id_of(&started))).await;
+    assert_eq!((&backup["state"], &backup["result"]), (&json!("committed"), &json!("success")), "{backup:#}");
+    assert_eq!(running.get("/points").await["total"], 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn no_secret_appears_in_logs_errors_events_or_the_database() {
     let child = Child::new(Faults::default()).await;
     let config = child.folder.path().join("blockyard.toml");

@@ -143,8 +143,9 @@ impl Handle {
     pub async fn stop(mut self, drain: Duration) -> Stopped {
         let deadline = Instant::now() + drain;
         let shared = self.shared.clone();
-        let devices = shared.exports.writable_devices();
         shared.phase.send_replace(Phase::Draining);
+        // After the change of phase: whoever entered until then is among them.
+        let devices = shared.exports.writable_devices();
         let drained = timeout_at(deadline, nobody_connected(&shared.exports)).await.is_ok();
         shared.phase.send_replace(Phase::Cut);
         // Each connection takes at most one linger to send and one to be heard out; more means a bug, and is cut short.

@@ -1,6 +1,7 @@
 //! Running requests: permits, device calls, replies. Each request that touches the device is one future of its own, which
 //! runs to its end whatever becomes of the client.
 
+use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
@@ -173,11 +174,13 @@ pub(crate) struct LongWrite {
     request: Request,
     durability: Durability,
     error: Mutex<Option<Error>>,
+    /// The last byte of the payload has arrived.
+    whole: AtomicBool,
 }
 
 impl LongWrite {
     pub(crate) fn new(slot: Slot, request: Request, durability: Durability) -> Arc<Self> {
-        Arc::new(Self { slot, request, durability, error: Mutex::new(None) })
+        Arc::new(Self { slot, request, durability, error: Mutex::new(None), whole: AtomicBool::new(false) })
     }
 
     /// Whether a piece has failed, so that the rest need not be written.
@@ -201,11 +204,17 @@ impl LongWrite {
         self.conclude().await;
     }
 
-    /// Lets go of the request; whoever does so last answers it.
+    /// The last piece is on its way: from now on the request may succeed.
+    pub(crate) fn arrived(&self) {
+        self.whole.store(true, Relaxed);
+    }
+
+    /// Lets go of the request; whoever does so last answers it. A payload that broke off is never answered with success.
     pub(crate) async fn conclude(self: Arc<Self>) {
-        let Some(Self { slot, request, durability, error }) = Arc::into_inner(self) else { return };
+        let Some(Self { slot, request, durability, error, whole }) = Arc::into_inner(self) else { return };
         let result = match error.into_inner().unwrap_or_else(PoisonError::into_inner) {
             Some(error) => Err(error),
+            None if !whole.into_inner() => Err(Error::new(ErrorKind::Io, "the payload did not arrive whole")),
             None if durability == Durability::BeforeReply => slot.connection().device.flush().await,
             None => Ok(()),
         };

@@ -315,6 +315,7 @@ async fn long_write<R: AsyncRead + Unpin>(
         }
         at = next;
     }
+    write.arrived();
     launch(write.conclude()).await;
     Ok(())
 }

@@ -23,6 +23,8 @@ const EXTENSION_FEATURE_NAMES: u32 = 0x6803_f857;
 const EXTENSION_BITMAPS: u32 = 0x2385_2875;
 const EXTENSION_ENCRYPTION: u32 = 0x0537_be77;
 const EXTENSION_DATA_FILE: u32 = 0x4441_5441;
+/// Autoclear bit 0: the bitmaps extension is valid.
+pub(crate) const AUTOCLEAR_BITMAPS: u64 = 1 << 0;
 /// What a bitmaps extension is renamed to before the first write: an unknown type, ignored by every reader.
 pub(crate) const EXTENSION_RETIRED_BITMAPS: u32 = 0x6279_6e6f;
 

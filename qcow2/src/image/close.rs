@@ -14,7 +14,7 @@ use crate::sync::lock;
 
 impl Image {
     /// Waits for running operations, writes all metadata, clears the dirty bit, and gives up the locks. Every later
-    /// operation fails with [`Error::Closed`]; closing again does nothing.
+    /// operation fails with [`crate::Error::Closed`]; closing again does nothing.
     ///
     /// # Durability
     /// On success the image is complete on stable storage, and a check finds no error and no leak. On an error (a poisoned

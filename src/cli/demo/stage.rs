@@ -3,7 +3,9 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
@@ -48,7 +50,7 @@ impl Stage {
         // The service's address is known only after the node's.
         let node = FakeNode::start(FakeConfig::new("", fakes)).await.map_err(|source| DemoError::Node { source })?;
         let password_file = folder.password_file();
-        fs::write(&password_file, "there is no vCenter\n")
+        write_private(&password_file, "there is no vCenter\n")
             .map_err(|source| DemoError::Make { path: password_file.clone(), source })?;
         let config = configuration(&node.url(), folder, &password_file);
         let token_file = config.token_file();
@@ -111,6 +113,12 @@ impl Stage {
 fn fake(disk: &DemoDisk) -> FakeDisk {
     let source = Source::File { path: disk.path.clone(), size_bytes: disk.size_bytes };
     FakeDisk { source, change_id: format!("52 de 6d 6f 00 00 {:04x}/1", disk.device_key) }
+}
+
+/// As a real password file is: for its owner alone.
+fn write_private(path: &Path, content: &str) -> std::io::Result<()> {
+    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    file.write_all(content.as_bytes())
 }
 
 fn configuration(node_url: &str, folder: &Folder, password_file: &Path) -> Config {

@@ -257,7 +257,7 @@ impl BackupAnswer {
             error_message: row.message,
             progress_percent: percent(covered, total_bytes),
             current_phase: row.state,
-            transfer_speed_bps: live.iter().map(|disk| disk.export.meter().written_per_second()).sum(),
+            transfer_speed_bps: live.iter().map(|disk| disk.meter.written_per_second()).sum(),
             bytes_transferred: answers.iter().map(|disk| disk.written_bytes).sum(),
             total_bytes,
             created_at: row.created_at,
@@ -299,7 +299,7 @@ impl DiskAnswer {
             error_message: disk.error_message.clone(),
         };
         if let Some(live) = live {
-            let reading = live.export.meter().reading();
+            let reading = live.meter.reading();
             answer.state = live.state(disk.state);
             answer.covered_bytes = reading.covered_bytes;
             answer.written_bytes = reading.written_bytes;
