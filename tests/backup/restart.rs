@@ -214,12 +214,14 @@ async fn sigterm_lets_a_job_that_is_nearly_done_finish_and_refuses_new_ones() {
 /// The calls at which a commit is cut: everything that makes files, names and rows durable or visible.
 const STEPS: [&str; 5] = ["fdatasync", "fsync", "fchmod", "chmod", "renameat2"];
 
-/// Kills a process when one of its threads makes its `number`-th call of this kind from now on.
-fn kill_at(process: &ServeProcess, step: &str, number: usize) -> std::process::Child {
+/// Kills a process when one of its threads makes its `number`-th call of this kind from now on, at this path only if one
+/// is given.
+fn kill_at(process: &ServeProcess, step: &str, path: Option<&Path>, number: usize) -> std::process::Child {
     let pid = process.id().to_string();
     let inject = format!("inject={step}:signal=SIGKILL:when={number}");
     let tracer = std::process::Command::new("strace")
         .args(["-f", "-qq", "-o", "/dev/null", "-e", &format!("trace={step}"), "-e", &inject, "-p", &pid])
+        .args(path.iter().flat_map(|path| [Path::new("-P"), path]))
         .stderr(std::process::Stdio::null())
         .spawn()
         .expect("strace: install the package strace");
@@ -244,7 +246,7 @@ async fn crash_at_every_step_of_commit_shows_the_old_or_the_new_point_never_a_mi
     for step in STEPS {
         let mut killed = 0;
         for number in 1.. {
-            match crash_at(step, number).await {
+            match crash_at(step, number, |_| None).await {
                 Crash::Never => break,
                 Crash::Before => failed += 1,
                 Crash::After => committed += 1,
@@ -253,8 +255,22 @@ async fn crash_at_every_step_of_commit_shows_the_old_or_the_new_point_never_a_mi
         }
         assert!(killed >= 1, "{step} is never called");
     }
-    // Manifest, modes, folder and rename before it; at the least one of those that make the rename and its record durable.
-    assert!(failed >= 5 && committed >= 1, "{failed} crashes before the commit, {committed} after it");
+    // What makes the rename durable comes right after it: calls on the folder of the VM, and on the repository.
+    for folder in [vm_folder as fn(&Path) -> Option<PathBuf>, |repository| Some(repository.to_owned())] {
+        match crash_at("fsync", 1, folder).await {
+            Crash::After => committed += 1,
+            Crash::Before | Crash::Never => panic!("the rename is not followed by a sync of its folders"),
+        }
+    }
+    // At the least: manifest, modes, folder and rename before it, the two folders after it.
+    assert!(failed >= 5 && committed >= 2, "{failed} crashes before the commit, {committed} after it");
+}
+
+/// The only folder of a VM in a repository.
+fn vm_folder(repository: &Path) -> Option<PathBuf> {
+    let mut folders =
+        std::fs::read_dir(repository).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_dir());
+    folders.next()
 }
 
 /// Where a crash hit.
@@ -268,14 +284,14 @@ enum Crash {
 }
 
 /// Cuts one commit and holds what the next start makes of it.
-async fn crash_at(step: &str, number: usize) -> Crash {
+async fn crash_at(step: &str, number: usize, place: impl Fn(&Path) -> Option<PathBuf>) -> Crash {
     // Everything but the last disk's seal and the commit is done when the process is first watched.
     let child = Child::new(Faults { pause: Some(PausePoint::BeforeComplete(1)), ..Faults::default() }).await;
     let running = child.start();
     let vm = child.furnish(&running).await;
     let started = running.back_up(&vm).await;
     child.paused().await;
-    let mut tracer = kill_at(&running.process, step, number);
+    let mut tracer = kill_at(&running.process, step, place(&child.repository()).as_deref(), number);
     child.node.resume();
     let ended = child.node.log().first(|event| match event {
         blockyard::node::fake::Event::Ended { error, .. } => Some(error.is_none()),
