@@ -1,14 +1,16 @@
 //! The backup job: from one request to one restore point of all disks of a VM, or to nothing at all.
 //!
-//! [`Backups`] is what the rest of the service sees. A request is checked and accepted in `start`; from then on one task
+//! [`Backups`] is what the rest of the service sees. A request passes `check` and is accepted in `start`; from then on one task
 //! per job ([`job`]) owns everything the job holds and takes it through `prepare`, `transfer`, `seal` and `commit`, or out
 //! by `undo`. `recover` does the same for jobs of a process that died. Pure parts have no task: [`state`], [`plan`],
 //! [`coverage`], [`deadline`].
 
 mod blocking;
+mod check;
 mod commit;
 pub mod coverage;
 pub mod deadline;
+pub mod ending;
 pub mod job;
 pub mod plan;
 mod prepare;
@@ -27,7 +29,8 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
-use job::{CompleteError, Failed, Job, JobHandle, JobView, Order, Sealed, Stop};
+use ending::{CompleteError, Failed, Sealed};
+use job::{Job, JobHandle, JobView, Order, Stop};
 use registry::Registry;
 use state::{DiskState, FailureCode, JobState};
 

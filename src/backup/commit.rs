@@ -4,7 +4,8 @@
 use std::io;
 use std::time::Duration;
 
-use super::job::{End, Failed, Job, RunningDisk};
+use super::ending::{End, Failed};
+use super::job::{Job, RunningDisk};
 use super::prepare::storage;
 use super::state::{FailureCode, JobResult, JobState};
 use crate::clock::UtcTime;

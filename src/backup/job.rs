@@ -13,6 +13,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::Shared;
 use super::blocking::Work;
+use super::ending::{CompleteError, End, Failed, Sealed, StartNews};
 use super::plan::DiskPlan;
 use super::registry::{Presence, Slot};
 use super::state::{BackupType, DiskState, FailureCode, JobResult, JobState, RequestedType};
@@ -25,7 +26,7 @@ use crate::listeners::ports::BoundPort;
 use crate::listeners::{DiskListener, ListenerFigures};
 use crate::repository::layout::BackupPaths;
 use crate::secret::Secret;
-use crate::store::backups::{self, Change, ChangeError};
+use crate::store::backups::{self, Change};
 use crate::store::events::Actor;
 use crate::store::repositories::Repository;
 use crate::store::vms::Vm;
@@ -144,133 +145,6 @@ pub(super) enum Order {
         /// Who waits for the seal.
         reply: oneshot::Sender<Result<Sealed, CompleteError>>,
     },
-}
-
-/// A disk that was completed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Sealed {
-    /// Its number.
-    pub disk_id: u32,
-    /// What is stored as its change id.
-    pub change_id: Option<String>,
-    /// How many disks are sealed now.
-    pub sealed: usize,
-    /// How many there are.
-    pub disks: usize,
-}
-
-/// Why a disk was not completed.
-#[derive(Debug, thiserror::Error)]
-pub enum CompleteError {
-    /// There is no such job.
-    #[error("there is no backup {0}")]
-    NotFound(BackupId),
-    /// The job has no such disk.
-    #[error("backup {id} has no disk {disk_id}")]
-    NoSuchDisk {
-        /// The job.
-        id: BackupId,
-        /// The number.
-        disk_id: u32,
-    },
-    /// The job failed or was cancelled, or is about to be.
-    #[error("backup {id} has ended ({state})")]
-    Ended {
-        /// The job.
-        id: BackupId,
-        /// Where it is.
-        state: JobState,
-    },
-    /// The disk was completed with another change id.
-    #[error("disk {disk_id} was completed with another change id")]
-    ChangeIdConflict {
-        /// The number.
-        disk_id: u32,
-    },
-    /// No client ever connected to the disk's export.
-    #[error("disk {disk_id} was never connected, so it cannot be complete")]
-    NotConnected {
-        /// The number.
-        disk_id: u32,
-    },
-    /// The seal or the commit failed, and the job with it.
-    #[error("{}", .0.message)]
-    Failed(Failed),
-    /// The database could not be asked.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-}
-
-/// Why a job failed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Failed {
-    /// The stable word.
-    pub code: FailureCode,
-    /// For people.
-    pub message: String,
-    /// Who caused it.
-    pub(super) by: Actor,
-}
-
-impl Failed {
-    /// A failure that this service found.
-    pub(crate) fn new(code: FailureCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), by: Actor::Service }
-    }
-
-    /// The same, caused by someone else.
-    pub(super) fn by(mut self, actor: Actor) -> Self {
-        self.by = actor;
-        self
-    }
-}
-
-impl From<StoreError> for Failed {
-    fn from(error: StoreError) -> Self {
-        tracing::error!(error = &error as &dyn std::error::Error, "the database refused a step of a job");
-        Self::new(FailureCode::DatabaseError, "the database refused a step of the job")
-    }
-}
-
-impl From<ChangeError> for Failed {
-    fn from(error: ChangeError) -> Self {
-        match error {
-            ChangeError::Store(error) => error.into(),
-            ChangeError::Refused { .. } => {
-                tracing::error!(%error, "a job was changed by someone else");
-                Self::new(FailureCode::DatabaseError, "the record of the job was changed by someone else")
-            }
-        }
-    }
-}
-
-/// How a job that will not be committed ends.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum End {
-    /// It failed.
-    Failed(Failed),
-    /// Someone asked for it.
-    Cancelled,
-}
-
-impl<T: Into<Failed>> From<T> for End {
-    fn from(failure: T) -> Self {
-        Self::Failed(failure.into())
-    }
-}
-
-/// What the caller of the start request is told when the node has decided.
-#[derive(Debug)]
-pub(super) enum StartNews {
-    /// The backup client was launched.
-    Started {
-        /// What the caller should know beyond the warnings of the request.
-        warnings: Vec<String>,
-    },
-    /// It may have been; the job waits for a sign of life.
-    Starting,
-    /// The job is over, and everything has been given back.
-    Ended(End),
 }
 
 /// What a job owns and does. Dropping it gives back everything but files and rows; `undo` and `commit` see to those.

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use blockyard_qcow2::{self as qcow2, AsyncImage, CreateOptions, OpenOptions};
 
-use super::job::{End, Failed, Job, LiveDisk, RunningDisk};
+use super::ending::{End, Failed};
+use super::job::{Job, LiveDisk, RunningDisk};
 use super::state::{DiskState, FailureCode, JobResult, JobState};
 use crate::export::ImageExport;
 use crate::listeners::DiskListener;

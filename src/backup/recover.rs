@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::commit;
-use super::job::{End, Failed};
+use super::ending::{End, Failed};
 use super::state::{FailureCode, JobState};
 use super::{Shared, sweep, undo};
 use crate::repository::directory;

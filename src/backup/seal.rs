@@ -9,7 +9,8 @@ use blockyard_qcow2 as qcow2;
 use sha2::{Digest, Sha256};
 
 use super::commit::COVERAGE_INCOMPLETE;
-use super::job::{End, Failed, Job, SealedDisk};
+use super::ending::{End, Failed};
+use super::job::{Job, SealedDisk};
 use super::prepare::image_failure;
 use super::state::{DiskState, FailureCode};
 use crate::config::CoverageFull;

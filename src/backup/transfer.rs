@@ -11,7 +11,8 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::deadline::{self, Decision, Limits, NodePhase, Seen};
-use super::job::{CompleteError, Completer, End, Failed, Job, Order, Sealed, StartNews};
+use super::ending::{CompleteError, End, Failed, Sealed, StartNews};
+use super::job::{Completer, Job, Order};
 use super::plan;
 use super::state::{FailureCode, JobState};
 use crate::clock::UtcTime;

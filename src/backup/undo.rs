@@ -10,7 +10,8 @@ use std::time::Duration;
 use serde_json::json;
 use tokio::task::JoinSet;
 
-use super::job::{CompleteError, End, Job, StartNews, Stop};
+use super::ending::{CompleteError, End, StartNews};
+use super::job::{Job, Stop};
 use super::state::{DiskState, JobResult, JobState};
 use super::{blocking::Work, commit};
 use crate::clock::UtcTime;

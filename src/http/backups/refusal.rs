@@ -1,7 +1,7 @@
 //! Why a backup was not started or a disk not completed, as problem documents.
 
 use crate::backup::StartError;
-use crate::backup::job::{CompleteError, Failed};
+use crate::backup::ending::{CompleteError, Failed};
 use crate::backup::plan::PlanError;
 use crate::backup::state::FailureCode;
 use crate::http::problem::{Code, Problem};

@@ -1,0 +1,156 @@
+//! Everything that can refuse a backup before anything is touched, in the order of the contract: VM, disks, repository,
+//! login, node, space. Whether the VM is free is asked last, by claiming it.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use rustix::fs::Access;
+
+use super::Shared;
+use super::plan::{self, DiskPlan};
+use super::start::{NewBackup, StartError, VmChoice};
+use super::state::BackupType;
+use crate::config::{ExportNames, Node};
+use crate::id::new_ulid;
+use crate::repository::{directory, layout};
+use crate::secret::{Secret, SecretError};
+use crate::store::points::{self, PointDiskRow};
+use crate::store::repositories::{self, Repository};
+use crate::store::vms::{self, Vm};
+
+/// Everything that was found when the request was checked.
+pub(super) struct Checked {
+    pub(super) vm: Vm,
+    pub(super) repository: Repository,
+    pub(super) plans: Vec<DiskPlan>,
+    pub(super) username: String,
+    pub(super) password: Secret,
+    pub(super) node: Node,
+    pub(super) estimated_bytes: u64,
+}
+
+/// All checks, in the order of the contract, without any side effect.
+pub(super) async fn check(shared: &Shared, new: &NewBackup) -> Result<Checked, StartError> {
+    let mut connection = shared.store.read().await?;
+    let vm = match &new.vm {
+        VmChoice::Id(id) => {
+            vms::find(&mut connection, id).await?.ok_or_else(|| StartError::VmNotFound(id.to_string()))?
+        }
+        VmChoice::Name(name) => {
+            let mut found = vms::find_by_name(&mut connection, name).await?;
+            if found.len() > 1 {
+                let ids = found.into_iter().map(|vm| vm.id).collect();
+                return Err(StartError::VmAmbiguous { name: name.clone(), ids });
+            }
+            found.pop().ok_or_else(|| StartError::VmNotFound(name.clone()))?
+        }
+    };
+    let repository = repositories::find(&mut connection, &new.repository_id)
+        .await?
+        .ok_or_else(|| StartError::RepositoryNotFound(new.repository_id.clone()))?;
+    let disks = vms::disks(&mut connection, &vm.id).await?;
+    let newest = points::newest_usable(&mut connection, &vm.id, &repository.id).await?;
+    let before = match &newest {
+        Some(point) => Some(points::disks(&mut connection, &point.id).await?),
+        None => None,
+    };
+    drop(connection);
+    let secret = (shared.config.nbd.export_names == ExportNames::Unguessable).then(new_secret);
+    let plans = plan::disks(&disks, before.as_deref(), new.requested_type, |disk_id| match &secret {
+        Some(secret) => layout::unguessable_export_name(&vm.name, secret, disk_id),
+        None => layout::export_name(&vm.name, disk_id),
+    })?;
+    let estimated_bytes = estimate(shared, &plans, before.as_deref());
+    check_repository(shared, &repository).await?;
+    let (username, password) = credential(shared, &vm).await?;
+    let node = shared.config.nodes.get(&vm.node).cloned().filter(|_| shared.node(&vm.node).is_some());
+    let node = node.ok_or_else(|| StartError::NodeUnknown { vm_name: vm.name.clone(), node: vm.node.clone() })?;
+    check_space(shared, &repository, estimated_bytes).await?;
+    Ok(Checked { vm, repository, plans, username, password, node, estimated_bytes })
+}
+
+/// Something for an export name that nobody can guess: 80 random bits of a ULID are what the names have room for.
+fn new_secret() -> String {
+    new_ulid().to_string()
+}
+
+/// What the job is expected to store: as much as the last full of a disk, or a share of its size.
+fn estimate(shared: &Shared, plans: &[DiskPlan], before: Option<&[PointDiskRow]>) -> u64 {
+    let ratio = shared.config.storage.full_estimate_ratio;
+    plans
+        .iter()
+        .map(|plan| {
+            let last = before.and_then(|disks| disks.iter().find(|disk| disk.disk_id == plan.disk_id));
+            match last {
+                Some(disk) if disk.backup_type == BackupType::Full => disk.file_bytes,
+                // Rounding hundreds of bytes of an estimate away is what an estimate is for.
+                _ => (plan.size_bytes as f64 * ratio) as u64,
+            }
+        })
+        .sum()
+}
+
+/// The repository is ours, and can be written.
+async fn check_repository(shared: &Shared, repository: &Repository) -> Result<(), StartError> {
+    let unavailable = |reason: String| StartError::RepositoryUnavailable { id: repository.id.clone(), reason };
+    if !repository.enabled {
+        return Err(unavailable("it is disabled".to_owned()));
+    }
+    let (locks, id, path) = (Arc::clone(&shared.locks), repository.id.to_string(), repository.path.clone());
+    let checked = tokio::task::spawn_blocking(move || {
+        let path = Path::new(&path);
+        rustix::fs::access(path, Access::WRITE_OK | Access::EXEC_OK).map_err(|error| error.kind().to_string())?;
+        locks.acquire(&id, path).map_err(|error| error.public())
+    });
+    match checked.await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(reason)) => Err(unavailable(reason)),
+        Err(_) => Err(StartError::Panicked),
+    }
+}
+
+/// What is free, less the reserve and what running jobs are still expected to store, covers the estimate.
+async fn check_space(shared: &Shared, repository: &Repository, needed_bytes: u64) -> Result<(), StartError> {
+    let path = repository.path.clone();
+    let free = tokio::task::spawn_blocking(move || directory::space(Path::new(&path))).await;
+    let (free, _) = free.map_err(|_| StartError::Panicked)?.map_err(|error| StartError::RepositoryUnavailable {
+        id: repository.id.clone(),
+        reason: error.kind().to_string(),
+    })?;
+    let promised: u64 = shared
+        .registry
+        .all()
+        .iter()
+        .filter(|job| job.facts().repository.path == repository.path)
+        .map(|job| job.outstanding_bytes())
+        .sum();
+    let free_bytes = free.saturating_sub(promised).saturating_sub(shared.config.storage.min_free_bytes);
+    if free_bytes < needed_bytes {
+        return Err(StartError::InsufficientStorage { id: repository.id.clone(), needed_bytes, free_bytes });
+    }
+    Ok(())
+}
+
+/// The login for the VM's vCenter. The password is read now, so that a job never fails for it later.
+async fn credential(shared: &Shared, vm: &Vm) -> Result<(String, Secret), StartError> {
+    let missing = |reason: String| StartError::CredentialMissing { vm_name: vm.name.clone(), reason };
+    let name = vm.credential.as_ref().ok_or_else(|| missing("none is named in the inventory".to_owned()))?;
+    let credential = shared
+        .config
+        .credentials
+        .get(name)
+        .ok_or_else(|| missing(format!("credentials.{name} is not in the configuration")))?;
+    let file = credential.password_file.clone();
+    let password = tokio::task::spawn_blocking(move || Secret::read(&file)).await.map_err(|_| StartError::Panicked)?;
+    match password {
+        Ok(password) => Ok((credential.username.clone(), password)),
+        Err(error) => {
+            tracing::error!(credential = name, %error, "the password cannot be read");
+            let why = match error {
+                SecretError::Unreadable { source, .. } => source.kind().to_string(),
+                SecretError::Empty { .. } => "it is empty".to_owned(),
+            };
+            Err(missing(format!("the password file of credentials.{name} cannot be used: {why}")))
+        }
+    }
+}
