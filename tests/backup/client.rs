@@ -6,6 +6,7 @@ use blockyard::node::fake::{Event, Faults, PausePoint};
 use blockyard::store::events;
 use serde_json::{Value, json};
 
+use crate::privileged::Mounted;
 use crate::rig::{self, Plan, Rig, content, expect_go, id_of};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -272,9 +273,7 @@ async fn enospc_fails_the_job_once_and_keeps_every_older_point() {
     })
     .await;
     let small = rig.service.folder.path().join("small");
-    std::fs::create_dir(&small).unwrap();
-    rig::tool("mount (and root)", "mount", &["-t", "tmpfs", "-o", "size=20m", "tmpfs", small.to_str().unwrap()]);
-    let _mounted = Mounted(small.clone());
+    let _mounted = Mounted::small(&small, "20m");
     let body = json!({"id": "small", "name": "small", "path": small});
     rig.service.post("/api/v1/repositories", &body).await.expect_status(201);
     let start = json!({"vm_context_id": rig.vm, "repository_id": "small", "backup_type": "full"});
@@ -308,9 +307,7 @@ async fn fatal_error_is_answered_once_then_the_job_hangs_up_and_alerts() {
     })
     .await;
     let small = rig.service.folder.path().join("small");
-    std::fs::create_dir(&small).unwrap();
-    rig::tool("mount (and root)", "mount", &["-t", "tmpfs", "-o", "size=8m", "tmpfs", small.to_str().unwrap()]);
-    let _mounted = Mounted(small.clone());
+    let _mounted = Mounted::small(&small, "8m");
     rig.service
         .post("/api/v1/repositories", &json!({"id": "small", "name": "small", "path": small}))
         .await
@@ -353,16 +350,6 @@ async fn dropped_link_fails_cleanly_and_the_next_auto_succeeds() {
     let first = rig.back_up().await;
     assert_eq!((&first["state"], &first["code"]), (&json!("failed"), &json!("client_disconnected")), "{first:#}");
     rig.expect_nothing_left_and_a_backup_works(0).await;
-}
-
-/// A mounted file system, until dropped.
-struct Mounted(std::path::PathBuf);
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        // Lazily: the service may still hold its lock file there.
-        let _ = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
-    }
 }
 
 async fn alerts(rig: &Rig, id: &str) -> Vec<Value> {

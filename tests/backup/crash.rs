@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use blockyard::node::fake::{Event, Faults, PausePoint};
 use serde_json::json;
 
+use crate::privileged::privileged;
 use crate::process::{Child, sqlite};
 use crate::rig::{self, id_of};
 use crate::support::process::ServeProcess;
@@ -17,7 +18,7 @@ const STEPS: [&str; 5] = ["fdatasync", "fsync", "fchmod", "chmod", "renameat2"];
 fn kill_at(process: &ServeProcess, step: &str, path: Option<&Path>, number: usize) -> std::process::Child {
     let pid = process.id().to_string();
     let inject = format!("inject={step}:signal=SIGKILL:when={number}");
-    let tracer = std::process::Command::new("strace")
+    let tracer = privileged("strace")
         .args(["-f", "-qq", "-o", "/dev/null", "-e", &format!("trace={step}"), "-e", &inject, "-p", &pid])
         .args(path.iter().flat_map(|path| [Path::new("-P"), path]))
         .stderr(std::process::Stdio::null())

@@ -16,6 +16,7 @@ mod lists;
 mod names;
 mod nbd;
 mod node;
+mod privileged;
 mod process;
 mod refusals;
 mod restart;

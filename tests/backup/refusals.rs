@@ -5,6 +5,7 @@ use std::net::{Ipv4Addr, TcpListener};
 use blockyard::node::fake::{Faults, PausePoint};
 use serde_json::json;
 
+use crate::privileged::Mounted;
 use crate::rig::{self, Plan, Rig, id_of};
 use crate::start::ports_of;
 
@@ -168,18 +169,13 @@ async fn a_repository_that_cannot_be_used_is_503() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_repository_on_a_read_only_file_system_is_503() {
     let rig = Rig::new().await;
-    let (folder, source) = (rig.service.folder.path().join("ro"), rig.service.folder.path().join("ro-source"));
-    std::fs::create_dir(&folder).unwrap();
-    std::fs::create_dir(&source).unwrap();
-    let (mount_point, from) = (folder.to_str().unwrap(), source.to_str().unwrap());
-    rig::tool("mount (and root)", "mount", &["--bind", from, mount_point]);
-    rig::tool("mount (and root)", "mount", &["-o", "remount,ro,bind", mount_point]);
-    let body = json!({"id": "read-only", "name": "read-only", "path": mount_point});
+    let folder = rig.service.folder.path().join("read-only");
+    let _mounted = Mounted::read_only(&folder);
+    let body = json!({"id": "read-only", "name": "read-only", "path": folder});
     rig.service.post("/api/v1/repositories", &body).await.expect_status(201);
     let mut start = rig.start_body();
     start["repository_id"] = "read-only".into();
     let answer = rig.service.post("/api/v1/backups/vm", &start).await;
-    rig::tool("mount (and root)", "umount", &[mount_point]);
     answer.expect_problem(503, "repository_unavailable");
     expect_untouched(&rig).await;
 }
