@@ -273,7 +273,7 @@ async fn enospc_fails_the_job_once_and_keeps_every_older_point() {
     .await;
     let small = rig.service.folder.path().join("small");
     std::fs::create_dir(&small).unwrap();
-    rig::tool("mount (and root)", "mount", &["-t", "tmpfs", "-o", "size=20m", "tmpfs", small.to_str().unwrap()]);
+    rig::mount_small(&small, "20m");
     let _mounted = Mounted(small.clone());
     let body = json!({"id": "small", "name": "small", "path": small});
     rig.service.post("/api/v1/repositories", &body).await.expect_status(201);
@@ -309,7 +309,7 @@ async fn fatal_error_is_answered_once_then_the_job_hangs_up_and_alerts() {
     .await;
     let small = rig.service.folder.path().join("small");
     std::fs::create_dir(&small).unwrap();
-    rig::tool("mount (and root)", "mount", &["-t", "tmpfs", "-o", "size=8m", "tmpfs", small.to_str().unwrap()]);
+    rig::mount_small(&small, "8m");
     let _mounted = Mounted(small.clone());
     rig.service
         .post("/api/v1/repositories", &json!({"id": "small", "name": "small", "path": small}))
@@ -361,7 +361,8 @@ struct Mounted(std::path::PathBuf);
 impl Drop for Mounted {
     fn drop(&mut self) {
         // Lazily: the service may still hold its lock file there.
-        let _ = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
+        let (program, first) = if rig::is_root() { ("umount", None) } else { ("sudo", Some("umount")) };
+        let _ = std::process::Command::new(program).args(first).arg("-l").arg(&self.0).status();
     }
 }
 

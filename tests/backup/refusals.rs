@@ -172,14 +172,14 @@ async fn a_repository_on_a_read_only_file_system_is_503() {
     std::fs::create_dir(&folder).unwrap();
     std::fs::create_dir(&source).unwrap();
     let (mount_point, from) = (folder.to_str().unwrap(), source.to_str().unwrap());
-    rig::tool("mount (and root)", "mount", &["--bind", from, mount_point]);
-    rig::tool("mount (and root)", "mount", &["-o", "remount,ro,bind", mount_point]);
+    rig::as_root("mount", &["--bind", from, mount_point]);
+    rig::as_root("mount", &["-o", "remount,ro,bind", mount_point]);
     let body = json!({"id": "read-only", "name": "read-only", "path": mount_point});
     rig.service.post("/api/v1/repositories", &body).await.expect_status(201);
     let mut start = rig.start_body();
     start["repository_id"] = "read-only".into();
     let answer = rig.service.post("/api/v1/backups/vm", &start).await;
-    rig::tool("mount (and root)", "umount", &[mount_point]);
+    rig::as_root("umount", &[mount_point]);
     answer.expect_problem(503, "repository_unavailable");
     expect_untouched(&rig).await;
 }

@@ -365,6 +365,27 @@ pub fn tool(package: &str, program: &str, arguments: &[&str]) -> String {
     printed
 }
 
+/// Runs a program that only root may run: by sudo, without asking, where the tests run as somebody else.
+pub fn as_root(program: &str, arguments: &[&str]) -> String {
+    if is_root() {
+        tool("mount", program, arguments)
+    } else {
+        tool("sudo", "sudo", &[&["-n", program], arguments].concat())
+    }
+}
+
+pub fn is_root() -> bool {
+    std::os::unix::fs::MetadataExt::uid(&std::fs::metadata("/proc/self").unwrap()) == 0
+}
+
+/// A file system of its own with room for so much, writable by whoever runs the tests.
+pub fn mount_small(folder: &Path, size: &str) {
+    let owner = std::fs::metadata("/proc/self").unwrap();
+    let (uid, gid) = (std::os::unix::fs::MetadataExt::uid(&owner), std::os::unix::fs::MetadataExt::gid(&owner));
+    let options = format!("size={size},uid={uid},gid={gid}");
+    as_root("mount", &["-t", "tmpfs", "-o", &options, "tmpfs", folder.to_str().unwrap()]);
+}
+
 /// Asks an export for its size through a whole handshake of another implementation.
 pub fn expect_go(uri: &str) -> u64 {
     tool("libnbd-bin", "nbdinfo", &["--size", uri]).trim().parse().unwrap()
