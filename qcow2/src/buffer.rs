@@ -3,14 +3,18 @@
 //! Buffers begin at a page border, so that the same memory serves a file that is written without the page cache.
 
 use std::fmt;
-
-use crate::sync::{Arc, Mutex, lock};
+// Not `crate::sync`: a leaf lock, held for a few instructions, in a pool that outlives any explored schedule.
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Alignment of a buffer's first byte.
 const PAGE: usize = 4096;
 /// The smallest and the largest size that is kept, as powers of two; larger buffers are made and dropped.
 const SMALLEST: u32 = 12;
 const LARGEST: u32 = 25;
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Lends buffers and takes them back. Clones are the same pool.
 #[derive(Clone)]

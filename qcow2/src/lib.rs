@@ -12,6 +12,20 @@
 //! `format` (bytes and values, pure).
 #![forbid(unsafe_code)]
 
+/// Whether a deliberate mistake is alive; never, but in builds that are there to test the tests (`mutants.rs`).
+#[cfg(not(feature = "mutants"))]
+macro_rules! mutant {
+    ($name:literal) => {
+        false
+    };
+}
+#[cfg(feature = "mutants")]
+macro_rules! mutant {
+    ($name:literal) => {
+        crate::mutants::is_alive($name)
+    };
+}
+
 mod allocate;
 mod async_image;
 mod backing;
@@ -28,6 +42,8 @@ mod geometry;
 mod image;
 mod info;
 mod lock;
+#[cfg(feature = "mutants")]
+pub mod mutants;
 mod refcounts;
 mod references;
 mod repair;

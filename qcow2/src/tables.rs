@@ -3,8 +3,8 @@
 //! One mutex guards the whole mapping. It is never held across I/O: a table that is not here is read without it and put in
 //! afterwards, and a flush works on a clone.
 
+use crate::sync::atomic::{AtomicUsize, Ordering};
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::error::{Error, Result};
 use crate::format::entry::{self, L2Entry};

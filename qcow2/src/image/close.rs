@@ -1,6 +1,6 @@
 //! Closing: the end of a session. Refcounts are set, the dirty bit goes, and only then is unused space given back.
 
-use std::sync::atomic::Ordering;
+use crate::sync::atomic::Ordering;
 
 use super::Image;
 use crate::backing::Layer;
@@ -10,7 +10,7 @@ use crate::finish::finish;
 use crate::lock::Access;
 use crate::refcounts::RefcountTable;
 use crate::references;
-use crate::sync::lock;
+use crate::sync::{lock, write};
 
 impl Image {
     /// Waits for running operations, writes all metadata, clears the dirty bit, and gives up the locks. Every later
@@ -20,7 +20,7 @@ impl Image {
     /// On success the image is complete on stable storage, and a check finds no error and no leak. On an error (a poisoned
     /// image, a full disk) the dirty bit stays: what was flushed is there, and the image can be opened again.
     pub fn close(&self) -> Result<()> {
-        let _life = self.life.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let _life = write(&self.life);
         if self.closed.swap(true, Ordering::AcqRel) {
             return Ok(());
         }

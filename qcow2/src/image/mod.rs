@@ -15,9 +15,9 @@ mod session;
 mod write;
 mod zero;
 
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::allocate::Allocator;
 use crate::backing::Layer;

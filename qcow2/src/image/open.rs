@@ -1,10 +1,10 @@
 //! Opening: lock first, believe nothing, and walk the whole tree before anything may be written.
 
+use crate::sync::atomic::{AtomicBool, AtomicU64};
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use rustix::fs::OFlags;
 

@@ -1,15 +1,15 @@
 //! A write session: from the durable dirty bit to the close. It begins with the first change, so that an image that was
 //! only read is never touched.
 
+use crate::sync::atomic::{AtomicBool, Ordering};
 use std::io::IoSlice;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::Image;
 use crate::error::{Error, Result};
 use crate::finish::{HeaderSector, put64};
 use crate::format::header::{DIRTY, EXTENSION_RETIRED_BITMAPS, field};
 use crate::lock::Access;
-use crate::sync::{Mutex, RwLockReadGuard, lock};
+use crate::sync::{Mutex, RwLockReadGuard, lock, read};
 
 #[derive(Debug)]
 pub(super) struct Session {
@@ -46,7 +46,7 @@ impl Drop for Operation<'_> {
 impl Image {
     /// Begins an operation that changes nothing.
     pub(super) fn reading(&self) -> Result<Operation<'_>> {
-        let life = self.life.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let life = read(&self.life);
         if self.closed.load(Ordering::Acquire) {
             return Err(Error::Closed);
         }
