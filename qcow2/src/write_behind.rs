@@ -33,6 +33,16 @@ struct Run {
     pieces: Vec<Piece>,
 }
 
+impl Run {
+    /// For a mistake that tests make: whether a range lies in the first or the last piece, as the filling around a payload
+    /// does. `at`: where the run begins.
+    fn has_edge(&self, at: u64, offset: u64, length: u64) -> bool {
+        let (Some(head), Some(tail)) = (self.pieces.first(), self.pieces.last()) else { return false };
+        let in_head = offset > at && offset + length <= at + head.len();
+        self.pieces.len() > 1 && (in_head || offset >= at + self.length - tail.len())
+    }
+}
+
 #[derive(Debug, Default)]
 struct State {
     /// Of the storage.
@@ -77,14 +87,23 @@ impl State {
     /// Whether a run shares a block with the range.
     fn is_taken(&self, offset: u64, length: u64) -> bool {
         let (start, end) = self.blocks(offset, length);
-        let overlaps = |(at, length): (u64, u64)| {
-            let (first, last) = self.blocks(at, length);
-            first < end && start < last
+        let overlaps = |(at, run): (u64, &Run)| {
+            let (first, last) = self.blocks(at, run.length);
+            first < end && start < last && !(mutant!("filling_no_overlap") && run.has_edge(at, offset, length))
         };
         // Runs are sorted and apart: only the last one that begins before the end can reach into the range.
-        let queued = self.queued.range(..end).next_back().map(|(at, run)| (*at, run.length));
-        let submitted = self.submitted.range(..end).next_back().map(|(at, run)| (*at, run.length));
+        let queued = self.queued.range(..end).next_back().map(|(at, run)| (*at, run));
+        let submitted = self.submitted.range(..end).next_back().map(|(at, run)| (*at, &**run));
         queued.into_iter().chain(submitted).any(overlaps)
+    }
+
+    /// A mistake that tests make: newer payload replaces what waits, also what a flush has promised to write.
+    fn supersede(&mut self, offset: u64, length: u64) {
+        if let Some(run) = self.queued.get(&offset).filter(|run| run.length == length) {
+            self.ids.remove(&run.id);
+            self.bytes -= length;
+            self.queued.remove(&offset);
+        }
     }
 
     /// The blocks that a range lies in, as a range of bytes.
@@ -131,6 +150,9 @@ impl Shared {
         loop {
             self.poison.refuse()?;
             let is_full = state.bytes > 0 && state.bytes + length > BUDGET_BYTES;
+            if mutant!("superseded") {
+                state.supersede(offset, length);
+            }
             if !is_full && !state.is_taken(offset, length) {
                 return Ok(state);
             }
@@ -256,6 +278,11 @@ impl WriteBehind {
         written.map_err(|source| self.shared.poison.by(Error::io("write", offset)(source)))
     }
 
+    /// Whether a reader need not look here. Only true for what was mapped before the call.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.shared.present.load(Ordering::Acquire) == 0
+    }
+
     /// Of the newest payload taken so far, for [`WriteBehind::drain`].
     pub(crate) fn last_id(&self) -> u64 {
         lock(&self.shared.state).last_id
@@ -277,7 +304,7 @@ impl WriteBehind {
     /// mapping up before: payload that came later may or may not show.
     pub(crate) fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
         let read = |at: u64, part: &mut [u8]| self.shared.storage.read(at, part).map_err(Error::io("read", at));
-        if self.shared.present.load(Ordering::Acquire) == 0 {
+        if self.is_idle() {
             return read(offset, buffer);
         }
         let pending = self.pending(offset, buffer.len() as u64)?;

@@ -9,6 +9,8 @@
     reason = "a test fails by panicking and tells its figures"
 )]
 
+#[path = "support/power_cut.rs"]
+mod power_cut;
 #[path = "support/reader.rs"]
 mod reader;
 #[path = "support/sim_disk.rs"]
@@ -21,8 +23,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use blockyard_qcow2::{Access, CreateOptions, Durability, Image, Layer, ZeroMode, create_on};
+use power_cut::{CrashState, crash_states};
 use reader::{is_closed, read_disk};
-use sim_disk::{Clock, Content, SimDisk, crash_states, now};
+use sim_disk::{Clock, Content, SimDisk, now};
 use support::{over, pattern};
 
 const SECTOR: usize = 512;
@@ -263,7 +266,7 @@ impl Run {
     }
 
     /// The first thing that is wrong with a crash state.
-    fn fault(&self, state: &sim_disk::CrashState) -> Option<String> {
+    fn fault(&self, state: &CrashState) -> Option<String> {
         let found = match read_disk(&state.content, &self.backing) {
             Ok(found) => found,
             Err(rule) => return Some(rule),

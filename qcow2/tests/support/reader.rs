@@ -1,6 +1,6 @@
 //! A second reader of the format, written apart from the engine: what it cannot read is corrupt.
 
-#![allow(unreachable_pub, reason = "part of the tests that include it")]
+#![allow(unreachable_pub, dead_code, reason = "part of the tests that include it")]
 
 use std::collections::HashSet;
 

@@ -1,9 +1,10 @@
 //! A disk that records every call with its start and end, and can rebuild what a power cut may leave of it.
 //!
 //! A write is covered by a sync only if it ended before the sync began. Whatever no completed sync covers may be there,
-//! be missing, or be torn at 512 bytes, each on its own.
+//! be missing, or be torn at 512 bytes, each on its own. Where a scheduler explores interleavings, other threads may run in
+//! the middle of every call.
 
-#![allow(unreachable_pub, clippy::unwrap_used, reason = "part of the tests that include it")]
+#![allow(unreachable_pub, dead_code, clippy::unwrap_used, reason = "part of the tests that include it")]
 
 use std::io::{self, IoSlice};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -48,7 +49,7 @@ impl Content {
         Change::Write { offset, bytes }
     }
 
-    fn apply(&mut self, change: &Change) {
+    pub fn apply(&mut self, change: &Change) {
         match change {
             Change::Write { offset, bytes } => {
                 let end = *offset as usize + bytes.len();
@@ -92,8 +93,12 @@ pub struct Call {
 #[derive(Debug, Default)]
 struct State {
     view: Content,
+    /// In the order in which they took effect for readers.
     calls: Vec<Call>,
     syncs: u64,
+    /// Host ranges of the writes under way, in whole sectors.
+    in_flight: Vec<(u64, u64)>,
+    collisions: Vec<(u64, u64)>,
 }
 
 #[derive(Debug)]
@@ -102,12 +107,19 @@ pub struct SimDisk {
     state: Mutex<State>,
     /// Syncs, counted from 0, that are answered and do nothing: what the engine would be without that barrier.
     pub ignored_syncs: Vec<u64>,
+    /// Never interrupted: for what a test makes beforehand.
+    is_quiet: bool,
 }
 
 impl SimDisk {
     pub fn new(clock: Clock, content: Content) -> Self {
         let state = State { view: content, ..State::default() };
-        Self { clock, state: Mutex::new(state), ignored_syncs: Vec::new() }
+        Self { clock, state: Mutex::new(state), ignored_syncs: Vec::new(), is_quiet: false }
+    }
+
+    /// As it is, but never interrupted.
+    pub fn quiet(self) -> Self {
+        Self { is_quiet: true, ..self }
     }
 
     pub fn calls(&self) -> Vec<Call> {
@@ -118,13 +130,49 @@ impl SimDisk {
         self.state.lock().unwrap().view.clone()
     }
 
+    /// Writes that were under way together although they share a sector: which of them the disk keeps is chance.
+    pub fn collisions(&self) -> Vec<(u64, u64)> {
+        self.state.lock().unwrap().collisions.clone()
+    }
+
+    /// Lets other threads run, where a scheduler decides who does.
+    fn pause(&self) {
+        #[cfg(feature = "shuttle")]
+        if !self.is_quiet {
+            shuttle::sync::atomic::AtomicBool::new(false).load(Ordering::SeqCst);
+        }
+    }
+
     fn change(&self, change: Change, durable: bool) {
+        let range = match &change {
+            Change::Write { offset, bytes } => {
+                Some((offset / 512 * 512, (offset + bytes.len() as u64).next_multiple_of(512)))
+            }
+            _ => None,
+        };
         let started = now(&self.clock);
+        {
+            let mut state = self.state.lock().unwrap();
+            if let Some((start, end)) = range {
+                let collision = state.in_flight.iter().find(|(first, last)| *first < end && start < *last).copied();
+                state.collisions.extend(collision);
+                state.in_flight.push((start, end));
+            }
+        }
+        self.pause();
+        let index = {
+            let mut state = self.state.lock().unwrap();
+            state.view.apply(&change);
+            let change = state.view.in_whole_sectors(change);
+            state.calls.push(Call { started, ended: u64::MAX, change: Some(change), durable });
+            state.calls.len() - 1
+        };
+        self.pause();
         let mut state = self.state.lock().unwrap();
-        state.view.apply(&change);
-        let change = state.view.in_whole_sectors(change);
-        let ended = now(&self.clock);
-        state.calls.push(Call { started, ended, change: Some(change), durable });
+        state.calls[index].ended = now(&self.clock);
+        if let Some(position) = state.in_flight.iter().position(|flying| Some(*flying) == range) {
+            state.in_flight.swap_remove(position);
+        }
     }
 }
 
@@ -134,7 +182,9 @@ fn gather(slices: &[IoSlice<'_>]) -> Vec<u8> {
 
 impl Storage for SimDisk {
     fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.pause();
         self.state.lock().unwrap().view.read(offset, buffer);
+        self.pause();
         Ok(())
     }
 
@@ -150,6 +200,7 @@ impl Storage for SimDisk {
 
     fn sync_data(&self) -> io::Result<()> {
         let started = now(&self.clock);
+        self.pause();
         let mut state = self.state.lock().unwrap();
         let number = state.syncs;
         state.syncs += 1;
@@ -182,104 +233,5 @@ impl Storage for SimDisk {
 
     fn drop_cache(&self) -> io::Result<()> {
         Ok(())
-    }
-}
-
-/// One state that a crash may leave.
-pub struct CrashState {
-    pub content: Content,
-    /// The crash cannot have been before this time: the last surviving call had begun.
-    pub earliest: u64,
-    /// Nor after this one: the next sync would have completed.
-    pub latest: u64,
-}
-
-/// A write cut at the disk's sectors, which are written whole or not at all.
-fn sectors(offset: u64, bytes: &[u8]) -> impl Iterator<Item = (u64, &[u8])> {
-    let first = (512 - offset as usize % 512).min(bytes.len());
-    let (head, rest) = bytes.split_at(first);
-    let rest =
-        rest.chunks(512).enumerate().map(move |(number, sector)| (offset + (first + number * 512) as u64, sector));
-    std::iter::once((offset, head)).chain(rest)
-}
-
-/// How many pending calls are enumerated by all their subsets; with more, by prefixes, single ones and samples.
-const ALL_SUBSETS: usize = 8;
-const SAMPLES: usize = 64;
-
-/// Every crash state of a recording that began with `base` durable.
-pub fn crash_states(base: &Content, calls: &[Call], end: u64, seed: u64, mut visit: impl FnMut(CrashState)) {
-    let mut random = fastrand::Rng::with_seed(seed);
-    let mut durable = base.clone();
-    let mut durable_since = 0;
-    let mut pending: Vec<&Call> = Vec::new();
-    for call in calls {
-        if call.change.is_some() {
-            pending.push(call);
-            continue;
-        }
-        visit_epoch(&durable, &pending, durable_since, call.ended, &mut random, &mut visit);
-        let (covered, rest): (Vec<_>, Vec<_>) = pending.into_iter().partition(|change| change.ended < call.started);
-        covered.iter().for_each(|call| call.change.iter().for_each(|change| durable.apply(change)));
-        durable_since = call.ended;
-        pending = rest;
-    }
-    visit_epoch(&durable, &pending, durable_since, end, &mut random, &mut visit);
-}
-
-fn visit_epoch(
-    durable: &Content,
-    pending: &[&Call],
-    since: u64,
-    latest: u64,
-    random: &mut fastrand::Rng,
-    visit: &mut impl FnMut(CrashState),
-) {
-    let count = pending.len();
-    let mut emit = |kept: &dyn Fn(usize) -> bool, torn: Option<usize>, random: &mut fastrand::Rng| {
-        let last = (0..count).rev().find(|index| kept(*index));
-        let earliest = last.map_or(since, |last| pending[last].started).max(since);
-        let mut content = durable.clone();
-        for (index, call) in pending.iter().enumerate() {
-            // What is durable by itself cannot be missing once something later has begun.
-            let forced = call.durable && call.ended < earliest;
-            let Some(change) = call.change.as_ref().filter(|_| kept(index) || forced) else { continue };
-            match (change, torn == Some(index) && !forced) {
-                (Change::Write { offset, bytes }, true) => {
-                    for (offset, sector) in sectors(*offset, bytes).filter(|_| random.bool()) {
-                        content.apply(&Change::Write { offset, bytes: sector.to_vec() });
-                    }
-                }
-                _ => content.apply(change),
-            }
-        }
-        // A call that is durable by itself bounds the crash's time, if it is missing or torn.
-        let partial = |index| !kept(index) || torn == Some(index);
-        let bound = pending
-            .iter()
-            .enumerate()
-            .filter(|(index, call)| call.durable && call.ended >= earliest && partial(*index));
-        let bound = bound.map(|(_, call)| call.ended).min();
-        visit(CrashState { content, earliest, latest: bound.unwrap_or(latest).min(latest) });
-    };
-    for prefix in 0..=count {
-        emit(&|index| index < prefix, None, random);
-        if prefix > 0 {
-            emit(&|index| index < prefix, Some(prefix - 1), random);
-        }
-    }
-    if count <= ALL_SUBSETS {
-        for set in 0u32..1 << count {
-            emit(&|index| set >> index & 1 == 1, None, random);
-        }
-    } else {
-        for chosen in 0..count {
-            emit(&|index| index != chosen, None, random);
-            emit(&|index| index == chosen, None, random);
-        }
-        for _ in 0..SAMPLES {
-            let mask: Vec<bool> = (0..count).map(|_| random.bool()).collect();
-            emit(&|index| mask[index], Some(random.usize(..count)), random);
-        }
     }
 }
