@@ -12,6 +12,8 @@
 
 #[path = "support/explore.rs"]
 mod explore;
+#[path = "support/guest.rs"]
+mod guest;
 #[path = "support/history.rs"]
 mod history;
 #[path = "support/reader.rs"]
@@ -22,37 +24,17 @@ mod registers;
 mod sim_disk;
 mod support;
 
-use std::io::IoSlice;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 
-use blockyard_qcow2::storage::Storage;
-use blockyard_qcow2::{Access, CreateOptions, Durability, Image, Layer, ZeroMode, create_on};
+use blockyard_qcow2::{Durability, ZeroMode};
 use explore::explore;
-use history::{Event, Flush, History, Read, SECTOR, Value, mark, sector_of, value_of};
-use reader::read_disk;
+use guest::{Guest, Shape};
 use registers::Registers;
-use sim_disk::{Clock, Content, SimDisk, now};
-use support::over;
+use sim_disk::{Clock, Content, now};
 
 const WRITERS: u64 = 3;
 const STEPS: usize = 7;
-/// So few tables stay in memory that those of 512-byte clusters come and go.
-const CACHE: usize = 0;
-/// The marks of the backing file and of what a reopened image held.
-const BELOW: u64 = 1 << 20;
-const BEFORE: u64 = 2 << 20;
-
-/// What a run works on.
-struct Shape {
-    cluster: usize,
-    /// Of the disk, and of the backing file; 0: none.
-    sectors: usize,
-    below: usize,
-    is_reopened: bool,
-    /// Where writers meet: first sectors of small regions.
-    spots: &'static [usize],
-}
 
 /// Tables of 512-byte clusters map 64 sectors: six of them.
 const TABLES: usize = 6 * 64 + 1;
@@ -66,118 +48,29 @@ const SHAPES: [Shape; 6] = [
     Shape { cluster: 4096, sectors: 73, below: 43, is_reopened: false, spots: &[0, 4, 38, 69] },
 ];
 
-/// One session on one disk, shared by its threads.
-struct Session {
-    shape: &'static Shape,
-    clock: Clock,
-    image: Image,
-    history: Mutex<History>,
-    next_id: AtomicU64,
+/// A run of `1..=4` sectors near one of the spots.
+fn place(shape: &Shape, random: &mut fastrand::Rng) -> (usize, usize) {
+    let spot = shape.spots[random.usize(..shape.spots.len())];
+    let first = (spot + random.usize(..4)).min(shape.sectors - 1);
+    (first, random.usize(1..=4).min(shape.sectors - first))
 }
 
-fn disk_of(clock: &Clock, content: Content) -> SimDisk {
-    SimDisk::new(clock.clone(), content)
-}
-
-fn below_of(shape: &Shape, clock: &Clock) -> (Vec<Value>, Option<Layer>) {
-    let values: Vec<Value> = (0..shape.below).map(|sector| mark(BELOW, sector)).collect();
-    if values.is_empty() {
-        return (values, None);
-    }
-    let bytes: Vec<u8> = values.iter().flat_map(|value| sector_of(*value)).collect();
-    let raw = disk_of(clock, Content::default()).quiet();
-    raw.write(0, &mut [IoSlice::new(&bytes)]).unwrap();
-    (values, Some(Layer::Raw { storage: Arc::new(raw), size: bytes.len() as u64 }))
-}
-
-/// A new image, or one that was written to and closed.
-fn first_content(shape: &Shape, clock: &Clock) -> Content {
-    let disk = Arc::new(disk_of(clock, Content::default()).quiet());
-    let (size, cluster_size) = ((shape.sectors * SECTOR) as u64, shape.cluster as u32);
-    let (_, below) = below_of(shape, clock);
-    let plain = if below.is_some() { over("below.qcow2", size) } else { CreateOptions::new(size) };
-    create_on(&*disk, &CreateOptions { cluster_size, ..plain }).unwrap();
-    if shape.is_reopened {
-        let image = Image::open_on(disk.clone(), Access::ReadWrite, below, CACHE).unwrap();
-        for sector in shape.spots.iter().flat_map(|spot| *spot..spot + 4) {
-            let bytes = sector_of(mark(BEFORE, sector));
-            image.write((sector * SECTOR) as u64, &bytes, Durability::OnFlush).unwrap();
-        }
-        image.close().unwrap();
-    }
-    disk.content()
-}
-
-fn values_of(content: &Content, below: &[Value]) -> Result<Vec<Value>, String> {
-    let bytes: Vec<u8> = below.iter().flat_map(|value| sector_of(*value)).collect();
-    Ok(read_disk(content, &bytes)?.chunks(SECTOR).map(value_of).collect())
-}
-
-impl Session {
-    /// A run of `1..=4` sectors near one of the spots.
-    fn place(&self, random: &mut fastrand::Rng) -> (usize, usize) {
-        let spot = self.shape.spots[random.usize(..self.shape.spots.len())];
-        let first = (spot + random.usize(..4)).min(self.shape.sectors - 1);
-        (first, random.usize(1..=4).min(self.shape.sectors - first))
-    }
-
-    fn change(&self, random: &mut fastrand::Rng) {
-        let (mut first, mut sectors) = self.place(random);
-        let (offset, length) = ((first * SECTOR) as u64, (sectors * SECTOR) as u64);
-        let durable = random.u8(..4) == 0;
-        let durability = if durable { Durability::BeforeReply } else { Durability::OnFlush };
-        let kind = random.u8(..10);
-        let id = (kind < 6).then(|| self.next_id.fetch_add(1, Ordering::SeqCst));
-        let mode = if kind == 6 { ZeroMode::Keep } else { ZeroMode::Unmap };
-        let data: Vec<u8> =
-            id.iter().flat_map(|id| (first..first + sectors).flat_map(|sector| sector_of(mark(*id, sector)))).collect();
-        let issued = now(&self.clock);
-        match kind {
-            0..6 => self.image.write(offset, &data, durability).unwrap(),
-            6..8 => self.image.zero(offset, length, mode, durability).unwrap(),
-            _ => {
-                self.image.discard(offset, length, durability).unwrap();
-                let per_cluster = self.shape.cluster / SECTOR;
-                let end = first + sectors;
-                let end = if end == self.shape.sectors { end } else { end / per_cluster * per_cluster };
-                first = first.next_multiple_of(per_cluster);
-                sectors = end.saturating_sub(first);
-                // Nothing is promised where nothing changes.
-                first = if sectors == 0 { 0 } else { first };
-            }
-        }
-        let event = Event { issued, replied: now(&self.clock), first_sector: first, sectors, id, durable };
-        self.history.lock().unwrap().events.push(event);
-    }
-
-    fn flush(&self) {
-        let issued = now(&self.clock);
-        self.image.flush().unwrap();
-        self.history.lock().unwrap().flushes.push(Flush { issued, replied: now(&self.clock) });
-    }
-
-    fn read(&self, random: &mut fastrand::Rng) {
-        let (first_sector, sectors) = self.place(random);
-        let mut bytes = vec![0; sectors * SECTOR];
-        let issued = now(&self.clock);
-        self.image.read((first_sector * SECTOR) as u64, &mut bytes).unwrap();
-        let values = bytes.chunks(SECTOR).map(value_of).collect();
-        let read = Read { issued, replied: now(&self.clock), first_sector, values };
-        self.history.lock().unwrap().reads.push(read);
-    }
-
-    fn work(&self, mut random: fastrand::Rng) {
-        for _ in 0..STEPS {
-            match random.u8(..8) {
-                0 => self.flush(),
-                1 | 2 => self.read(&mut random),
-                _ => self.change(&mut random),
-            }
-        }
+fn work(guest: &Guest, mut random: fastrand::Rng) {
+    for _ in 0..STEPS {
+        let (first, sectors) = place(guest.shape, &mut random);
+        let durability = if random.u8(..4) == 0 { Durability::BeforeReply } else { Durability::OnFlush };
+        match random.u8(..16) {
+            0 | 1 => guest.flush(),
+            2..6 => guest.read(first, sectors),
+            6 => guest.zero(first, sectors, ZeroMode::Keep, durability),
+            7 | 8 => guest.zero(first, sectors, ZeroMode::Unmap, durability),
+            9 => guest.discard(first, sectors, durability),
+            _ => guest.write(first, sectors, durability),
+        };
     }
 }
 
-/// One session with all its threads, on `base`; returns the recording, judged.
+/// One session with all its threads, on `base`; returns the number of crash points, and what they may have left.
 fn session(
     shape: &'static Shape,
     clock: &Clock,
@@ -185,48 +78,19 @@ fn session(
     random: &mut fastrand::Rng,
     first_id: u64,
 ) -> Result<(usize, Registers), String> {
-    let (below, layer) = below_of(shape, clock);
-    let initial = values_of(base, &below)?;
-    let disk = Arc::new(disk_of(clock, base.clone()));
-    let started = now(clock);
-    let image = Image::open_on(disk.clone(), Access::ReadWrite, layer, CACHE).map_err(|error| error.to_string())?;
-    let history = Mutex::new(History { initial, ..History::default() });
-    let session = Arc::new(Session { shape, clock: clock.clone(), image, history, next_id: AtomicU64::new(first_id) });
+    let guest = Guest::new(shape, clock, base, first_id)?;
     let mut threads = Vec::new();
     for _ in 0..WRITERS {
-        let (session, random) = (session.clone(), random.fork());
-        threads.push(shuttle::thread::spawn(move || session.work(random)));
+        let (guest, random) = (guest.clone(), random.fork());
+        threads.push(shuttle::thread::spawn(move || work(&guest, random)));
     }
-    let flusher = session.clone();
-    threads.push(shuttle::thread::spawn(move || (0..3).for_each(|_| flusher.flush())));
+    let flusher = guest.clone();
+    threads.push(shuttle::thread::spawn(move || assert!((0..3).all(|_| flusher.flush()))));
     threads.into_iter().for_each(|thread| thread.join().unwrap());
-    let ends_closed = random.u8(..4) == 0;
-    if ends_closed {
-        let issued = now(clock);
-        session.image.close().map_err(|error| error.to_string())?;
-        session.history.lock().unwrap().flushes.push(Flush { issued, replied: now(clock) });
-        let report = session.image.check().unwrap();
-        if !report.is_clean() {
-            return Err(format!("closed, and not clean: {report:?}"));
-        }
+    if random.u8(..4) == 0 {
+        guest.close()?;
     }
-    let session = Arc::into_inner(session).unwrap();
-    drop(session.image);
-    let calls = disk.calls();
-    let history = session.history.into_inner().unwrap();
-    if let Some((start, end)) = disk.collisions().first() {
-        return Err(format!("two writes of {start}..{end} were under way together"));
-    }
-    let registers = Registers::new(base, &calls);
-    let (moments, fault) = registers.judge(&calls, &history, &below);
-    let end = now(clock);
-    match fault {
-        Some(fault) => Err(fault),
-        None => {
-            values_of(&registers.state(random.u64(started..end), random), &below)?;
-            Ok((moments, registers))
-        }
-    }
+    guest.judge()
 }
 
 /// One run: a session, and now and then another one on what a crash left of it.
@@ -234,7 +98,7 @@ fn run(seed: u64) -> Result<usize, String> {
     let shape = &SHAPES[seed as usize % SHAPES.len()];
     let mut random = fastrand::Rng::with_seed(seed);
     let clock: Clock = Arc::new(AtomicU64::new(0));
-    let base = first_content(shape, &clock);
+    let base = shape.first_content(&clock);
     let start = now(&clock);
     let (mut moments, registers) = session(shape, &clock, &base, &mut random, 1)?;
     if random.u8(..3) == 0 {
