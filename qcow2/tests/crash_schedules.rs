@@ -48,9 +48,13 @@ const SHAPES: [Shape; 6] = [
     Shape { cluster: 4096, sectors: 73, below: 43, is_reopened: false, spots: &[0, 4, 38, 69] },
 ];
 
-/// A run of `1..=4` sectors near one of the spots.
+/// A run of `1..=4` sectors at or near one of the spots.
 fn place(shape: &Shape, random: &mut fastrand::Rng) -> (usize, usize) {
     let spot = shape.spots[random.usize(..shape.spots.len())];
+    if random.bool() {
+        // The same place again and again.
+        return (spot, 2);
+    }
     let first = (spot + random.usize(..4)).min(shape.sectors - 1);
     (first, random.usize(1..=4).min(shape.sectors - first))
 }
@@ -61,7 +65,7 @@ fn work(guest: &Guest, mut random: fastrand::Rng) {
         let durability = if random.u8(..4) == 0 { Durability::BeforeReply } else { Durability::OnFlush };
         match random.u8(..16) {
             0 | 1 => guest.flush(),
-            2..6 => guest.read(first, sectors),
+            2..4 => guest.read(first, sectors),
             6 => guest.zero(first, sectors, ZeroMode::Keep, durability),
             7 | 8 => guest.zero(first, sectors, ZeroMode::Unmap, durability),
             9 => guest.discard(first, sectors, durability),
@@ -86,6 +90,13 @@ fn session(
     }
     let flusher = guest.clone();
     threads.push(shuttle::thread::spawn(move || assert!((0..3).all(|_| flusher.flush()))));
+    let (reader, mut places) = (guest.clone(), random.fork());
+    threads.push(shuttle::thread::spawn(move || {
+        for _ in 0..4 {
+            let (first, sectors) = place(shape, &mut places);
+            reader.read(first, sectors);
+        }
+    }));
     threads.into_iter().for_each(|thread| thread.join().unwrap());
     if random.u8(..4) == 0 {
         guest.close()?;
