@@ -54,6 +54,8 @@ impl Image {
         }
         // Everything counted up to this moment is in the clone, or was written in place before.
         let (clones, covered) = self.tables.clone_dirty(|| self.changes.load(Ordering::SeqCst));
+        // What is packed behind the clone's compressed clusters must not put them at risk.
+        self.packing.settle();
         self.write_clones(&clones, &mut state.disk_l1)?;
         self.tables.flushed(&clones);
         state.covered = covered;

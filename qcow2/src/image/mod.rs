@@ -4,10 +4,12 @@
 //! no half-done operation to cancel: an asynchronous caller that goes away ([`crate::AsyncImage`]) changes nothing.
 //!
 //! Lock order: `life` (shared by operations, exclusive for closing), then one claim on clusters, then the flush mutex, then
-//! the mapping, then the allocator. The last two are never held across I/O on payload, nor is the mapping across any I/O.
+//! the mapping; packing, then the allocator. The last two are never held across I/O on payload, nor is the mapping across any I/O.
 
 mod close;
+mod compress;
 mod flush;
+mod identical;
 mod map;
 mod open;
 mod read;
@@ -22,16 +24,18 @@ use std::sync::OnceLock;
 use crate::allocate::Allocator;
 use crate::backing::Layer;
 use crate::cluster_lock::ClusterLocks;
-use crate::compressed::Inflated;
+use crate::compressed::{CompressionLevel, Inflated};
 use crate::error::{Error, Result};
 use crate::format::header::Header;
 use crate::geometry::Geometry;
 use crate::lock::Access;
+use crate::packing::Packing;
 use crate::storage::Storage;
 use crate::sync::{Arc, Mutex, RwLock};
 use crate::tables::Tables;
 
 pub use flush::Durability;
+pub use identical::Identical;
 pub use map::{Extent, ExtentKind};
 pub use open::OpenOptions;
 pub(crate) use open::{read_header, refuse_read_only_features};
@@ -50,6 +54,9 @@ pub struct Image {
     backing: Option<Layer>,
     tables: Tables,
     allocator: Allocator,
+    packing: Packing,
+    compress: Option<CompressionLevel>,
+    identical: Identical,
     clusters: ClusterLocks,
     inflated: Inflated,
     flush: Mutex<flush::FlushState>,

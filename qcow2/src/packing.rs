@@ -1,0 +1,109 @@
+//! Where compressed clusters go: end to end in host clusters of their own, append-only.
+//!
+//! Bytes that a flush made durable must not be at risk when more are packed behind them: a disk may lose a whole block whose
+//! writing a power cut interrupts. So runs go on in a new block from each flush on, and a flush waits for the runs that
+//! still share a block with what it is about to make durable. Compressing and writing are the caller's (`image::compress`).
+
+use crate::allocate::Allocator;
+use crate::error::Result;
+use crate::geometry::SECTOR;
+use crate::storage::Storage;
+use crate::sync::{Condvar, Mutex, lock, wait};
+
+/// The largest unit that common disks write as one. In images with smaller clusters neighbours share blocks whatever packing
+/// does.
+const BLOCK: u64 = 4096;
+
+#[derive(Debug, Default)]
+struct State {
+    /// Where the next run may begin: a multiple of 512. `next <= end`.
+    next: u64,
+    /// End of the host clusters taken so far.
+    end: u64,
+    /// Counts flushes.
+    epoch: u64,
+    /// Runs placed since the last flush began, not written yet.
+    young: u64,
+    /// Runs placed before that, not written yet.
+    old: u64,
+}
+
+/// The packed space of one image.
+#[derive(Debug, Default)]
+pub(crate) struct Packing {
+    state: Mutex<State>,
+    written: Condvar,
+}
+
+/// Host space for one run of compressed bytes, from its placing until its writing; dropped when its bytes are written, or
+/// never will be.
+#[derive(Debug)]
+pub(crate) struct Run<'a> {
+    packing: &'a Packing,
+    /// First host byte: a multiple of 512.
+    pub(crate) host: u64,
+    epoch: u64,
+}
+
+impl Packing {
+    /// Finds contiguous space for `bytes` bytes, rounded up to sectors.
+    pub(crate) fn place(
+        &self,
+        storage: &dyn Storage,
+        allocator: &Allocator,
+        cluster_size: u64,
+        bytes: u64,
+    ) -> Result<Run<'_>> {
+        let bytes = bytes.next_multiple_of(SECTOR);
+        let mut state = lock(&self.state);
+        let room = state.end - state.next;
+        let mut host = state.next;
+        if bytes <= room {
+            state.next += bytes;
+        } else {
+            let fresh = allocator.allocate(storage, bytes.div_ceil(cluster_size))?;
+            let end = fresh + bytes.next_multiple_of(cluster_size);
+            if fresh == state.end {
+                // Nobody took space since: the run straddles the border.
+                (state.next, state.end) = (host + bytes, end);
+            } else {
+                host = fresh;
+                // The larger rest is the one to go on in; the other stays unused until the close gives it back.
+                if end - (fresh + bytes) >= room {
+                    (state.next, state.end) = (fresh + bytes, end);
+                }
+            }
+        }
+        state.young += 1;
+        Ok(Run { packing: self, host, epoch: state.epoch })
+    }
+
+    /// For a flush, between its clone of the tables and its first barrier: no later run touches a block that may hold what
+    /// the clone refers to, and every run that does is written when this returns.
+    pub(crate) fn settle(&self) {
+        let mut state = lock(&self.state);
+        if !mutant!("packing_shares_block_after_flush") {
+            state.next = state.next.next_multiple_of(BLOCK).min(state.end);
+        }
+        state.epoch += 1;
+        state.old += std::mem::take(&mut state.young);
+        if mutant!("packing_not_waited_for") {
+            return;
+        }
+        while state.old > 0 {
+            state = wait(&self.written, state);
+        }
+    }
+}
+
+impl Drop for Run<'_> {
+    fn drop(&mut self) {
+        let mut state = lock(&self.packing.state);
+        if self.epoch == state.epoch {
+            state.young -= 1;
+        } else {
+            state.old -= 1;
+            self.packing.written.notify_all();
+        }
+    }
+}
