@@ -3,10 +3,11 @@
 //! Bytes that a flush made durable must not be at risk when more are packed behind them: a disk may lose a whole block whose
 //! writing a power cut interrupts. So runs go on in a new block from each flush on, and a flush waits for the runs that
 //! still share a block with what it is about to make durable. Compressing and writing are the caller's (`image::compress`).
+//!
+//! "Written" means here: handed to the write-behind, which a flush drains.
 
 use crate::allocate::Allocator;
 use crate::error::Result;
-use crate::geometry::SECTOR;
 use crate::storage::Storage;
 use crate::sync::{Condvar, Mutex, lock, wait};
 
@@ -16,7 +17,7 @@ const BLOCK: u64 = 4096;
 
 #[derive(Debug, Default)]
 struct State {
-    /// Where the next run may begin: a multiple of 512. `next <= end`.
+    /// Where the next run may begin. `next <= end`.
     next: u64,
     /// End of the host clusters taken so far.
     end: u64,
@@ -40,13 +41,13 @@ pub(crate) struct Packing {
 #[derive(Debug)]
 pub(crate) struct Run<'a> {
     packing: &'a Packing,
-    /// First host byte: a multiple of 512.
+    /// First host byte: a multiple of the storage's block size.
     pub(crate) host: u64,
     epoch: u64,
 }
 
 impl Packing {
-    /// Finds contiguous space for `bytes` bytes, rounded up to sectors.
+    /// Finds contiguous space for a number of bytes, a multiple of the storage's block size.
     pub(crate) fn place(
         &self,
         storage: &dyn Storage,
@@ -54,7 +55,6 @@ impl Packing {
         cluster_size: u64,
         bytes: u64,
     ) -> Result<Run<'_>> {
-        let bytes = bytes.next_multiple_of(SECTOR);
         let mut state = lock(&self.state);
         let room = state.end - state.next;
         let mut host = state.next;
@@ -79,20 +79,19 @@ impl Packing {
     }
 
     /// For a flush, between its clone of the tables and its first barrier: no later run touches a block that may hold what
-    /// the clone refers to, and every run that does is written when this returns.
-    pub(crate) fn settle(&self) {
+    /// the clone refers to, and every run that does is written when this returns. `true`: there were any.
+    pub(crate) fn begin_flush(&self) -> bool {
         let mut state = lock(&self.state);
         if !mutant!("packing_shares_block_after_flush") {
             state.next = state.next.next_multiple_of(BLOCK).min(state.end);
         }
         state.epoch += 1;
         state.old += std::mem::take(&mut state.young);
-        if mutant!("packing_not_waited_for") {
-            return;
-        }
-        while state.old > 0 {
+        let any = state.old > 0 && !mutant!("packing_not_waited_for");
+        while any && state.old > 0 {
             state = wait(&self.written, state);
         }
+        any
     }
 }
 

@@ -2,8 +2,6 @@
 //!
 //! Clusters that own space, partial ones, and those that do not become smaller are left to the ordinary path (`write`).
 
-use std::io::IoSlice;
-
 use rayon::prelude::*;
 
 use super::Image;
@@ -11,18 +9,18 @@ use super::write::needs_space;
 use crate::compressed::{Compression, CompressionLevel, Compressor};
 use crate::error::Result;
 use crate::format::entry;
-use crate::geometry::SECTOR;
 use crate::packing::Run;
+use crate::payload::Piece;
 
 /// Narrower refcounts cannot count the compressed clusters that may share one host cluster: with 2 MiB clusters, more than
 /// 20,000 of the smallest ones fit into it.
 const REFCOUNT_BITS_MIN: u32 = 16;
 
-/// Compressed clusters with a place in the file, not written yet.
+/// Compressed clusters with a place in the file, not on their way yet.
 #[derive(Debug)]
 pub(super) struct Packed<'a> {
     run: Run<'a>,
-    /// Whole sectors.
+    /// Whole blocks.
     bytes: Vec<u8>,
     /// The new entry of each guest cluster.
     entries: Vec<(u64, u64)>,
@@ -54,7 +52,8 @@ impl Image {
         }
         let (Some(first), Some(last)) = (placed.first(), placed.last()) else { return Ok(None) };
         self.make_tables(first.0, last.0)?;
-        bytes.resize(bytes.len().next_multiple_of(SECTOR as usize), 0);
+        // Whole blocks, so that no later write has a part of the last one.
+        bytes.resize(bytes.len().next_multiple_of(self.storage.block_size() as usize), 0);
         let run = self.packing.place(&*self.storage, &self.allocator, self.cluster_size(), bytes.len() as u64)?;
         let encode = |(cluster, _, at, length): &(u64, usize, u64, u64)| {
             entry::compressed(run.host + at, *length, geometry).map(|raw| (*cluster, raw))
@@ -67,10 +66,10 @@ impl Image {
         Ok(Some(Packed { run, bytes, entries }))
     }
 
-    /// Writes the run; returns the entries that may now be published.
-    pub(super) fn store_packed(&self, packed: Option<Packed<'_>>) -> Result<Vec<(u64, u64)>> {
+    /// Hands the run to the write-behind; returns the entries that may now be published.
+    pub(super) fn put_packed(&self, packed: Option<Packed<'_>>) -> Result<Vec<(u64, u64)>> {
         let Some(packed) = packed else { return Ok(Vec::new()) };
-        self.store(packed.run.host, &mut [IoSlice::new(&packed.bytes)])?;
+        self.write_behind.put(packed.run.host, vec![Piece::from_vec(packed.bytes)])?;
         Ok(packed.entries)
     }
 
