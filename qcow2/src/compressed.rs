@@ -156,7 +156,7 @@ mod tests {
     fn what_is_compressed_is_smaller_and_comes_back_whatever_the_level() {
         for compression in [Compression::Deflate, Compression::Zstd] {
             for level in [CompressionLevel::Fast, CompressionLevel::Balanced, CompressionLevel::Small] {
-                for cluster_size in [1024, 4096, 65_536, 2 << 20] {
+                for cluster_size in [1024, 4096, 65_536] {
                     let mut compressor = Compressor::new(compression, level, cluster_size as u64).unwrap();
                     for cluster in tempting(cluster_size) {
                         let Some(bytes) = compressor.compress(&cluster) else { continue };
@@ -175,7 +175,7 @@ mod tests {
     fn a_decoder_with_a_window_of_4_kib_reads_our_deflate_streams() {
         let mut streams = 0;
         for level in [CompressionLevel::Fast, CompressionLevel::Balanced, CompressionLevel::Small] {
-            for cluster_size in [65_536, 2 << 20] {
+            for cluster_size in [65_536, 512 << 10] {
                 let mut compressor = Compressor::new(Compression::Deflate, level, cluster_size as u64).unwrap();
                 for cluster in tempting(cluster_size) {
                     let Some(bytes) = compressor.compress(&cluster) else { continue };

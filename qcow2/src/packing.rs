@@ -106,3 +106,70 @@ impl Drop for Run<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::geometry::Geometry;
+    use crate::storage::FileStorage;
+
+    const CLUSTER: u64 = 65_536;
+
+    fn space() -> (FileStorage, Allocator, Packing) {
+        let geometry = Geometry { cluster_bits: 16, size: 1 << 30, extended: false };
+        let storage = FileStorage::new(tempfile::tempfile().unwrap());
+        (storage, Allocator::new(geometry, 32_768, 4 * CLUSTER), Packing::default())
+    }
+
+    #[test]
+    fn runs_follow_each_other_and_begin_a_block_after_each_flush() {
+        let (storage, allocator, packing) = space();
+        let place = |bytes| packing.place(&storage, &allocator, CLUSTER, bytes).unwrap().host - 4 * CLUSTER;
+        assert_eq!([place(512), place(1024), place(2048)], [0, 512, 1536]);
+        packing.begin_flush();
+        assert_eq!([place(512), place(3584)], [4096, 4608]);
+        packing.begin_flush();
+        packing.begin_flush();
+        assert_eq!(place(CLUSTER), 8192, "straddles two clusters");
+        assert_eq!(place(CLUSTER - 8192), CLUSTER + 8192);
+        assert_eq!(place(512), 2 * CLUSTER);
+        assert_eq!(allocator.end(), 7 * CLUSTER);
+    }
+
+    #[test]
+    fn packing_goes_on_where_more_room_is_left_when_others_took_the_space_behind() {
+        let (storage, allocator, packing) = space();
+        let place = |bytes| packing.place(&storage, &allocator, CLUSTER, bytes).unwrap().host - 4 * CLUSTER;
+        assert_eq!(place(1024), 0);
+        allocator.allocate(&storage, 1).unwrap();
+        assert_eq!(place(CLUSTER - 512), 2 * CLUSTER);
+        assert_eq!(place(512), 1024, "the first cluster has more room");
+        allocator.allocate(&storage, 1).unwrap();
+        assert_eq!(place(2 * CLUSTER - 512), 4 * CLUSTER);
+        assert_eq!(place(512), 1536);
+    }
+
+    #[test]
+    fn a_flush_waits_for_runs_that_were_placed_before_it_and_for_no_others() {
+        let (storage, allocator, packing) = space();
+        let place = || packing.place(&storage, &allocator, CLUSTER, 512).unwrap();
+        assert!(!packing.begin_flush());
+        let early = place();
+        std::thread::scope(|scope| {
+            let flush = scope.spawn(|| packing.begin_flush());
+            while lock(&packing.state).epoch < 2 {
+                std::thread::yield_now();
+            }
+            let late = place();
+            assert_eq!(late.host, early.host + BLOCK);
+            for _ in 0..1000 {
+                assert!(!flush.is_finished(), "the early run is not written yet");
+                std::thread::yield_now();
+            }
+            drop(early);
+            assert!(flush.join().unwrap());
+            drop(late);
+        });
+        assert!(!packing.begin_flush());
+    }
+}

@@ -18,9 +18,6 @@ pub enum Identical {
     Skip,
 }
 
-/// Bytes compared at a time, in whole clusters: bounds the memory of a request.
-const STEP: u64 = 1 << 20;
-
 impl Image {
     /// Marks in `done`, which has one flag for each cluster that the write touches, those that need no writing. The caller
     /// holds the clusters exclusively, for this and for the writing of the others.
@@ -29,34 +26,22 @@ impl Image {
             return Ok(());
         }
         let geometry = self.geometry();
-        let end = offset + data.len() as u64;
-        let step = STEP.max(geometry.cluster_size());
-        let mut index = 0;
-        let mut below = Vec::new();
-        let mut from = offset;
-        while from < end {
-            let to = (from / step * step + step).min(end);
-            let clusters = (geometry.cluster_of(to - 1) - geometry.cluster_of(from) + 1) as usize;
-            let mut bare = Vec::with_capacity(clusters);
-            for cluster in geometry.cluster_of(from)..=geometry.cluster_of(to - 1) {
-                bare.push(matches!(self.entry(cluster)?, L2Entry::Unallocated | L2Entry::Zero { host: None, .. }));
-            }
-            if bare.contains(&true) {
-                below.resize((to - from) as usize, 0);
-                self.read_range(from, &mut below)?;
-                let mut at = from;
-                for (bare, done) in bare.iter().zip(done.iter_mut().skip(index)) {
-                    let stop = geometry.start_of(geometry.cluster_of(at) + 1).min(to);
-                    let (new, now) = (
-                        (at - offset) as usize..(stop - offset) as usize,
-                        (at - from) as usize..(stop - from) as usize,
-                    );
-                    *done = *bare && data.get(new) == below.get(now);
-                    at = stop;
+        let (mut at, mut rest) = (offset, data);
+        // Cluster by cluster: the memory for what is read stays small whatever the request.
+        let mut now = Vec::new();
+        for (cluster, done) in (geometry.cluster_of(offset)..).zip(done) {
+            let length = (geometry.cluster_size() - geometry.offset_in_cluster(at)).min(rest.len() as u64);
+            let (new, behind) = rest.split_at(length as usize);
+            *done = match self.entry(cluster)? {
+                L2Entry::Zero { host: None, .. } => new.iter().all(|byte| *byte == 0),
+                L2Entry::Unallocated => {
+                    now.resize(new.len(), 0);
+                    self.read_range(at, &mut now)?;
+                    new == now
                 }
-            }
-            index += clusters;
-            from = to;
+                _ => false,
+            };
+            (at, rest) = (at + length, behind);
         }
         Ok(())
     }
