@@ -44,7 +44,7 @@ fn some_bytes(seed: u64, length: usize) -> Vec<u8> {
         0 => pattern(seed, length),
         1 => repetitive(seed, length),
         2 => [wordy(seed, length / 2), pattern(seed, length - length / 2)].concat(),
-        3 => vec![if seed % 2 == 0 { 0 } else { 0xa5 }; length],
+        3 => vec![if seed.is_multiple_of(2) { 0 } else { 0xa5 }; length],
         _ => wordy(seed, length),
     }
 }
@@ -80,12 +80,12 @@ fn write_and_let_qemu_judge(kind: &str, cluster_bits: u32) {
     let mut choice: u64 = 3;
     while at < size {
         let length = [cluster, 3 * cluster, cluster - 512 + 1, 5 * cluster][choice as usize % 4].min(size - at);
-        choice = write(&image, at, length, if choice % 7 == 0 { Durability::BeforeReply } else { LATER });
+        choice = write(&image, at, length, if choice.is_multiple_of(7) { Durability::BeforeReply } else { LATER });
         at += length;
-        if choice % 5 == 0 {
+        if choice.is_multiple_of(5) {
             image.flush().unwrap();
         }
-        if choice % 11 == 0 {
+        if choice.is_multiple_of(11) {
             image.close().unwrap();
             image = open(&path, LEVELS[choice as usize % 3]);
         }

@@ -20,11 +20,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-use blockyard_qcow2::{Access, Backing, BackingFormat, CreateOptions, Durability, ExtentKind};
+use blockyard_qcow2::{Access, Backing, BackingFormat, CompressionLevel, CreateOptions, Durability, ExtentKind};
 use blockyard_qcow2::{Identical, Image, OpenOptions, ZeroMode};
 use recorder::{Recorder, blank};
 use sim_disk::Clock;
-use support::{KIB, MIB, assert_clean, assert_reads_as, folder, fresh, join, over, pattern};
+use support::{KIB, MIB, assert_clean, assert_reads_as, folder, fresh, join, over, pattern, wordy};
 
 const LATER: Durability = Durability::OnFlush;
 
@@ -33,7 +33,11 @@ fn skipping() -> OpenOptions {
 }
 
 fn open(path: &Path) -> Image {
-    Image::open(path, &skipping()).unwrap()
+    open_compressing(path, None)
+}
+
+fn open_compressing(path: &Path, compress: Option<CompressionLevel>) -> Image {
+    Image::open(path, &OpenOptions { compress, ..skipping() }).unwrap()
 }
 
 fn overlay(folder: &tempfile::TempDir, name: &str, below: &str, size: u64) -> PathBuf {
@@ -160,7 +164,8 @@ fn run_sequence(seed: u64) -> u64 {
         };
         blockyard_qcow2::create(&path, &CreateOptions { cluster_size, ..shape }).unwrap();
         bytes.resize(size as usize, 0);
-        let mut image = open(&path);
+        let compress = random.bool().then_some(CompressionLevel::Fast);
+        let mut image = open_compressing(&path, compress);
         for _ in 0..30 {
             let offset = random.u64(..size);
             let length = random.u64(1..6 * cluster).min(size - offset);
@@ -174,14 +179,15 @@ fn run_sequence(seed: u64) -> u64 {
                 1 => image.flush().unwrap(),
                 2 => {
                     image.close().unwrap();
-                    image = open(&path);
+                    image = open_compressing(&path, compress);
                 }
                 kind => {
                     let before = stored(&image);
                     let mut data = bytes[span.clone()].to_vec();
                     if kind > 5 {
                         let at = random.usize(..data.len());
-                        data[at..].copy_from_slice(&pattern(random.u64(..), span.len() - at));
+                        let make = if random.bool() { pattern } else { wordy };
+                        data[at..].copy_from_slice(&make(random.u64(..), span.len() - at));
                     }
                     image.write(offset, &data, durability).unwrap();
                     assert!(kind > 5 || stored(&image) == before, "nothing changed and something was stored");
@@ -287,8 +293,8 @@ fn take(step: Step, recorder: &mut Recorder) {
     let now_durable = Durability::BeforeReply;
     let other = pattern(recorder.seed, 1500);
     match step {
-        Step::WriteSame => recorder.write(300, &recorder.model[300..2300].to_vec(), LATER),
-        Step::WriteSameDurable => recorder.write(0, &recorder.model[..4096].to_vec(), now_durable),
+        Step::WriteSame => recorder.write_again(300, 2000, LATER),
+        Step::WriteSameDurable => recorder.write_again(0, 4096, now_durable),
         Step::WriteOther => recorder.write(700, &other, LATER),
         Step::WriteMixed => {
             recorder.write(0, &[&recorder.model[..1024], &other, &recorder.model[2524..6000]].concat(), LATER)

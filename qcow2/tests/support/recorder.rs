@@ -94,6 +94,12 @@ impl Recorder {
         self.answered(issued, offset, data.len(), durability);
     }
 
+    /// Writes what is there already.
+    pub fn write_again(&mut self, offset: usize, length: usize, durability: Durability) {
+        let data = self.model[offset..offset + length].to_vec();
+        self.write(offset, &data, durability);
+    }
+
     pub fn zero(&mut self, offset: usize, length: usize, mode: ZeroMode, durability: Durability) {
         let issued = now(&self.clock);
         self.image().zero(offset as u64, length as u64, mode, durability).unwrap();
