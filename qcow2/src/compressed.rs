@@ -11,9 +11,11 @@ const KEEP: usize = 8;
 const ZSTD_WINDOW_LOG_MAX: u32 = 23;
 
 /// How the clusters of an image are compressed: one type for the whole image.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Compression {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Compression {
+    /// zlib's method without its header; every reader of the format knows it.
     Deflate,
+    /// Faster, and needs QEMU 5.1 or later.
     Zstd,
 }
 

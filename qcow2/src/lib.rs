@@ -44,6 +44,7 @@ mod info;
 mod lock;
 #[cfg(feature = "mutants")]
 pub mod mutants;
+mod preallocate;
 mod refcounts;
 mod references;
 mod repair;
@@ -56,7 +57,8 @@ pub use async_image::AsyncImage;
 pub use backing::{Layer, backing_size};
 pub use buffer::{Buffer, BufferPool};
 pub use check::{CheckReport, check};
-pub use create::{CreateOptions, create, create_on};
+pub use compressed::Compression;
+pub use create::{CreateOptions, Preallocation, create, create_on};
 pub use error::{Error, Result};
 pub use format::header::{Backing, BackingFormat};
 pub use image::{Durability, Extent, ExtentKind, Image, OpenOptions, ZeroMode};
