@@ -29,9 +29,11 @@ pub enum CompressionLevel {
 }
 
 /// How the clusters of an image are compressed: one type for the whole image.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Compression {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Compression {
+    /// zlib's method without its header; every reader of the format knows it.
     Deflate,
+    /// Faster, and needs QEMU 5.1 or later.
     Zstd,
 }
 

@@ -110,6 +110,7 @@ impl Drop for Run<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::format::refcount::Width;
     use crate::geometry::Geometry;
     use crate::storage::FileStorage;
 
@@ -118,7 +119,7 @@ mod tests {
     fn space() -> (FileStorage, Allocator, Packing) {
         let geometry = Geometry { cluster_bits: 16, size: 1 << 30, extended: false };
         let storage = FileStorage::new(tempfile::tempfile().unwrap());
-        (storage, Allocator::new(geometry, 32_768, 4 * CLUSTER), Packing::default())
+        (storage, Allocator::new(geometry, Width::from_order(4).unwrap(), 4 * CLUSTER, 0), Packing::default())
     }
 
     #[test]

@@ -115,6 +115,7 @@ impl Image {
         cache_bytes: usize,
     ) -> Result<Self> {
         let (header, sector) = read_header(&*storage)?;
+        let mut blocks = 0;
         if access == Access::ReadWrite {
             refuse_read_only_features(&header)?;
             if header.incompatible & CORRUPT != 0 {
@@ -125,32 +126,32 @@ impl Image {
                 storage.sync_data().map_err(Error::io("fdatasync", 0))?;
                 storage.drop_cache().map_err(Error::io("fadvise", 0))?;
             }
-            validate(&*storage, &header)?;
+            blocks = validate(&*storage, &header)?;
         }
         let l1 = read_l1(&*storage, &header)?;
         let backing = header.backing.as_ref().map(below).transpose()?;
         let length = storage.length().map_err(Error::io("fstat", 0))?;
         let geometry = header.geometry;
         let poison = Arc::new(Poison::default());
-        let refcount_entries = header.refcount_width.entries(geometry.cluster_size());
         Ok(Self {
             path: path.to_owned(),
             access,
             backing,
             tables: Tables::new(&header, l1.clone(), cache_bytes),
-            allocator: Allocator::new(geometry, refcount_entries, geometry.round_up(length)),
+            allocator: Allocator::new(geometry, header.refcount_width, geometry.round_up(length), blocks),
             packing: Packing::default(),
             compress: None,
             identical: Identical::Write,
             clusters: ClusterLocks::default(),
             inflated: Inflated::default(),
-            flush: Mutex::new(FlushState::new(l1)),
+            flush: Mutex::new(FlushState::new(header.l1_offset, l1)),
             changes: AtomicU64::new(0),
             write_behind: WriteBehind::new(storage.clone(), poison.clone()),
             poison,
             session: Session::new(sector),
             life: RwLock::new(()),
             closed: AtomicBool::new(false),
+            size: AtomicU64::new(geometry.size),
             header,
             storage,
         })
@@ -182,11 +183,13 @@ pub(crate) fn refuse_read_only_features(header: &Header) -> Result<()> {
     Ok(())
 }
 
-/// Walks the whole tree; the first broken rule forbids writing.
-fn validate(storage: &dyn Storage, header: &Header) -> Result<()> {
+/// Walks the whole tree; the first broken rule forbids writing. Returns how many refcount blocks it needs.
+fn validate(storage: &dyn Storage, header: &Header) -> Result<u64> {
     // Of a dirty image the refcount structures mean nothing; closing makes them anew.
     let table = if header.is_dirty() { None } else { Some(RefcountTable::load(storage, header)?) };
-    references::count(storage, header, table.as_ref())?.faults.refuse()
+    let found = references::count(storage, header, table.as_ref())?;
+    found.faults.refuse()?;
+    Ok(found.counts.groups(header.refcount_width.entries(header.geometry.cluster_size())))
 }
 
 fn read_l1(storage: &dyn Storage, header: &Header) -> Result<Vec<u64>> {
