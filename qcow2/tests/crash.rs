@@ -136,7 +136,7 @@ fn an_image_opened_again_after_a_failed_sync_shows_what_the_disk_has() {
                 run.forget_image();
                 let image = run.open();
                 let truth = run.read(&run.disk.content()).unwrap();
-                let mut found = vec![0; SIZE];
+                let mut found = vec![0; truth.len()];
                 image.read(0, &mut found).unwrap();
                 assert!(found == truth, "{steps:?}: shows what the page cache had");
             }

@@ -4,17 +4,20 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::collections::HashSet;
+use std::fmt;
 use std::io::IoSlice;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, LazyLock, Mutex};
 
 use blockyard_qcow2::storage::Storage;
-use blockyard_qcow2::{Access, CreateOptions, Durability, Image, Layer, ZeroMode, create_on};
+use blockyard_qcow2::{
+    Access, CompressionLevel, CreateOptions, Durability, Image, Layer, OpenOptions, ZeroMode, create_on,
+};
 
 use super::power_cut::{CrashState, crash_states};
 use super::reader::{is_closed, read_disk};
 use super::sim_disk::{Clock, Content, SimDisk, now};
-use super::support::{over, pattern};
+use super::support::{over, pattern, wordy};
 
 pub const SECTOR: usize = 512;
 pub const CACHE: usize = 1 << 20;
@@ -25,8 +28,14 @@ const LATER: Durability = Durability::OnFlush;
 const NOW: Durability = Durability::BeforeReply;
 
 /// One step of a workload, with its name.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct Step(&'static str, fn(&mut Run));
+
+impl fmt::Debug for Step {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(self.0)
+    }
+}
 
 impl Step {
     pub fn name(self) -> &'static str {
@@ -35,16 +44,18 @@ impl Step {
 }
 
 /// In units that make steps meet, and meet the borders of clusters and tables.
-pub const ALPHABET: [Step; 11] = [
+pub const ALPHABET: [Step; 13] = [
     Step("write a cluster", |run| run.write(512, 512, LATER)),
     Step("write a part", |run| run.write(700, 200, LATER)),
     Step("write across tables", |run| run.write(32 * 1024 - 700, 1500, LATER)),
     Step("write durably", |run| run.write(600, 600, NOW)),
-    Step("write elsewhere", |run| run.write(66 * 1024, 2048, LATER)),
+    Step("write near the end", |run| run.write(run.model.len() - 6656, 2048, LATER)),
     Step("zero, keep", |run| run.zero(0, 1536, ZeroMode::Keep, LATER)),
     Step("zero, unmap", |run| run.zero(512, 1636, ZeroMode::Unmap, LATER)),
     Step("zero durably", |run| run.zero(300, 5000, ZeroMode::Unmap, NOW)),
     Step("discard", |run| run.discard(33 * 1024)),
+    Step("write compressible clusters", Run::write_compressible),
+    Step("grow", Run::grow),
     Step("flush", Run::flush),
     Step("close, open again", Run::reopen),
 ];
@@ -112,6 +123,13 @@ struct Flush {
     close: bool,
 }
 
+/// The disk was asked to have this many bytes; it never becomes smaller.
+struct Size {
+    issued: u64,
+    replied: u64,
+    bytes: usize,
+}
+
 /// A workload being run and recorded.
 pub struct Run {
     pub clock: Clock,
@@ -124,6 +142,7 @@ pub struct Run {
     model: Vec<u8>,
     events: Vec<Event>,
     flushes: Vec<Flush>,
+    sizes: Vec<Size>,
     seed: u64,
 }
 
@@ -155,6 +174,7 @@ impl Run {
             model,
             events: Vec::new(),
             flushes: Vec::new(),
+            sizes: vec![Size { issued: 0, replied: 0, bytes: SIZE }],
             seed: 0,
         };
         if start.is_written {
@@ -185,7 +205,10 @@ impl Run {
     }
 
     fn open_on(&self, disk: Arc<SimDisk>) -> blockyard_qcow2::Result<Image> {
-        Image::open_on(disk, Access::ReadWrite, self.below(), CACHE)
+        // Without effect on bytes that do not become smaller, as most here.
+        let compress = Some(CompressionLevel::Fast);
+        let options = OpenOptions { cache_bytes: CACHE, compress, ..OpenOptions::new(Access::ReadWrite) };
+        Image::open_on_with(disk, self.below(), &options)
     }
 
     /// Drops the image without closing it.
@@ -222,10 +245,33 @@ impl Run {
         }
     }
 
+    fn grow(&mut self) {
+        let bytes = self.model.len() + 25 * 1024;
+        let issued = now(&self.clock);
+        let done = self.ask(|image| image.grow(bytes as u64));
+        let replied = if done { now(&self.clock) } else { u64::MAX };
+        if done {
+            // What was written before is durable then.
+            self.flushes.push(Flush { issued, replied, close: false });
+        }
+        self.model.resize(bytes, 0);
+        self.initial.resize(bytes, 0);
+        self.sizes.push(Size { issued, replied, bytes });
+    }
+
+    fn write_compressible(&mut self) {
+        let cluster = self.image.as_ref().unwrap().cluster_size() as usize;
+        let (offset, length) = (8192 / cluster * cluster, cluster.max(8192));
+        self.write_bytes(offset, &wordy(self.seed, length), LATER);
+    }
+
     fn write(&mut self, offset: usize, length: usize, durability: Durability) {
-        let data = pattern(self.seed, length);
-        self.model[offset..offset + length].copy_from_slice(&data);
-        self.record(offset, length, durability, |image| image.write(offset as u64, &data, durability));
+        self.write_bytes(offset, &pattern(self.seed, length), durability);
+    }
+
+    fn write_bytes(&mut self, offset: usize, data: &[u8], durability: Durability) {
+        self.model[offset..offset + data.len()].copy_from_slice(data);
+        self.record(offset, data.len(), durability, |image| image.write(offset as u64, data, durability));
     }
 
     fn zero(&mut self, offset: usize, length: usize, mode: ZeroMode, durability: Durability) {
@@ -293,7 +339,9 @@ impl Run {
     /// Whether the image must be whole at that time: it was closed, and nothing was asked of it since.
     fn must_be_closed(&self, time: u64) -> bool {
         let close = self.flushes.iter().rfind(|flush| flush.close && flush.replied < time);
-        let quiet = |close: &Flush| !self.events.iter().any(|event| (close.issued..time).contains(&event.issued));
+        let asked = self.events.iter().map(|event| event.issued).chain(self.sizes.iter().map(|size| size.issued));
+        let asked: Vec<u64> = asked.collect();
+        let quiet = |close: &Flush| !asked.iter().any(|issued| (close.issued..time).contains(issued));
         close.is_some_and(quiet)
     }
 
@@ -308,6 +356,11 @@ impl Run {
             Ok(found) => found,
             Err(rule) => return Some(rule),
         };
+        let had = self.sizes.iter().rfind(|size| size.replied <= state.earliest).map_or(SIZE, |size| size.bytes);
+        if !self.sizes.iter().any(|size| size.bytes == found.len() && size.issued <= state.latest) || found.len() < had
+        {
+            return Some(format!("the disk has {} bytes", found.len()));
+        }
         for (sector, value) in found.chunks(SECTOR).enumerate() {
             for time in [state.earliest + 1, state.latest] {
                 if !self.sector_is_legal(sector, value, time) {
