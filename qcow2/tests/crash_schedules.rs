@@ -82,7 +82,9 @@ fn session(
     random: &mut fastrand::Rng,
     first_id: u64,
 ) -> Result<(usize, Registers), String> {
-    let guest = Guest::new(shape, clock, base, first_id)?;
+    // A slow disk has more payload on its way.
+    let slowness = [1, 4, 12][random.usize(..3)];
+    let guest = Guest::new(shape, clock, base, first_id, slowness)?;
     let mut threads = Vec::new();
     for _ in 0..WRITERS {
         let (guest, random) = (guest.clone(), random.fork());

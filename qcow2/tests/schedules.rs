@@ -48,9 +48,9 @@ type Thread = fn(&Guest);
 /// Runs threads against each other under many schedules, closes, and judges.
 fn race(name: &str, shape: &'static Shape, threads: &'static [Thread]) {
     let scale = std::env::var("SCALE").map_or(1, |scale| scale.parse().unwrap());
-    let outcome = explore(SCHEDULES * scale, move |_| {
+    let outcome = explore(SCHEDULES * scale, move |seed| {
         let clock: Clock = Arc::new(AtomicU64::new(0));
-        let guest = Guest::new(shape, &clock, &shape.first_content(&clock), 1)?;
+        let guest = Guest::new(shape, &clock, &shape.first_content(&clock), 1, 1 + seed as usize % 4)?;
         let running: Vec<_> = threads
             .iter()
             .map(|thread| {
@@ -211,7 +211,7 @@ fn bytes_of_one_sector_written_by_two_threads_are_both_kept() {
     let scale = std::env::var("SCALE").map_or(1, |scale| scale.parse().unwrap());
     let outcome = explore(SCHEDULES * scale, |_| {
         let clock: Clock = Arc::new(AtomicU64::new(0));
-        let guest = Guest::new(&OVERLAY, &clock, &OVERLAY.first_content(&clock), 1)?;
+        let guest = Guest::new(&OVERLAY, &clock, &OVERLAY.first_content(&clock), 1, 1)?;
         let running: Vec<_> = (1..=3u64)
             .map(|thread| {
                 let guest = guest.clone();
@@ -228,7 +228,7 @@ fn bytes_of_one_sector_written_by_two_threads_are_both_kept() {
         running.into_iter().for_each(|thread| thread.join().unwrap());
         guest.close()?;
         // Through a new session, from the file.
-        let again = Guest::new(&OVERLAY, &clock, &guest.content(), 100)?;
+        let again = Guest::new(&OVERLAY, &clock, &guest.content(), 100, 1)?;
         let mut bytes = [0; 600];
         again.image.read(1200, &mut bytes).unwrap();
         let expected = [[1; 200], [2; 200], [3; 200]].concat();

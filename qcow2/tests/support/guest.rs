@@ -92,9 +92,12 @@ impl Guest {
         clock: &Clock,
         base: &Content,
         first_id: u64,
+        slowness: usize,
     ) -> std::result::Result<Arc<Self>, String> {
         let initial = shape.values_of(base)?;
-        let disk = Arc::new(SimDisk::new(clock.clone(), base.clone()));
+        let mut disk = SimDisk::new(clock.clone(), base.clone());
+        disk.slowness = slowness;
+        let disk = Arc::new(disk);
         let image = Image::open_on(disk.clone(), Access::ReadWrite, shape.layer(clock), CACHE)
             .map_err(|error| format!("cannot be opened: {error}"))?;
         Ok(Arc::new(Self {

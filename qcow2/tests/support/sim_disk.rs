@@ -161,7 +161,8 @@ pub struct SimDisk {
     pub failing_sync: Option<u64>,
     /// Whether the file system can reserve space.
     pub can_reserve: bool,
-    is_quiet: bool,
+    /// How many times a call lets other threads run, before and after it takes effect each.
+    pub slowness: usize,
 }
 
 impl SimDisk {
@@ -173,13 +174,13 @@ impl SimDisk {
             ignored_syncs: Vec::new(),
             failing_sync: None,
             can_reserve: true,
-            is_quiet: false,
+            slowness: 1,
         }
     }
 
     /// As it is, but never interrupted.
     pub fn quiet(self) -> Self {
-        Self { is_quiet: true, ..self }
+        Self { slowness: 0, ..self }
     }
 
     pub fn calls(&self) -> Vec<Call> {
@@ -203,7 +204,7 @@ impl SimDisk {
     /// Lets other threads run, where a scheduler decides who does.
     fn pause(&self) {
         #[cfg(feature = "shuttle")]
-        if !self.is_quiet {
+        for _ in 0..self.slowness {
             shuttle::sync::atomic::AtomicBool::new(false).load(Ordering::SeqCst);
         }
     }
