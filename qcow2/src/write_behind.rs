@@ -141,7 +141,7 @@ impl State {
     fn take(&mut self) -> Option<(u64, Arc<Run>)> {
         self.taken += 1;
         let is_queued = |offset: &&u64| self.queued.contains_key(offset);
-        let oldest = if self.taken % OLDEST_EVERY == 0 { self.ids.values().find(is_queued) } else { None };
+        let oldest = if self.taken.is_multiple_of(OLDEST_EVERY) { self.ids.values().find(is_queued) } else { None };
         let next = oldest.or_else(|| self.queued.range(self.cursor..).map(|(offset, _)| offset).next());
         let offset = *next.or_else(|| self.queued.keys().next())?;
         let run = Arc::new(self.queued.remove(&offset)?);
