@@ -3,6 +3,7 @@
 
 use crate::error::{Error, Result};
 use crate::geometry::Geometry;
+use crate::refcounts;
 use crate::storage::{Reservation, Storage};
 use crate::sync::{Mutex, lock};
 
@@ -43,8 +44,11 @@ impl Allocator {
         let length = clusters * self.geometry.cluster_size();
         let mut state = lock(&self.state);
         let end = state.next + length;
-        // The refcounts that closing will have to write must find room too.
-        let needed = end + self.refcount_bytes(end);
+        // The refcounts that closing will have to write must find room too, and a table that can hold them.
+        let needed = refcounts::length_with_refcounts(self.geometry, self.refcount_entries, end);
+        if needed > refcounts::file_length_max(self.geometry, self.refcount_entries) {
+            return Err(Error::NoSpace { offset: state.next, length });
+        }
         if needed > state.reserved && state.can_reserve {
             reserve(storage, &mut state, needed)?;
         }
@@ -56,14 +60,6 @@ impl Allocator {
     /// End of used host space.
     pub(crate) fn end(&self) -> u64 {
         lock(&self.state).next
-    }
-
-    /// An upper bound of what the refcount structures of a file of this length occupy.
-    fn refcount_bytes(&self, file_length: u64) -> u64 {
-        let cluster = self.geometry.cluster_size();
-        let blocks = (file_length / cluster).div_ceil(self.refcount_entries) + 2;
-        let table = (blocks * 8).div_ceil(cluster) + 1;
-        (blocks + table) * cluster
     }
 }
 

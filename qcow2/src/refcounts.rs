@@ -6,11 +6,12 @@
 
 use std::io::IoSlice;
 
+use crate::counts::Counts;
 use crate::error::{Error, Result};
 use crate::format::header::{Header, REFCOUNT_TABLE_BYTES_MAX};
 use crate::format::refcount::{TABLE_OFFSET, Width};
 use crate::geometry::{ENTRY, Geometry};
-use crate::references::{Counts, References, read_table};
+use crate::references::{References, each_entry};
 use crate::storage::Storage;
 
 /// Where the refcount table lies, and what it says.
@@ -25,11 +26,42 @@ pub(crate) struct RefcountTable {
 impl RefcountTable {
     pub(crate) fn load(storage: &dyn Storage, header: &Header) -> Result<Self> {
         let (offset, clusters) = (header.refcount_table_offset, u64::from(header.refcount_table_clusters));
-        let mut entries = read_table(storage, offset, clusters * header.geometry.cluster_size() / ENTRY)?;
-        let used = entries.iter().rposition(|entry| *entry != 0).map_or(0, |last| last + 1);
-        entries.truncate(used);
+        let mut entries = Vec::new();
+        each_entry(storage, offset, clusters * header.geometry.cluster_size() / ENTRY, |at, raw| {
+            entries.resize(((at - offset) / ENTRY) as usize, 0);
+            entries.push(raw);
+            Ok(())
+        })?;
         Ok(Self { offset, clusters, entries })
     }
+}
+
+/// The longest file, refcount structures included, that a refcount table of 8 MiB can describe and entries can point into.
+pub(crate) fn file_length_max(geometry: Geometry, per_block: u64) -> u64 {
+    (REFCOUNT_TABLE_BYTES_MAX / ENTRY * per_block).saturating_mul(geometry.cluster_size()).min(1 << 56)
+}
+
+/// The length of a file once refcount structures for all of it are appended at `end`: an upper bound.
+pub(crate) fn length_with_refcounts(geometry: Geometry, per_block: u64, end: u64) -> u64 {
+    let cluster = geometry.cluster_size();
+    // The structures describe themselves as well, so one block more for every `per_block` of them.
+    let blocks = (end / cluster).div_ceil(per_block);
+    let blocks = blocks + blocks.div_ceil(per_block - 1) + 2;
+    let table = (blocks * ENTRY).div_ceil(cluster) + 2;
+    end + (blocks + table) * cluster
+}
+
+/// Refuses what [`set`] could not write for a file that ends at `end`; found out before anything is changed.
+pub(crate) fn refuse_unwritable(geometry: Geometry, width: Width, counts: &Counts, end: u64) -> Result<()> {
+    let per_block = width.entries(geometry.cluster_size());
+    if length_with_refcounts(geometry, per_block, end) > file_length_max(geometry, per_block) {
+        return Err(Error::unsupported("images whose refcount table would pass 8 MiB"));
+    }
+    if counts.highest() > width.max() {
+        let (count, bits) = (counts.highest(), width.bits());
+        return Err(Error::unsupported(format!("{count} references with refcounts of {bits} bits")));
+    }
+    Ok(())
 }
 
 /// Makes the refcounts on disk equal to `counts`, which must hold every reference of the file but those of new refcount
@@ -44,6 +76,7 @@ pub(crate) fn set(
 ) -> Result<(RefcountTable, u64)> {
     let cluster = geometry.cluster_size();
     let per_block = width.entries(cluster);
+    refuse_unwritable(geometry, width, counts, end)?;
     loop {
         let blocks = (end / cluster).div_ceil(per_block) as usize;
         if table.entries.len() < blocks {
@@ -93,19 +126,8 @@ fn write(
     for (index, entry) in table.entries.iter().enumerate().filter(|(_, entry)| **entry != 0) {
         block.fill(0);
         let first = index as u64 * per_block;
-        if counts.any(first, first + per_block) {
-            for position in 0..per_block {
-                let count = counts.load(first + position);
-                if count > width.max() {
-                    return Err(Error::unsupported(format!(
-                        "{count} references with refcounts of {} bits",
-                        width.bits()
-                    )));
-                }
-                if count > 0 {
-                    width.store(&mut block, position, count);
-                }
-            }
+        for (cluster, count) in counts.used(first, first + per_block) {
+            width.store(&mut block, cluster - first, count);
         }
         let host = entry & TABLE_OFFSET;
         storage.write(host, &mut [IoSlice::new(&block)]).map_err(Error::io("write", host))?;
@@ -126,39 +148,64 @@ pub(crate) struct Differences {
     pub(crate) wrong_copied_bits: u64,
 }
 
-/// Compares block by block; `end` is the end of the file in bytes.
+/// Compares block by block, then what has no block. The work is bounded by the tables and references there are, not by the
+/// length of the file.
 pub(crate) fn compare(
     storage: &dyn Storage,
     geometry: Geometry,
     width: Width,
     table: &RefcountTable,
     found: &References,
-    end: u64,
 ) -> Result<Differences> {
     let cluster = geometry.cluster_size();
     let per_block = width.entries(cluster);
-    let blocks = (end.div_ceil(cluster)).div_ceil(per_block).max(table.entries.len() as u64);
     let mut differences = Differences::default();
+    let mut absent = found.bad_blocks.clone();
     let mut block = vec![0; cluster as usize];
-    for index in 0..blocks {
-        let first = index * per_block;
-        let host = table.entries.get(index as usize).map_or(0, |entry| entry & TABLE_OFFSET);
-        let referenced = found.counts.any(first, first + per_block);
-        if host == 0 && !referenced {
+    for (index, entry) in table.entries.iter().enumerate().filter(|(_, entry)| **entry != 0) {
+        let host = entry & TABLE_OFFSET;
+        if found.bad_blocks.binary_search(&index).is_ok() {
             continue;
         }
-        block.fill(0);
-        if host != 0 && host.is_multiple_of(cluster) {
-            storage.read(host, &mut block).map_err(Error::io("read", host))?;
+        if storage.is_hole(host, cluster) {
+            absent.push(index);
+            continue;
         }
-        for position in 0..per_block {
-            let (stored, counted) = (width.load(&block, position), found.counts.load(first + position));
-            differences.too_low += u64::from(stored < counted);
-            differences.too_high += u64::from(stored > counted);
-            if counted > 0 {
-                differences.wrong_copied_bits += found.wrong_copied_bits(first + position, stored);
-            }
+        storage.read(host, &mut block).map_err(Error::io("read", host))?;
+        differences.compare_block(width, &block, found, index as u64 * per_block);
+    }
+    absent.sort_unstable();
+    for (cluster, counted) in found.counts.used(0, u64::MAX) {
+        let index = (cluster / per_block) as usize;
+        if table.entries.get(index).is_none_or(|entry| *entry == 0) || absent.binary_search(&index).is_ok() {
+            differences.note(found, cluster, 0, counted);
         }
     }
     Ok(differences)
+}
+
+impl Differences {
+    /// `first`: the cluster of the block's first count.
+    fn compare_block(&mut self, width: Width, block: &[u8], found: &References, first: u64) {
+        let per_word = u64::from(64 / width.bits());
+        for (word, bytes) in (0..).zip(block.chunks_exact(8)) {
+            let positions = word * per_word..(word + 1) * per_word;
+            let referenced = found.counts.any(first + positions.start, first + positions.end);
+            if !referenced && bytes.iter().all(|byte| *byte == 0) {
+                continue;
+            }
+            for position in positions {
+                let counted = if referenced { found.counts.load(first + position) } else { 0 };
+                self.note(found, first + position, width.load(block, position), counted);
+            }
+        }
+    }
+
+    fn note(&mut self, found: &References, cluster: u64, stored: u64, counted: u64) {
+        self.too_low += u64::from(stored < counted);
+        self.too_high += u64::from(stored > counted);
+        if counted > 0 {
+            self.wrong_copied_bits += found.wrong_copied_bits(cluster, stored);
+        }
+    }
 }

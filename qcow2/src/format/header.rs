@@ -23,6 +23,8 @@ const EXTENSION_FEATURE_NAMES: u32 = 0x6803_f857;
 const EXTENSION_BITMAPS: u32 = 0x2385_2875;
 const EXTENSION_ENCRYPTION: u32 = 0x0537_be77;
 const EXTENSION_DATA_FILE: u32 = 0x4441_5441;
+const KNOWN_EXTENSIONS: [u32; 5] =
+    [EXTENSION_BACKING_FORMAT, EXTENSION_FEATURE_NAMES, EXTENSION_BITMAPS, EXTENSION_ENCRYPTION, EXTENSION_DATA_FILE];
 /// Autoclear bit 0: the bitmaps extension is valid.
 pub(crate) const AUTOCLEAR_BITMAPS: u64 = 1 << 0;
 /// What a bitmaps extension is renamed to before the first write: an unknown type, ignored by every reader.
@@ -185,6 +187,11 @@ impl Header {
             let value = u64::from(self.refcount_table_clusters);
             return corrupt("header field refcount_table_clusters", 56, value, "must be 1 cluster to 8 MiB");
         }
+        let snapshots_aligned = self.snapshots_offset.is_multiple_of(cluster_size) && self.snapshots_offset != 0;
+        if self.snapshots > 0 && !snapshots_aligned {
+            let rule = "must be a multiple of the cluster size, behind the header";
+            return corrupt("header field snapshots_offset", 64, self.snapshots_offset, rule);
+        }
         if !inside(self.refcount_table_offset, table_bytes) {
             let rule = "must be a multiple of the cluster size, behind the header and inside the file";
             return corrupt("header field refcount_table_offset", 48, self.refcount_table_offset, rule);
@@ -195,6 +202,10 @@ impl Header {
     fn with_extensions(mut self, bytes: &[u8], start: usize, name_at: u64, name_length: u32) -> Result<Self> {
         let cluster_size = self.geometry.cluster_size();
         let name = backing_name(bytes, name_at, name_length, cluster_size)?;
+        if name.is_some() && name_at < start as u64 {
+            let rule = "must lie behind the header";
+            return Err(Error::corrupt("backing file name", name_at, u64::from(name_length), rule));
+        }
         let end = if name_at == 0 { cluster_size } else { name_at }.min(bytes.len() as u64) as usize;
         let mut format = None;
         let mut seen = Vec::new();
@@ -207,8 +218,9 @@ impl Header {
             if seen.len() == EXTENSIONS_MAX {
                 return corrupt("an image has at most 64 extensions");
             }
-            if seen.contains(&kind) {
-                return corrupt("an extension must not occur twice");
+            // Of unknown ones there may be several: bitmaps that were retired twice, for instance.
+            if KNOWN_EXTENSIONS.contains(&kind) && seen.contains(&kind) {
+                return corrupt("a known extension must not occur twice");
             }
             let data_end = at + 8 + length as usize;
             let Some(data) = bytes.get(at + 8..data_end).filter(|_| data_end <= end) else {
@@ -216,6 +228,7 @@ impl Header {
             };
             match kind {
                 EXTENSION_BACKING_FORMAT => format = Some(data.to_vec()),
+                EXTENSION_BITMAPS if length != 24 => return corrupt("the bitmaps extension has 24 bytes"),
                 EXTENSION_BITMAPS => self.bitmaps_extension = Some(at),
                 EXTENSION_ENCRYPTION => return Err(Error::unsupported("encrypted images")),
                 EXTENSION_DATA_FILE => return Err(Error::unsupported("images with an external data file")),
@@ -230,6 +243,17 @@ impl Header {
 
     pub(crate) fn is_dirty(&self) -> bool {
         self.incompatible & DIRTY != 0
+    }
+
+    /// Whether a host offset lies in the header, the L1 table or the refcount table.
+    pub(crate) fn is_structure(&self, host: u64) -> bool {
+        let cluster_size = self.geometry.cluster_size();
+        let inside = |start: u64, bytes: u64| host >= start && host - start < bytes.next_multiple_of(cluster_size);
+        inside(0, cluster_size)
+            || inside(self.l1_offset, u64::from(self.l1_entries) * ENTRY)
+            // Of an image that was not closed, the refcount structures mean nothing.
+            || (!self.is_dirty()
+                && inside(self.refcount_table_offset, u64::from(self.refcount_table_clusters) * cluster_size))
     }
 
     /// Encodes a version 3 header cluster. The caller has bounded cluster size, table sizes and the backing name.

@@ -5,6 +5,7 @@ use std::io::IoSlice;
 
 use super::Image;
 use crate::error::Result;
+use crate::l1::L1;
 use crate::sync::lock;
 use crate::tables::{TableClone, l1_sector};
 
@@ -20,14 +21,14 @@ pub enum Durability {
 /// What only a flush may touch; its mutex makes flushes run one at a time.
 #[derive(Debug)]
 pub(super) struct FlushState {
-    /// The L1 as it is on disk: host offset of each table, 0 for none.
-    disk_l1: Vec<u64>,
+    /// The L1 as it is on disk.
+    disk_l1: L1,
     /// `Image::changes` as of the last completed flush: `0 <= covered <= changes`.
     covered: u64,
 }
 
 impl FlushState {
-    pub(super) fn new(disk_l1: Vec<u64>) -> Self {
+    pub(super) fn new(disk_l1: L1) -> Self {
         Self { disk_l1, covered: 0 }
     }
 }
@@ -61,7 +62,7 @@ impl Image {
         Ok(())
     }
 
-    fn write_clones(&self, clones: &[TableClone], payload: u64, disk_l1: &mut [u64]) -> Result<()> {
+    fn write_clones(&self, clones: &[TableClone], payload: u64, disk_l1: &mut L1) -> Result<()> {
         // (a) Tables that nothing on disk points at yet.
         for clone in clones.iter().filter(|clone| !clone.linked) {
             self.write_table(clone)?;
@@ -82,7 +83,7 @@ impl Image {
         }
         let mut sectors = Vec::new();
         for clone in clones.iter().filter(|clone| !clone.linked) {
-            disk_l1[clone.l1_index] = clone.host;
+            disk_l1.set(clone.l1_index, clone.host);
             sectors.push(l1_sector(disk_l1, clone.l1_index).0);
         }
         sectors.sort_unstable();
