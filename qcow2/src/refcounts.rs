@@ -124,12 +124,15 @@ fn write(
     let per_block = width.entries(cluster);
     let mut block = vec![0; cluster as usize];
     for (index, entry) in table.entries.iter().enumerate().filter(|(_, entry)| **entry != 0) {
+        let (first, host) = (index as u64 * per_block, entry & TABLE_OFFSET);
+        if !counts.any(first, first + per_block) && storage.is_hole(host, cluster) {
+            // All its counts are zero already; a table full of such blocks must not make us fill a disk with zeroes.
+            continue;
+        }
         block.fill(0);
-        let first = index as u64 * per_block;
         for (cluster, count) in counts.used(first, first + per_block) {
             width.store(&mut block, cluster - first, count);
         }
-        let host = entry & TABLE_OFFSET;
         storage.write(host, &mut [IoSlice::new(&block)]).map_err(Error::io("write", host))?;
     }
     let mut bytes: Vec<u8> = table.entries.iter().flat_map(|entry| entry.to_be_bytes()).collect();

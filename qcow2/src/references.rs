@@ -84,6 +84,11 @@ impl References {
         self.faults.count == self.not_copied
     }
 
+    /// Whether an entry without the COPIED bit refers to a cluster that has no other owner (any more).
+    pub(crate) fn lacks_copied_bits(&self) -> bool {
+        self.uncopied.used(0, u64::MAX).any(|(cluster, _)| self.counts.load(cluster) == 1)
+    }
+
     /// Takes the clusters of a range, which lies inside the file, for a structure that shares them with nobody. Returns
     /// whether that is so.
     pub(crate) fn claim_all(&mut self, structure: &'static str, offset: u64, bytes: u64, cluster_size: u64) -> bool {

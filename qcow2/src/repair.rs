@@ -74,7 +74,7 @@ pub fn repair_on(storage: &dyn Storage) -> Result<CheckReport> {
 }
 
 /// Gives every table and every data cluster with one owner its COPIED bit, and takes it from those with several.
-fn set_copied_bits(storage: &dyn Storage, header: &Header, counts: &Counts) -> Result<()> {
+pub(crate) fn set_copied_bits(storage: &dyn Storage, header: &Header, counts: &Counts) -> Result<()> {
     let geometry = header.geometry;
     let right = |raw: u64, host: u64| {
         let single = counts.load(host / geometry.cluster_size()) == 1;

@@ -27,6 +27,8 @@ const KNOWN_EXTENSIONS: [u32; 5] =
     [EXTENSION_BACKING_FORMAT, EXTENSION_FEATURE_NAMES, EXTENSION_BITMAPS, EXTENSION_ENCRYPTION, EXTENSION_DATA_FILE];
 /// Autoclear bit 0: the bitmaps extension is valid.
 pub(crate) const AUTOCLEAR_BITMAPS: u64 = 1 << 0;
+/// Autoclear bit 1: the external data file can be read as a raw image.
+const RAW_EXTERNAL_DATA: u64 = 1 << 1;
 /// What a bitmaps extension is renamed to before the first write: an unknown type, ignored by every reader.
 pub(crate) const EXTENSION_RETIRED_BITMAPS: u32 = 0x6279_6e6f;
 
@@ -131,6 +133,11 @@ impl Header {
         let compression_type = if header_length > 104 { bytes.get(104).copied().ok_or_else(truncated)? } else { 0 };
         refuse_unsupported(u32_at(32)?, incompatible, compression_type)?;
 
+        if autoclear & RAW_EXTERNAL_DATA != 0 {
+            let rule = "raw external data needs an external data file";
+            return Err(Error::corrupt("header field autoclear_features", 88, autoclear, rule));
+        }
+
         let extended = incompatible & EXTENDED_L2 != 0;
         if extended && cluster_size < 16384 {
             let rule = "extended L2 entries need clusters of at least 16 KiB";
@@ -187,9 +194,10 @@ impl Header {
             let value = u64::from(self.refcount_table_clusters);
             return corrupt("header field refcount_table_clusters", 56, value, "must be 1 cluster to 8 MiB");
         }
-        let snapshots_aligned = self.snapshots_offset.is_multiple_of(cluster_size) && self.snapshots_offset != 0;
-        if self.snapshots > 0 && !snapshots_aligned {
-            let rule = "must be a multiple of the cluster size, behind the header";
+        // QEMU opens no image that breaks this, with snapshots or without.
+        let offset = self.snapshots_offset;
+        if !offset.is_multiple_of(cluster_size) || offset > i64::MAX as u64 || (self.snapshots > 0 && offset == 0) {
+            let rule = "must be a multiple of the cluster size below 2^63, behind the header if there are snapshots";
             return corrupt("header field snapshots_offset", 64, self.snapshots_offset, rule);
         }
         if !inside(self.refcount_table_offset, table_bytes) {
@@ -227,6 +235,7 @@ impl Header {
                 return corrupt("an extension must end before the backing file name and inside the first cluster");
             };
             match kind {
+                EXTENSION_BACKING_FORMAT if length > 15 => return corrupt("no backing format has more than 15 bytes"),
                 EXTENSION_BACKING_FORMAT => format = Some(data.to_vec()),
                 EXTENSION_BITMAPS if length != 24 => return corrupt("the bitmaps extension has 24 bytes"),
                 EXTENSION_BITMAPS => self.bitmaps_extension = Some(at),
@@ -245,15 +254,12 @@ impl Header {
         self.incompatible & DIRTY != 0
     }
 
-    /// Whether a host offset lies in the header, the L1 table or the refcount table.
+    /// Whether a host offset lies in the header or the L1 table. Where the refcounts are does not matter to a reader, who
+    /// must be able to get at the data when they are what is broken.
     pub(crate) fn is_structure(&self, host: u64) -> bool {
         let cluster_size = self.geometry.cluster_size();
-        let inside = |start: u64, bytes: u64| host >= start && host - start < bytes.next_multiple_of(cluster_size);
-        inside(0, cluster_size)
-            || inside(self.l1_offset, u64::from(self.l1_entries) * ENTRY)
-            // Of an image that was not closed, the refcount structures mean nothing.
-            || (!self.is_dirty()
-                && inside(self.refcount_table_offset, u64::from(self.refcount_table_clusters) * cluster_size))
+        let l1_bytes = (u64::from(self.l1_entries) * ENTRY).next_multiple_of(cluster_size);
+        host < cluster_size || (host >= self.l1_offset && host - self.l1_offset < l1_bytes)
     }
 
     /// Encodes a version 3 header cluster. The caller has bounded cluster size, table sizes and the backing name.
