@@ -4,6 +4,7 @@
 //! `WRITE_SEEDS=1 cargo test -p blockyard-qcow2 --test corpus` writes the seeds that are generated here; what a fuzzer found
 //! is added by hand.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+#![allow(clippy::print_stdout, reason = "the figures of the run")]
 
 #[path = "support/damaged.rs"]
 mod damaged;

@@ -1,6 +1,7 @@
 //! No file may crash, hang or eat memory: damaged images of every kind go through everything the engine does, in processes
 //! that are limited to 1 GiB and 10 s of CPU, and QEMU judges the same images.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+#![allow(clippy::print_stdout, reason = "the figures of the run")]
 
 #[path = "support/bombs.rs"]
 mod bombs;
@@ -186,7 +187,7 @@ fn judge(sample: &Sample, report: &HashMap<String, String>, findings: &mut Vec<S
         (status != 0).then(|| format!("{}: QEMU finds {name} not clean ({status})", sample.name))
     };
     // Every third: QEMU takes longer than all the rest of this test.
-    let chosen = foreign && judged.len() % 3 == 0;
+    let chosen = foreign && judged.len().is_multiple_of(3);
     if chosen && said("closed") == "clean" {
         findings.extend(clean("written.qcow2"));
     }
