@@ -7,8 +7,8 @@ use std::collections::{BTreeMap, HashMap};
 
 use crate::error::{Error, Result};
 
-/// Clusters per chunk of a set: 64 Ki bits, 8 KiB.
-const CHUNK: u64 = 1 << 16;
+/// Clusters per chunk of a set: 512 bytes of bits, so that references strewn over a sparse file cost little each.
+const CHUNK: u64 = 1 << 12;
 /// Clusters per page of counts beyond one.
 const PAGE: u64 = 256;
 /// A byte of a page that says "look into the map".
@@ -23,8 +23,8 @@ pub(crate) struct Clusters {
 }
 
 impl Clusters {
-    /// 32 MiB: enough for any image of 16 TiB with clusters of 64 KiB, however thinly it uses its file.
-    const BASE_CHUNKS: u64 = 4096;
+    /// Less than 40 MiB: enough for any file of 16 TiB with clusters of 64 KiB, however thinly it is used.
+    const BASE_CHUNKS: u64 = 1 << 16;
     /// Members that pay for a further chunk: an eighth of what one can hold.
     const MEMBERS_PER_CHUNK: u64 = CHUNK / 8;
 
@@ -175,6 +175,13 @@ impl Counts {
         })
     }
 
+    /// How many groups of `clusters` neighbours (a power of two, at least 64) have a reference.
+    pub(crate) fn groups(&self, clusters: u64) -> u64 {
+        let mut last = None;
+        let is_first = |group: &u64| last.replace(*group) != Some(*group);
+        self.ones.members(0, u64::MAX).map(|cluster| cluster / clusters).filter(is_first).count() as u64
+    }
+
     /// The highest count.
     pub(crate) fn highest(&self) -> u64 {
         let beyond = self.beyond.values().flat_map(|page| page.iter().copied()).filter(|count| *count != MANY).max();
@@ -204,6 +211,7 @@ mod tests {
             counts.add(cluster);
         }
         assert_eq!((counts.load(2), counts.load(3), counts.load(CHUNK)), (0, 2, 1));
+        assert_eq!((counts.groups(64), counts.groups(CHUNK)), (3, 2));
         assert_eq!(counts.used(1, CHUNK + 1).collect::<Vec<_>>(), [(1, 1), (3, 2), (CHUNK, 1)]);
         counts.remove(3);
         counts.remove(1);
@@ -211,6 +219,19 @@ mod tests {
         assert_eq!(counts.unused_runs(6).collect::<Vec<_>>(), [(1, 3), (4, 6)]);
         assert!(counts.any(CHUNK + 64, CHUNK + 128) && counts.any(CHUNK + 70, CHUNK + 71));
         assert!(!counts.any(CHUNK + 71, CHUNK + 200) && !counts.any(4, CHUNK));
+    }
+
+    #[test]
+    fn references_strewn_over_an_exbibyte_cost_what_they_are() {
+        let mut counts = Counts::default();
+        let clusters = [0, 1 << 20, (1 << 44) - 1];
+        for cluster in clusters {
+            counts.add(cluster);
+        }
+        let runs = [(1, 1 << 20), ((1 << 20) + 1, (1 << 44) - 1), (1 << 44, 1 << 45)];
+        assert!(counts.unused_runs(1 << 45).eq(runs));
+        assert!(counts.used(0, u64::MAX).map(|(cluster, _)| cluster).eq(clusters));
+        assert!(!counts.any(2, 1 << 20) && counts.any(2, u64::MAX));
     }
 
     #[test]
@@ -229,12 +250,13 @@ mod tests {
         let mut counts = Counts::default();
         (0..Clusters::BASE_CHUNKS).for_each(|chunk| assert_eq!(counts.add(chunk * CHUNK), 0));
         counts.refuse_overflow().unwrap();
-        counts.add(u64::MAX / 512);
+        // A few more are paid for by the members that there are.
+        (0..1000).for_each(|chunk| assert_eq!(counts.add((1 << 40) + chunk * CHUNK), 0));
         assert!(matches!(counts.refuse_overflow(), Err(Error::Unsupported { .. })));
-        assert_eq!(counts.ones.chunks.len() as u64, Clusters::BASE_CHUNKS);
+        assert!((counts.ones.chunks.len() as u64) < Clusters::BASE_CHUNKS + 1000);
 
         let mut dense = Counts::default();
-        (0..64 * CHUNK).for_each(|cluster| assert_eq!(dense.add(cluster), 0));
+        (0..100 * CHUNK).for_each(|cluster| assert_eq!(dense.add(cluster), 0));
         dense.refuse_overflow().unwrap();
     }
 }

@@ -25,6 +25,17 @@ impl L1 {
         Ok(table)
     }
 
+    /// Entries.
+    pub(crate) fn len(&self) -> usize {
+        self.length
+    }
+
+    /// Makes the table longer; new entries are 0.
+    pub(crate) fn resize(&mut self, length: usize) {
+        self.pages.resize(length.div_ceil(PAGE), None);
+        self.length = length;
+    }
+
     /// 0 past the end.
     pub(crate) fn get(&self, index: usize) -> u64 {
         let page = self.pages.get(index / PAGE).and_then(Option::as_deref);
@@ -48,6 +59,8 @@ mod tests {
         let mut table = L1::empty(1 << 22);
         assert!(table.set(5, 50) && table.set((1 << 22) - 1, 70) && !table.set(1 << 22, 1));
         assert_eq!((table.get(5), table.get(6), table.get((1 << 22) - 1), table.get(1 << 30)), (50, 0, 70, 0));
-        assert_eq!(table.pages.iter().flatten().count(), 2);
+        table.resize((1 << 22) + 1);
+        assert!(table.set(1 << 22, 1) && table.len() == (1 << 22) + 1 && table.get(5) == 50);
+        assert_eq!(table.pages.iter().flatten().count(), 3);
     }
 }

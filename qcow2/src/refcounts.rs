@@ -37,12 +37,12 @@ impl RefcountTable {
 }
 
 /// The longest file, refcount structures included, that a refcount table of 8 MiB can describe and entries can point into.
-pub(crate) fn file_length_max(geometry: Geometry, per_block: u64) -> u64 {
+fn file_length_max(geometry: Geometry, per_block: u64) -> u64 {
     (REFCOUNT_TABLE_BYTES_MAX / ENTRY * per_block).saturating_mul(geometry.cluster_size()).min(1 << 56)
 }
 
 /// The length of a file once refcount structures for all of it are appended at `end`: an upper bound.
-pub(crate) fn length_with_refcounts(geometry: Geometry, per_block: u64, end: u64) -> u64 {
+fn length_with_refcounts(geometry: Geometry, per_block: u64, end: u64) -> u64 {
     let cluster = geometry.cluster_size();
     // The structures describe themselves as well, so one block more for every `per_block` of them.
     let blocks = (end / cluster).div_ceil(per_block);
@@ -57,6 +57,11 @@ pub(crate) fn refuse_unwritable(geometry: Geometry, width: Width, counts: &Count
     if length_with_refcounts(geometry, per_block, end) > file_length_max(geometry, per_block) {
         return Err(Error::unsupported("images whose refcount table would pass 8 MiB"));
     }
+    refuse_too_many(width, counts)
+}
+
+/// Refuses counts that do not fit into their width.
+pub(crate) fn refuse_too_many(width: Width, counts: &Counts) -> Result<()> {
     if counts.highest() > width.max() {
         let (count, bits) = (counts.highest(), width.bits());
         return Err(Error::unsupported(format!("{count} references with refcounts of {bits} bits")));
@@ -76,9 +81,12 @@ pub(crate) fn set(
 ) -> Result<(RefcountTable, u64)> {
     let cluster = geometry.cluster_size();
     let per_block = width.entries(cluster);
-    refuse_unwritable(geometry, width, counts, end)?;
+    refuse_too_many(width, counts)?;
     loop {
         let blocks = (end / cluster).div_ceil(per_block) as usize;
+        if blocks as u64 * ENTRY > REFCOUNT_TABLE_BYTES_MAX {
+            return Err(Error::unsupported("images whose refcount table would pass 8 MiB"));
+        }
         if table.entries.len() < blocks {
             table.entries.resize(blocks, 0);
         }

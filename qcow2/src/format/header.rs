@@ -1,5 +1,7 @@
 //! The header cluster: fixed fields, extensions and the backing file name ("Header", "Header extensions").
 
+pub use super::backing::{Backing, BackingFormat};
+use super::backing::{NAME_MAX, backing, backing_name};
 use super::refcount::Width;
 use super::{be32, be64};
 use crate::error::{Error, Result};
@@ -14,7 +16,9 @@ pub(crate) const DIRTY: u64 = 1 << 0;
 /// Incompatible bit 1: metadata is damaged.
 pub(crate) const CORRUPT: u64 = 1 << 1;
 const EXTERNAL_DATA: u64 = 1 << 2;
-const COMPRESSION_TYPE: u64 = 1 << 3;
+/// Incompatible bit 3: the compression type is not deflate.
+pub(crate) const COMPRESSION_TYPE: u64 = 1 << 3;
+
 const EXTENDED_L2: u64 = 1 << 4;
 
 const EXTENSION_END: u32 = 0;
@@ -25,6 +29,8 @@ const EXTENSION_ENCRYPTION: u32 = 0x0537_be77;
 const EXTENSION_DATA_FILE: u32 = 0x4441_5441;
 const KNOWN_EXTENSIONS: [u32; 5] =
     [EXTENSION_BACKING_FORMAT, EXTENSION_FEATURE_NAMES, EXTENSION_BITMAPS, EXTENSION_ENCRYPTION, EXTENSION_DATA_FILE];
+/// Compatible bit 0: QEMU may postpone updates of the refcounts.
+pub(crate) const LAZY_REFCOUNTS: u64 = 1 << 0;
 /// Autoclear bit 0: the bitmaps extension is valid.
 pub(crate) const AUTOCLEAR_BITMAPS: u64 = 1 << 0;
 /// Autoclear bit 1: the external data file can be read as a raw image.
@@ -34,6 +40,12 @@ pub(crate) const EXTENSION_RETIRED_BITMAPS: u32 = 0x6279_6e6f;
 
 /// Byte offsets in the header of the fields that change while an image is in use; all lie in the first sector.
 pub(crate) mod field {
+    /// u64: virtual size.
+    pub(crate) const SIZE: usize = 24;
+    /// u32: entries of the L1 table.
+    pub(crate) const L1_ENTRIES: usize = 36;
+    /// u64: host offset of the L1 table.
+    pub(crate) const L1_OFFSET: usize = 40;
     /// u64: host offset of the refcount table.
     pub(crate) const REFCOUNT_TABLE_OFFSET: usize = 48;
     /// u32: clusters of the refcount table.
@@ -48,34 +60,6 @@ pub(crate) mod field {
 pub(crate) const L1_BYTES_MAX: u64 = 32 << 20;
 pub(crate) const REFCOUNT_TABLE_BYTES_MAX: u64 = 8 << 20;
 const EXTENSIONS_MAX: usize = 64;
-const BACKING_NAME_MAX: usize = 1023;
-
-/// How the bytes of a backing file are to be read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BackingFormat {
-    /// A qcow2 image.
-    Qcow2,
-    /// The bytes of the disk themselves.
-    Raw,
-}
-
-impl BackingFormat {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Qcow2 => "qcow2",
-            Self::Raw => "raw",
-        }
-    }
-}
-
-/// The backing file as the header names it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Backing {
-    /// The name, relative to the folder of the image that holds it; at most 1023 bytes.
-    pub name: String,
-    /// Never guessed from the file's content.
-    pub format: BackingFormat,
-}
 
 /// The decoded header of an image that this engine can read.
 #[derive(Clone, Debug)]
@@ -292,7 +276,7 @@ impl Header {
         push64(&mut out, u64::from(self.compression_type) << 56); // one byte, then padding
         out.extend_from_slice(&extensions);
         out.extend_from_slice(name.as_bytes());
-        if name.len() > BACKING_NAME_MAX || out.len() as u64 > self.geometry.cluster_size() {
+        if name.len() > NAME_MAX || out.len() as u64 > self.geometry.cluster_size() {
             return Err(Error::InvalidOption {
                 option: "backing",
                 reason: "the name must fit into the first cluster, and into 1023 bytes".into(),
@@ -339,39 +323,6 @@ fn refuse_unsupported(crypt_method: u32, incompatible: u64, compression_type: u8
         return Err(Error::unsupported(format!("compression type {compression_type}")));
     }
     Ok(())
-}
-
-fn backing_name(bytes: &[u8], at: u64, length: u32, cluster_size: u64) -> Result<Option<String>> {
-    if at == 0 {
-        return Ok(None);
-    }
-    let corrupt = |rule| Err(Error::corrupt("backing file name", at, u64::from(length), rule));
-    if length as usize > BACKING_NAME_MAX || at.checked_add(u64::from(length)).is_none_or(|end| end > cluster_size) {
-        return corrupt("must be at most 1023 bytes, inside the first cluster");
-    }
-    let Some(name) = bytes.get(at as usize..at as usize + length as usize) else {
-        return corrupt("must be inside the file");
-    };
-    match str::from_utf8(name) {
-        Ok(name) if !name.is_empty() && !name.contains('\0') => Ok(Some(name.to_owned())),
-        _ => corrupt("must be text without NUL"),
-    }
-}
-
-fn backing(name: String, format: Option<&[u8]>) -> Result<Backing> {
-    let format = match format {
-        Some(b"qcow2") => BackingFormat::Qcow2,
-        Some(b"raw") => BackingFormat::Raw,
-        Some(other) => {
-            let reason = format!("unsupported format '{}'", String::from_utf8_lossy(other));
-            return Err(Error::Backing { name, reason });
-        }
-        None => {
-            let reason = "the image does not say which format it has, and formats are never guessed".into();
-            return Err(Error::Backing { name, reason });
-        }
-    };
-    Ok(Backing { name, format })
 }
 
 /// The names of the feature bits, for tools that meet one they do not know.

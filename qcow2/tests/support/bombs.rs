@@ -44,15 +44,15 @@ pub fn bombs(cases: &mut Cases) {
         let entry = [&(place::L1 << 16).to_be_bytes()[..], &2u32.to_be_bytes(), &[0; 28]].concat();
         snapshots(image, 1000, &entry.repeat(1000));
     });
-    for chunks in [4000, 5000] {
-        cases.add(format!("bomb: references strewn over {chunks} chunks of a file of many TiB"), NARROW, |image| {
+    for chunks in [60_000, 70_016] {
+        cases.add(format!("bomb: references strewn over {chunks} chunks of a huge file"), NARROW, |image| {
             let tables = chunks / 64;
             let first = image.length.next_multiple_of(512);
             move_l1(image, tables, numbers(tables, |index| COPIED | (first + 1 + 512 * index).next_multiple_of(512)));
             let at = first.next_multiple_of(512);
-            image.put(at, &numbers(tables * 64, |index| COPIED | (1 << 20 | index << 16 | 5) << 9));
+            image.put(at, &numbers(tables * 64, |index| COPIED | ((1 << 20) + (index << 12) + 5) << 9));
             move_l1(image, tables, numbers(tables, |index| COPIED | (at + 512 * index)));
-            image.length = (1 << 20 | chunks << 16) << 9;
+            image.length = ((1 << 20) + (chunks << 12)) << 9;
         });
     }
     cases.add("bomb: a file whose refcounts would not fit into a table of 8 MiB", NARROW, |image| {
