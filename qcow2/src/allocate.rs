@@ -43,7 +43,9 @@ impl Allocator {
     /// `blocks`: how many refcount blocks the used part of the file needs, which in a sparse file may be few.
     pub(crate) fn new(geometry: Geometry, refcount_width: Width, end: u64, blocks: u64) -> Self {
         let block_bytes = refcount_width.entries(geometry.cluster_size()) * geometry.cluster_size();
-        let limit = (REFCOUNT_TABLE_BYTES_MAX / ENTRY).saturating_mul(block_bytes).min(HOST_OFFSET_END);
+        // A little less than the table can name: it must find room itself when it moves.
+        let blocks_max = REFCOUNT_TABLE_BYTES_MAX / ENTRY / 256 * 255;
+        let limit = blocks_max.saturating_mul(block_bytes).min(HOST_OFFSET_END);
         let state = State { next: end, reserved: end, step: STEP_MIN, can_reserve: true };
         Self { geometry, refcount_width, opened: (end, blocks), limit, state: Mutex::new(state) }
     }

@@ -91,16 +91,11 @@ impl Counts {
         clusters.map(|cluster| (cluster, 1 + self.beyond.get(&cluster).copied().unwrap_or(0)))
     }
 
-    /// How many groups of `clusters` neighbours (a power of two, at least 64) have a reference.
-    pub(crate) fn groups(&self, clusters: u64) -> u64 {
-        let mut last = None;
-        let is_first = |group: &u64| last.replace(*group) != Some(*group);
-        self.words(0, u64::MAX).map(|(base, _)| base / clusters).filter(is_first).count() as u64
-    }
-
-    /// Whether any cluster of `[first, end)` has a reference.
-    pub(crate) fn any(&self, first: u64, end: u64) -> bool {
-        self.used(first, end).next().is_some()
+    /// The groups of `clusters` neighbours (a power of two, at least 64) in which there is a reference, in order.
+    pub(crate) fn groups(&self, clusters: u64) -> Vec<u64> {
+        let mut groups: Vec<u64> = self.words(0, u64::MAX).map(|(base, _)| base / clusters).collect();
+        groups.dedup();
+        groups
     }
 }
 
@@ -364,7 +359,7 @@ mod tests {
         let runs = [(1, 1 << 20), ((1 << 20) + 1, (1 << 44) - 1), (1 << 44, 1 << 45)];
         assert_eq!(counts.unused_runs(1 << 45), runs);
         assert!(counts.used(0, u64::MAX).map(|(cluster, _)| cluster).eq(clusters));
-        assert!(!counts.any(2, 1 << 20) && counts.any(2, u64::MAX));
+        assert_eq!(counts.groups(1 << 20), [0, 1, (1 << 24) - 1]);
     }
 
     #[test]
@@ -380,8 +375,6 @@ mod tests {
         assert_eq!(counts.unused_runs(6), [(1, 3), (4, 6)]);
         assert_eq!(counts.unused_runs(CHUNK + 70), [(1, 3), (4, CHUNK), (CHUNK + 1, CHUNK + 70)]);
         assert_eq!(counts.used(1, CHUNK + 70).collect::<Vec<_>>(), [(3, 1), (CHUNK, 1)]);
-        assert_eq!((counts.groups(64), counts.groups(CHUNK)), (3, 2));
-        assert!(counts.any(CHUNK + 64, CHUNK + 128) && counts.any(CHUNK + 70, CHUNK + 71));
-        assert!(!counts.any(CHUNK + 71, CHUNK + 200) && !counts.any(4, CHUNK));
+        assert_eq!((counts.groups(64), counts.groups(CHUNK)), (vec![0, 64, 65], vec![0, 1]));
     }
 }

@@ -162,7 +162,7 @@ fn validate(storage: &dyn Storage, header: &Header) -> Result<u64> {
     let table = if header.is_dirty() { None } else { Some(RefcountTable::load(storage, header)?) };
     let found = references::count(storage, header, table.as_ref())?;
     found.faults.refuse()?;
-    Ok(found.counts.groups(header.refcount_width.entries(header.geometry.cluster_size())))
+    Ok(found.counts.groups(header.refcount_width.entries(header.geometry.cluster_size())).len() as u64)
 }
 
 fn read_l1(storage: &dyn Storage, header: &Header) -> Result<Vec<u64>> {
