@@ -34,13 +34,13 @@ fn every_option_is_told_as_qemu_reads_it_and_survives_a_session() {
             lazy_refcounts,
             refcount_bits,
             cluster_size,
-            ..CreateOptions::new(3 * MIB + 512)
+            ..CreateOptions::new(7 * MIB + 512)
         };
         let image = fresh(&path, &options);
         let check = || {
             let told = qemu_json("info", &path);
             let details = &told["format-specific"]["data"];
-            assert_eq!(told["virtual-size"], 3 * MIB + 512);
+            assert_eq!(told["virtual-size"], 7 * MIB + 512);
             assert_eq!(told["cluster-size"], cluster_size);
             assert_eq!(details["compat"], "1.1");
             assert_eq!(details["refcount-bits"], refcount_bits);
@@ -55,11 +55,11 @@ fn every_option_is_told_as_qemu_reads_it_and_survives_a_session() {
         image.close().unwrap();
         check();
         assert_clean(&path);
-        bytes.resize(3 * (1 << 20) + 512, 0);
+        bytes.resize((7 << 20) + 512, 0);
         assert_reads_as(&path, &bytes);
         // QEMU writes to it as well, compressed too, and we read that.
-        succeed("qemu-io", &["-f", "qcow2", "-c", "write -q -c -P 9 0 2M", text(&path)]);
-        bytes[..2 << 20].fill(9);
+        succeed("qemu-io", &["-f", "qcow2", "-c", "write -q -c -P 9 4M 2M", text(&path)]);
+        bytes[4 << 20..6 << 20].fill(9);
         let mut found = vec![0; bytes.len()];
         let image = open(&path, Access::ReadWrite);
         image.read(0, &mut found).unwrap();
