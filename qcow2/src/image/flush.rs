@@ -56,18 +56,26 @@ impl Image {
             // Nothing happened since, or the flush that we waited for took it along.
             return Ok(());
         }
-        // Everything counted up to this moment is in the clone, or was written in place before.
-        let (clones, covered) = self.tables.clone_dirty(|| self.changes.load(Ordering::SeqCst));
-        self.write_clones(&clones, &mut state)?;
+        // Everything counted up to this moment is in the clone or was written in place, and its payload has an id by now.
+        let observe = || (self.changes.load(Ordering::SeqCst), self.write_behind.last_id());
+        let (clones, (covered, mut payload)) = self.tables.clone_dirty(observe);
+        // What is being packed into the same blocks as the clone's compressed clusters is drained with them.
+        if self.packing.begin_flush() {
+            payload = self.write_behind.last_id();
+        }
+        self.write_clones(&clones, payload, &mut state)?;
         self.tables.flushed(&clones);
         state.covered = covered;
         Ok(())
     }
 
-    fn write_clones(&self, clones: &[TableClone], state: &mut FlushState) -> Result<()> {
+    fn write_clones(&self, clones: &[TableClone], payload: u64, state: &mut FlushState) -> Result<()> {
         // (a) Tables that nothing on disk points at yet.
         for clone in clones.iter().filter(|clone| !clone.linked) {
             self.write_table(clone)?;
+        }
+        if !mutant!("no_drain") {
+            self.write_behind.drain(payload)?;
         }
         // B1: payload, copy-on-write filling and new tables are durable before anything points at them.
         if !mutant!("no_b1") {
