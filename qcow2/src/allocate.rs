@@ -81,8 +81,9 @@ impl Allocator {
         let block_bytes = self.refcount_width.entries(cluster) * cluster;
         let (opened_end, opened_blocks) = self.opened;
         let blocks = opened_blocks + (file_length - opened_end).div_ceil(block_bytes) + 2;
-        let table = ((file_length.div_ceil(block_bytes) + 2) * ENTRY).div_ceil(cluster) + 1;
-        (blocks + table) * cluster
+        let table = ((file_length.div_ceil(block_bytes) + 2) * ENTRY).div_ceil(cluster);
+        // The table has some to spare (`refcounts::set`).
+        (blocks + table + table / 2048 + 1) * cluster
     }
 }
 
