@@ -131,7 +131,10 @@ fn preallocated_images_have_every_cluster_in_its_place() {
             assert_reads_as(&path, &bytes);
             drop(image);
 
-            // As far as QEMU's own metadata preallocation: the same clusters.
+            // QEMU's own preallocation makes the same clusters.
+            if preallocation != Preallocation::Metadata {
+                continue;
+            }
             let peer = join(&folder, "peer.qcow2");
             let asked = format!("preallocation=metadata,cluster_size={cluster_size},refcount_bits={refcount_bits}");
             succeed("qemu-img", &["create", "-q", "-f", "qcow2", "-o", &asked, text(&peer), &size.to_string()]);
@@ -179,10 +182,9 @@ fn the_largest_disk_of_each_cluster_size_is_created_and_one_sector_more_is_refus
         let options = |size| CreateOptions { cluster_size: cluster as u32, ..CreateOptions::new(size) };
         let refused = create(&path, &options(largest + 512));
         assert!(matches!(refused, Err(Error::InvalidOption { option: "size", .. })), "{refused:?}");
-        for size in [largest, 64 << 40] {
-            if size > largest {
-                continue;
-            }
+        // 64 TiB also where it is not the end: with the smallest clusters that can, and with QEMU's default.
+        let sizes = if [14, 16].contains(&cluster_bits) { vec![largest, 64 << 40] } else { vec![largest] };
+        for size in sizes {
             let image = fresh(&path, &options(size));
             // First, middle and last byte.
             for offset in [0, size / 2 + 1, size - 1] {
