@@ -14,7 +14,7 @@ const STEP_MIN: u64 = 1 << 20;
 const STEP_MAX: u64 = 64 << 20;
 
 /// Host offsets in L1 and L2 entries have 56 bits.
-const HOST_OFFSET_END: u64 = 1 << 56;
+pub(crate) const HOST_OFFSET_END: u64 = 1 << 56;
 
 /// Hands out host clusters, space reserved.
 #[derive(Debug)]

@@ -1,16 +1,24 @@
 //! Every shape that an image can be created in, as QEMU sees it.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "support/reader.rs"]
+mod reader;
+#[path = "support/sim_disk.rs"]
+mod sim_disk;
 mod support;
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use blockyard_qcow2::{
     Access, Backing, BackingFormat, Compression, CreateOptions, Durability, Error, Image, OpenOptions, Preallocation,
-    create, info, repair,
+    create, create_on, info, repair,
 };
+use reader::read_disk;
 use serde_json::Value;
+use sim_disk::{Clock, Content, SimDisk, crash_states, now};
 use support::{KIB, MIB, assert_clean, assert_reads_as, folder, fresh, join, open, over, pattern, succeed, text};
 
 const LATER: Durability = Durability::OnFlush;
@@ -156,6 +164,8 @@ fn preallocation_that_cannot_be_is_refused_and_leaves_no_file() {
             CreateOptions { preallocation, ..over("base.qcow2", MIB) },
             // More refcount blocks than a table of 8 MiB names.
             CreateOptions { preallocation, cluster_size: 512, refcount_bits: 64, ..CreateOptions::new(40 << 30) },
+            // Host offsets of more than 56 bits.
+            CreateOptions { preallocation, cluster_size: 2 << 20, refcount_bits: 1, ..CreateOptions::new(1 << 56) },
         ] {
             let refused = create(&path, &options);
             assert!(matches!(refused, Err(Error::InvalidOption { option: "preallocation", .. })), "{refused:?}");
@@ -267,5 +277,31 @@ fn a_disk_whose_last_cluster_is_partial_shows_no_byte_more() {
         assert_reads_as(&path, &bytes);
         let map = image.check().unwrap();
         assert_eq!(map.allocated_clusters, size.div_ceil(65536));
+    }
+}
+
+#[test]
+fn a_crash_while_a_preallocated_image_is_made_leaves_no_image_or_a_whole_one() {
+    for preallocation in [Preallocation::Metadata, Preallocation::Falloc, Preallocation::Full] {
+        let clock: Clock = Arc::new(AtomicU64::new(0));
+        let disk = SimDisk::new(clock.clone(), Content::default());
+        let size = 40 * KIB + 512;
+        create_on(&disk, &CreateOptions { cluster_size: 512, preallocation, ..CreateOptions::new(size) }).unwrap();
+        let (mut states, mut whole) = (0, 0);
+        crash_states(&Content::default(), &disk.calls(), now(&clock), 0, |state| {
+            states += 1;
+            let disk = Arc::new(SimDisk::new(clock.clone(), state.content.clone()));
+            match read_disk(&state.content, &[]) {
+                Err(_) => assert!(Image::open_on(disk, Access::ReadOnly, None, 1 << 20).is_err()),
+                Ok(found) => {
+                    whole += 1;
+                    assert!(found.len() as u64 == size && found.iter().all(|byte| *byte == 0));
+                    let image = Image::open_on(disk, Access::ReadWrite, None, 1 << 20).unwrap();
+                    let report = image.check().unwrap();
+                    assert!(report.is_clean() && report.allocated_clusters == 81, "{report:?}");
+                }
+            }
+        });
+        assert!(whole > 0 && whole < states, "{whole} of {states}");
     }
 }
