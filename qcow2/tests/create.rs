@@ -3,6 +3,7 @@
 
 #[path = "support/reader.rs"]
 mod reader;
+#[allow(dead_code, reason = "only states are asked for here, not their times")]
 #[path = "support/sim_disk.rs"]
 mod sim_disk;
 mod support;

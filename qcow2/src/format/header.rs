@@ -1,5 +1,6 @@
 //! The header cluster: fixed fields, extensions and the backing file name ("Header", "Header extensions").
 
+use super::feature_names::feature_names;
 use super::refcount::Width;
 use super::{be32, be64};
 use crate::error::{Error, Result};
@@ -352,28 +353,6 @@ fn backing(name: String, format: Option<&[u8]>) -> Result<Backing> {
         }
     };
     Ok(Backing { name, format })
-}
-
-/// The names of the feature bits, for tools that meet one they do not know.
-fn feature_names() -> Vec<u8> {
-    const NAMES: [(u8, u8, &str); 8] = [
-        (0, 0, "dirty bit"),
-        (0, 1, "corrupt bit"),
-        (0, 2, "external data file"),
-        (0, 3, "compression type"),
-        (0, 4, "extended L2 entries"),
-        (1, 0, "lazy refcounts"),
-        (2, 0, "bitmaps"),
-        (2, 1, "raw external data"),
-    ];
-    let mut out = Vec::with_capacity(NAMES.len() * 48);
-    for (kind, bit, name) in NAMES {
-        let start = out.len();
-        out.extend_from_slice(&[kind, bit]);
-        out.extend_from_slice(name.as_bytes());
-        out.resize(start + 48, 0);
-    }
-    out
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 #![cfg_attr(not(test), deny(clippy::indexing_slicing))]
 
 pub(crate) mod entry;
+mod feature_names;
 pub(crate) mod header;
 pub(crate) mod refcount;
 
