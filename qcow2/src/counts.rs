@@ -175,11 +175,16 @@ impl Counts {
         })
     }
 
-    /// How many groups of `clusters` neighbours (a power of two, at least 64) have a reference.
-    pub(crate) fn groups(&self, clusters: u64) -> u64 {
-        let mut last = None;
-        let is_first = |group: &u64| last.replace(*group) != Some(*group);
-        self.ones.members(0, u64::MAX).map(|cluster| cluster / clusters).filter(is_first).count() as u64
+    /// The groups of `clusters` neighbours (a power of two, at least 64) in which there is a reference, in order.
+    pub(crate) fn groups(&self, clusters: u64) -> Vec<u64> {
+        let mut groups = Vec::new();
+        for cluster in self.ones.members(0, u64::MAX) {
+            let group = cluster / clusters;
+            if groups.last() != Some(&group) {
+                groups.push(group);
+            }
+        }
+        groups
     }
 
     /// The highest count.
@@ -211,7 +216,7 @@ mod tests {
             counts.add(cluster);
         }
         assert_eq!((counts.load(2), counts.load(3), counts.load(CHUNK)), (0, 2, 1));
-        assert_eq!((counts.groups(64), counts.groups(CHUNK)), (3, 2));
+        assert_eq!((counts.groups(64), counts.groups(CHUNK)), (vec![0, 64, 65], vec![0, 1]));
         assert_eq!(counts.used(1, CHUNK + 1).collect::<Vec<_>>(), [(1, 1), (3, 2), (CHUNK, 1)]);
         counts.remove(3);
         counts.remove(1);

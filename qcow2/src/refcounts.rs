@@ -82,6 +82,7 @@ pub(crate) fn set(
     let cluster = geometry.cluster_size();
     let per_block = width.entries(cluster);
     refuse_too_many(width, counts)?;
+    let clusters_max = REFCOUNT_TABLE_BYTES_MAX / cluster;
     loop {
         let blocks = (end / cluster).div_ceil(per_block) as usize;
         if blocks as u64 * ENTRY > REFCOUNT_TABLE_BYTES_MAX {
@@ -91,9 +92,8 @@ pub(crate) fn set(
             table.entries.resize(blocks, 0);
         }
         let before = end;
-        for (index, entry) in table.entries.iter_mut().enumerate() {
-            let first = index as u64 * per_block;
-            if *entry == 0 && counts.any(first, first + per_block) {
+        for group in counts.groups(per_block) {
+            if let Some(entry) = table.entries.get_mut(group as usize).filter(|entry| **entry == 0) {
                 *entry = end;
                 counts.add(end / cluster);
                 end += cluster;
@@ -103,8 +103,10 @@ pub(crate) fn set(
         if needed > table.clusters {
             (table.offset / cluster..table.offset / cluster + table.clusters).for_each(|old| counts.remove(old));
             table.offset = end;
-            // One cluster to spare: the blocks that describe this table may need a few more entries.
-            table.clusters = needed + u64::from(needed > 1);
+            // Some to spare: the blocks that describe this table need entries, too. Of the smallest blocks, 64 counts each, one
+            // cluster of the table names those of 4,096 clusters.
+            let spare = if needed > 1 { 1 + needed / 2048 } else { 0 };
+            table.clusters = (needed + spare).min(clusters_max);
             (end / cluster..end / cluster + table.clusters).for_each(|new| {
                 counts.add(new);
             });
@@ -113,9 +115,6 @@ pub(crate) fn set(
         if end == before {
             break;
         }
-    }
-    if table.clusters * cluster > REFCOUNT_TABLE_BYTES_MAX {
-        return Err(Error::unsupported("images whose refcount table would pass 8 MiB"));
     }
     write(storage, geometry, width, &table, counts)?;
     Ok((table, end))

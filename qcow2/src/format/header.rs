@@ -2,6 +2,7 @@
 
 pub use super::backing::{Backing, BackingFormat};
 use super::backing::{NAME_MAX, backing, backing_name};
+use super::feature_names::feature_names;
 use super::refcount::Width;
 use super::{be32, be64};
 use crate::error::{Error, Result};
@@ -323,28 +324,6 @@ fn refuse_unsupported(crypt_method: u32, incompatible: u64, compression_type: u8
         return Err(Error::unsupported(format!("compression type {compression_type}")));
     }
     Ok(())
-}
-
-/// The names of the feature bits, for tools that meet one they do not know.
-fn feature_names() -> Vec<u8> {
-    const NAMES: [(u8, u8, &str); 8] = [
-        (0, 0, "dirty bit"),
-        (0, 1, "corrupt bit"),
-        (0, 2, "external data file"),
-        (0, 3, "compression type"),
-        (0, 4, "extended L2 entries"),
-        (1, 0, "lazy refcounts"),
-        (2, 0, "bitmaps"),
-        (2, 1, "raw external data"),
-    ];
-    let mut out = Vec::with_capacity(NAMES.len() * 48);
-    for (kind, bit, name) in NAMES {
-        let start = out.len();
-        out.extend_from_slice(&[kind, bit]);
-        out.extend_from_slice(name.as_bytes());
-        out.resize(start + 48, 0);
-    }
-    out
 }
 
 #[cfg(test)]

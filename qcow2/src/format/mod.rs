@@ -5,6 +5,7 @@
 
 pub(crate) mod backing;
 pub(crate) mod entry;
+mod feature_names;
 pub(crate) mod header;
 pub(crate) mod refcount;
 

@@ -193,7 +193,7 @@ fn validate(storage: &dyn Storage, header: &Header) -> Result<u64> {
     found.faults.refuse()?;
     // What the close could not write down must not be begun.
     refcounts::refuse_too_many(header.refcount_width, &found.counts)?;
-    Ok(found.counts.groups(header.refcount_width.entries(header.geometry.cluster_size())))
+    Ok(found.counts.groups(header.refcount_width.entries(header.geometry.cluster_size())).len() as u64)
 }
 
 fn read_l1(storage: &dyn Storage, header: &Header) -> Result<L1> {
