@@ -5,7 +5,8 @@
 //! How: host space only grows within a session, data is written before anything points at it, a flush has two barriers, and
 //! the dirty bit is durable before the first change.
 //!
-//! Start at [`Image`] (blocking) or [`AsyncImage`]; [`create`], [`check`], [`repair`] and [`info`] work on paths.
+//! Start at [`Image`] (blocking) or [`AsyncImage`]; [`create`], [`check`], [`repair`] and [`info`] work on paths;
+//! [`flatten`] and [`compare`] on a [`Disk`].
 //!
 //! Inside, from the top down: `image` (one file per operation) uses `tables` (the mapping in memory), `allocate` (host
 //! space), `references` and `refcounts` (who owns what), `backing` (the layers below), all over `storage` (the file) and
@@ -33,10 +34,13 @@ mod bitmaps;
 mod buffer;
 mod check;
 mod cluster_lock;
+mod compare;
 mod compressed;
 mod create;
+mod disk;
 mod error;
 mod finish;
+mod flatten;
 mod format;
 mod geometry;
 mod image;
@@ -44,6 +48,7 @@ mod info;
 mod lock;
 #[cfg(feature = "mutants")]
 pub mod mutants;
+mod progress;
 mod refcounts;
 mod references;
 mod repair;
@@ -56,10 +61,14 @@ pub use async_image::AsyncImage;
 pub use backing::{Layer, backing_size};
 pub use buffer::{Buffer, BufferPool};
 pub use check::{CheckReport, check};
+pub use compare::{Comparison, Difference, compare};
 pub use create::{CreateOptions, create, create_on};
+pub use disk::Disk;
 pub use error::{Error, Result};
+pub use flatten::{Flattened, Target, flatten};
 pub use format::header::{Backing, BackingFormat};
 pub use image::{Durability, Extent, ExtentKind, Image, OpenOptions, ZeroMode};
 pub use info::{ImageInfo, info};
 pub use lock::Access;
+pub use progress::{Progress, Watch};
 pub use repair::repair;

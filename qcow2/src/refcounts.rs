@@ -122,6 +122,8 @@ pub(crate) struct Differences {
     pub(crate) too_low: u64,
     /// Clusters whose refcount is above their references: leaks.
     pub(crate) too_high: u64,
+    /// End of the last cluster that has a refcount or a reference, in clusters.
+    pub(crate) end: u64,
     /// Entries whose COPIED bit does not fit the refcount: a writer would be misled.
     pub(crate) wrong_copied_bits: u64,
 }
@@ -153,6 +155,9 @@ pub(crate) fn compare(
         }
         for position in 0..per_block {
             let (stored, counted) = (width.load(&block, position), found.counts.load(first + position));
+            if stored > 0 || counted > 0 {
+                differences.end = first + position + 1;
+            }
             differences.too_low += u64::from(stored < counted);
             differences.too_high += u64::from(stored > counted);
             if counted > 0 {

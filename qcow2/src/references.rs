@@ -92,15 +92,22 @@ pub(crate) struct References {
     copied: Counts,
     /// Clusters that entries of the active tables without it refer to.
     uncopied: Counts,
-    /// Data clusters, compressed ones included; kept zero clusters not.
-    pub(crate) data_clusters: u64,
-    pub(crate) compressed_clusters: u64,
+    /// What the active tables map.
+    pub(crate) mapped: MappedClusters,
     /// Rules broken, in the order in which they were met.
     pub(crate) faults: Faults,
     /// Faults that are no more than a COPIED bit missing from an L1 entry.
     pub(crate) not_copied: u64,
-    /// Highest used host byte plus one.
-    pub(crate) end: u64,
+}
+
+/// Guest clusters with a host cluster, and how they lie.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct MappedClusters {
+    /// All of them: data, compressed data, kept zero clusters.
+    pub(crate) allocated: u64,
+    pub(crate) compressed: u64,
+    /// Clusters that do not follow in the file on the one before them in their table, and all compressed ones.
+    pub(crate) fragmented: u64,
 }
 
 /// Broken rules: all are counted, the first ones are kept, so that no image can fill the memory with its faults.
@@ -144,7 +151,6 @@ impl References {
     fn claim_all(&mut self, structure: &'static str, offset: u64, bytes: u64, cluster_size: u64) {
         for host in (offset..offset + bytes).step_by(cluster_size as usize) {
             self.claim(host / cluster_size, || Error::corrupt(structure, offset, host, ONE_OWNER));
-            self.end = self.end.max(host + cluster_size);
         }
     }
 
@@ -174,7 +180,7 @@ pub(crate) fn count(storage: &dyn Storage, header: &Header, refcounts: Option<&R
     let geometry = header.geometry;
     let cluster_size = geometry.cluster_size();
     let length = storage.length().map_err(Error::io("fstat", 0))?;
-    let mut found = References { end: cluster_size, ..References::default() };
+    let mut found = References::default();
     found.counts.add(0);
 
     let inside = |host: u64| host < length;
@@ -189,7 +195,6 @@ pub(crate) fn count(storage: &dyn Storage, header: &Header, refcounts: Option<&R
                 continue;
             }
             found.claim(host / cluster_size, || fault(ONE_OWNER));
-            found.end = found.end.max(host + cluster_size);
         }
     }
 
@@ -250,7 +255,6 @@ impl Walk<'_> {
                 found.claim(host / cluster_size, || fault(ONE_OWNER));
             }
             found.note_copied(tree, host / cluster_size, copied);
-            found.end = found.end.max(host + cluster_size);
             self.storage.read(host, &mut table).map_err(Error::io("read", host))?;
             self.l2(found, tree, &table, host);
         }
@@ -262,6 +266,8 @@ impl Walk<'_> {
         let cluster_size = geometry.cluster_size();
         let words: Vec<u64> = entries(table).collect();
         let size = geometry.l2_entry_size();
+        let mut lies = MappedClusters::default();
+        let mut next = None;
         for (index, words) in words.chunks_exact((size / ENTRY) as usize).enumerate() {
             let Some(&raw) = words.first().filter(|_| words.iter().any(|word| *word != 0)) else { continue };
             let at = table_host + index as u64 * size;
@@ -273,19 +279,25 @@ impl Walk<'_> {
                     continue;
                 }
                 Ok(L2Entry::Compressed { host, length }) => {
+                    lies.allocated += 1;
+                    lies.compressed += 1;
+                    lies.fragmented += 1;
                     self.compressed(found, host, length, fault);
                     continue;
                 }
-                Ok(L2Entry::Data { host, copied } | L2Entry::Subclusters { host: Some(host), copied, .. }) => {
-                    found.data_clusters += 1;
-                    (host, copied)
-                }
-                Ok(L2Entry::Zero { host: Some(host), copied }) => (host, copied),
+                Ok(
+                    L2Entry::Data { host, copied }
+                    | L2Entry::Zero { host: Some(host), copied }
+                    | L2Entry::Subclusters { host: Some(host), copied, .. },
+                ) => (host, copied),
                 Err(error) => {
                     found.faults.push(error);
                     continue;
                 }
             };
+            lies.allocated += 1;
+            lies.fragmented += u64::from(next.is_some_and(|next| next != host));
+            next = Some(host + cluster_size);
             if host >= self.length {
                 found.faults.push(fault("the cluster must be inside the file"));
                 continue;
@@ -296,14 +308,16 @@ impl Walk<'_> {
             if shared && found.copied.load(cluster) > 0 {
                 found.faults.push(fault("a cluster with the COPIED bit has one owner"));
             }
-            found.end = found.end.max(host + cluster_size);
+        }
+        if tree == Tree::Active {
+            found.mapped.allocated += lies.allocated;
+            found.mapped.compressed += lies.compressed;
+            found.mapped.fragmented += lies.fragmented;
         }
     }
 
     fn compressed(&self, found: &mut References, host: u64, bytes: u64, fault: impl Fn(&'static str) -> Error) {
         let cluster_size = self.header.geometry.cluster_size();
-        found.data_clusters += 1;
-        found.compressed_clusters += 1;
         let last = (host + bytes - 1) / cluster_size;
         if last * cluster_size >= self.length {
             found.faults.push(fault("compressed data must end in a cluster of the file"));
@@ -314,7 +328,6 @@ impl Walk<'_> {
                 found.faults.push(fault("compressed data must not share a cluster that has the COPIED bit"));
             }
         }
-        found.end = found.end.max((last + 1) * cluster_size);
     }
 }
 
