@@ -9,6 +9,7 @@ use crate::buffer::{Buffer, BufferPool};
 use crate::check::CheckReport;
 use crate::error::{Error, Result};
 use crate::image::{Durability, Extent, Image, OpenOptions, ZeroMode};
+use crate::payload::Piece;
 use crate::sync::Arc;
 
 /// Operations of one image that run at once. More threads only queue up at the file's own lock; fewer leave the disk idle
@@ -43,7 +44,7 @@ impl AsyncImage {
         Self { image: Arc::new(image), turns: Arc::new(Semaphore::new(AT_ONCE)) }
     }
 
-    /// Virtual size in bytes.
+    /// Virtual size in bytes; it may grow ([`AsyncImage::grow`]).
     pub fn size(&self) -> u64 {
         self.image.size()
     }
@@ -74,9 +75,9 @@ impl AsyncImage {
     /// As [`Image::write`].
     pub async fn write<B>(&self, offset: u64, buffer: B, durability: Durability) -> Result<()>
     where
-        B: AsRef<[u8]> + Send + 'static,
+        B: AsRef<[u8]> + Send + Sync + 'static,
     {
-        self.run(move |image| image.write(offset, buffer.as_ref(), durability)).await
+        self.run(move |image| image.write_piece(offset, &Piece::new(Arc::new(buffer)), durability)).await
     }
 
     /// As [`Image::zero`].
@@ -87,6 +88,11 @@ impl AsyncImage {
     /// As [`Image::discard`].
     pub async fn discard(&self, offset: u64, length: u64, durability: Durability) -> Result<()> {
         self.run(move |image| image.discard(offset, length, durability)).await
+    }
+
+    /// As [`Image::grow`].
+    pub async fn grow(&self, size: u64) -> Result<()> {
+        self.run(move |image| image.grow(size)).await
     }
 
     /// As [`Image::flush`].

@@ -31,6 +31,14 @@ pub enum Error {
         /// What is allowed.
         reason: String,
     },
+    /// A disk only grows. Nothing was changed.
+    #[error("the disk of {size} bytes cannot shrink to {wanted} bytes")]
+    WouldShrink {
+        /// Virtual size in bytes.
+        size: u64,
+        /// The smaller size asked for.
+        wanted: u64,
+    },
     /// No room for this request; it changed nothing, and the image is healthy.
     #[error("no space left for {length} bytes at host offset {offset}")]
     NoSpace {
@@ -63,6 +71,8 @@ pub enum Error {
     Poisoned {
         /// The first failure.
         cause: String,
+        /// Whether that was a full disk (or quota).
+        no_space: bool,
     },
     /// Somebody else uses the image in a way that forbids this.
     #[error("{path}: the image is in use by another process (lock on byte {byte} of the file)")]
@@ -146,7 +156,7 @@ impl Error {
     pub fn is_no_space(&self) -> bool {
         match self {
             Self::Unreadable { source, .. } => source.is_no_space(),
-            Self::NoSpace { .. } => true,
+            Self::NoSpace { .. } | Self::Poisoned { no_space: true, .. } => true,
             Self::Io { source, .. } | Self::Open { source, .. } => matches!(
                 source.kind(),
                 io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge

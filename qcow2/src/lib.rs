@@ -3,14 +3,14 @@
 //! What it promises: a crash, at any moment, loses at most what was not flushed, and changes nothing else; after the first
 //! failed write or sync nothing is acknowledged any more; an image that was closed is clean by every tool's judgement.
 //! How: host space only grows within a session, data is written before anything points at it, a flush has two barriers, and
-//! the dirty bit is durable before the first change.
+//! the dirty bit is durable before the first change. Payload is acknowledged when it is in memory and written behind.
 //!
 //! Start at [`Image`] (blocking) or [`AsyncImage`]; [`create`], [`check`], [`repair`] and [`info`] work on paths;
 //! [`flatten`] and [`compare`] on a [`Disk`].
 //!
 //! Inside, from the top down: `image` (one file per operation) uses `tables` (the mapping in memory), `allocate` (host
-//! space), `references` and `refcounts` (who owns what), `backing` (the layers below), all over `storage` (the file) and
-//! `format` (bytes and values, pure).
+//! space), `write_behind` (payload on its way), `references` and `refcounts` (who owns what), `backing` (the layers below),
+//! all over `storage` (the file) and `format` (bytes and values, pure).
 #![forbid(unsafe_code)]
 
 /// Whether a deliberate mistake is alive; never, but in builds that are there to test the tests (`mutants.rs`).
@@ -48,6 +48,10 @@ mod info;
 mod lock;
 #[cfg(feature = "mutants")]
 pub mod mutants;
+mod packing;
+mod payload;
+mod poison;
+mod preallocate;
 mod progress;
 mod refcounts;
 mod references;
@@ -56,18 +60,20 @@ mod snapshots;
 pub mod storage;
 mod sync;
 mod tables;
+mod write_behind;
 
 pub use async_image::AsyncImage;
 pub use backing::{Layer, backing_size};
 pub use buffer::{Buffer, BufferPool};
 pub use check::{CheckReport, check};
 pub use compare::{Comparison, Difference, compare};
-pub use create::{CreateOptions, create, create_on};
+pub use compressed::{Compression, CompressionLevel};
+pub use create::{CreateOptions, Preallocation, create, create_on};
 pub use disk::Disk;
 pub use error::{Error, Result};
 pub use flatten::{Flattened, Target, flatten};
 pub use format::header::{Backing, BackingFormat};
-pub use image::{Durability, Extent, ExtentKind, Image, OpenOptions, ZeroMode};
+pub use image::{Durability, Extent, ExtentKind, Identical, Image, OpenOptions, ZeroMode};
 pub use info::{ImageInfo, info};
 pub use lock::Access;
 pub use progress::{Progress, Watch};

@@ -122,11 +122,11 @@ fn run_sequence(seed: u64) {
                 None => CreateOptions::new(layer_size),
             }
         };
-        blockyard_qcow2::create(&path, &options).unwrap();
         let mut bytes = below.map_or(Vec::new(), |below| {
             below.image.close().unwrap();
             below.bytes
         });
+        blockyard_qcow2::create(&path, &options).unwrap();
         bytes.resize(layer_size as usize, 0);
         let mut current = Subject { image: open(&path, Access::ReadWrite), path, bytes };
         for _ in 0..random.u32(..OPERATIONS) {

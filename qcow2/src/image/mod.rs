@@ -3,11 +3,16 @@
 //! Operations are blocking and take `&self`; any number of threads may run them at once. Each runs to its end, so there is
 //! no half-done operation to cancel: an asynchronous caller that goes away ([`crate::AsyncImage`]) changes nothing.
 //!
-//! Lock order: `life` (shared by operations, exclusive for closing), then one claim on clusters, then the flush mutex, then
-//! the mapping, then the allocator. The last two are never held across I/O on payload, nor is the mapping across any I/O.
+//! Lock order: `life` (shared by operations, exclusive for closing and growing), then one claim on clusters, then the flush mutex, then
+//! the mapping or the packing, then the allocator or the write-behind. The mapping and what comes after it are never held across I/O on
+//! payload, nor is the mapping across any I/O. The threads of the write-behind take no lock but its own, so whoever waits
+//! for room or for payload to arrive waits for the disk alone.
 
 mod close;
+mod compress;
 mod flush;
+mod grow;
+mod identical;
 mod map;
 mod open;
 mod read;
@@ -17,21 +22,24 @@ mod zero;
 
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 
 use crate::allocate::Allocator;
 use crate::backing::Layer;
 use crate::cluster_lock::ClusterLocks;
-use crate::compressed::Inflated;
+use crate::compressed::{CompressionLevel, Inflated};
 use crate::error::{Error, Result};
 use crate::format::header::Header;
 use crate::geometry::Geometry;
 use crate::lock::Access;
+use crate::packing::Packing;
+use crate::poison::Poison;
 use crate::storage::Storage;
 use crate::sync::{Arc, Mutex, RwLock};
 use crate::tables::Tables;
+use crate::write_behind::WriteBehind;
 
 pub use flush::Durability;
+pub use identical::Identical;
 pub use map::{Extent, ExtentKind};
 pub use open::OpenOptions;
 pub(crate) use open::{read_header, refuse_read_only_features};
@@ -45,28 +53,35 @@ pub use zero::ZeroMode;
 pub struct Image {
     path: PathBuf,
     access: Access,
+    /// As of the opening; virtual size and L1 may have grown since (`Image::geometry`, `Image::current_header`).
     header: Header,
+    /// Virtual size in bytes. Changed only by growing, which runs alone.
+    size: AtomicU64,
     storage: Arc<dyn Storage>,
     backing: Option<Layer>,
     tables: Tables,
     allocator: Allocator,
+    packing: Packing,
+    compress: Option<CompressionLevel>,
+    identical: Identical,
     clusters: ClusterLocks,
     inflated: Inflated,
     flush: Mutex<flush::FlushState>,
     /// Counts changes that are complete but not durable by themselves; a flush covers all up to a value of it.
     changes: AtomicU64,
+    write_behind: WriteBehind,
     /// The first failure of a write or sync. Never cleared.
-    poison: OnceLock<String>,
+    poison: Arc<Poison>,
     session: session::Session,
-    /// Held shared by every operation, exclusively by closing.
+    /// Held shared by every operation, exclusively by closing and growing.
     life: RwLock<()>,
     closed: AtomicBool,
 }
 
 impl Image {
-    /// Virtual size in bytes.
+    /// Virtual size in bytes; it may grow ([`Image::grow`]).
     pub fn size(&self) -> u64 {
-        self.header.geometry.size
+        self.size.load(Ordering::Acquire)
     }
 
     /// Cluster size in bytes: a power of two from 512 to 2 MiB.
@@ -91,11 +106,11 @@ impl Image {
 
     /// The first failed write or sync, after which nothing is acknowledged any more.
     pub fn poison(&self) -> Option<&str> {
-        self.poison.get().map(String::as_str)
+        self.poison.cause()
     }
 
     fn geometry(&self) -> Geometry {
-        self.header.geometry
+        Geometry { size: self.size(), ..self.header.geometry }
     }
 
     fn check_range(&self, offset: u64, length: u64) -> Result<()> {
@@ -105,21 +120,12 @@ impl Image {
         }
     }
 
-    /// Remembers the first failure after which the disk's state is unknown.
-    fn poison_by(&self, error: Error) -> Error {
-        let _ = self.poison.set(error.to_string());
-        error
-    }
-
     pub(crate) fn poison_by_panic(&self) {
-        let _ = self.poison.set("an operation ended by a panic".into());
+        self.poison.by_panic();
     }
 
     fn refuse_poisoned(&self) -> Result<()> {
-        match self.poison() {
-            Some(cause) => Err(Error::Poisoned { cause: cause.to_owned() }),
-            None => Ok(()),
-        }
+        self.poison.refuse()
     }
 
     /// A change is complete; the next flush has something to do.
@@ -127,12 +133,12 @@ impl Image {
         self.changes.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// Writes metadata or payload; a failure poisons.
+    /// Writes metadata, in the calling thread; a failure poisons.
     fn store(&self, offset: u64, slices: &mut [std::io::IoSlice<'_>]) -> Result<()> {
-        self.storage.write(offset, slices).map_err(|source| self.poison_by(Error::io("write", offset)(source)))
+        self.storage.write(offset, slices).map_err(|source| self.poison.by(Error::io("write", offset)(source)))
     }
 
     fn sync(&self) -> Result<()> {
-        self.storage.sync_data().map_err(|source| self.poison_by(Error::io("fdatasync", 0)(source)))
+        self.storage.sync_data().map_err(|source| self.poison.by(Error::io("fdatasync", 0)(source)))
     }
 }

@@ -2,7 +2,7 @@
 
 use super::Image;
 use crate::compressed::{Compression, inflate};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::format::entry::L2Entry;
 
 /// Where the bytes of a run of guest bytes come from.
@@ -42,7 +42,7 @@ impl Image {
                 let (part, rest) = buffer.split_at_mut(run.length as usize);
                 buffer = rest;
                 match run.source {
-                    Source::Host(host) => self.storage.read(host, part).map_err(Error::io("read", host))?,
+                    Source::Host(host) => self.write_behind.read(host, part)?,
                     Source::Compressed { host, length } => self.read_compressed(host, length, run.offset, part)?,
                     Source::Zero { .. } => part.fill(0),
                     Source::Below => match &self.backing {
@@ -59,7 +59,7 @@ impl Image {
     fn read_compressed(&self, host: u64, length: u64, offset: u64, part: &mut [u8]) -> Result<()> {
         let cluster = self.inflated.cluster(host, || {
             let mut payload = vec![0; length as usize];
-            self.storage.read(host, &mut payload).map_err(Error::io("read", host))?;
+            self.write_behind.read(host, &mut payload)?;
             let compression = Compression::from_header(self.header.compression_type);
             inflate(compression, &payload, self.cluster_size(), host)
         })?;

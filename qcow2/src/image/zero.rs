@@ -4,6 +4,7 @@ use super::Image;
 use super::flush::Durability;
 use crate::error::Result;
 use crate::format::entry::{self, L2Entry};
+use crate::payload::Piece;
 
 /// What becomes of the space of clusters that are zeroed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -70,12 +71,12 @@ impl Image {
 
     /// Part of a cluster: written as data, unless it reads as zeroes. The check and the write it justifies happen under
     /// the same exclusive claim.
-    fn zero_part(&self, from: u64, to: u64) -> Result<()> {
+    pub(super) fn zero_part(&self, from: u64, to: u64) -> Result<()> {
         if from >= to || self.reads_zero(from, to - from)? {
             return Ok(());
         }
         // At most two parts of a cluster, or one: bounded by twice the cluster size.
-        self.write_mapping(from, &vec![0; (to - from) as usize])
+        self.write_mapping(from, &Piece::from_vec(vec![0; (to - from) as usize]))
     }
 
     fn zero_clusters(&self, first: u64, last: u64, mode: ZeroMode) -> Result<()> {
