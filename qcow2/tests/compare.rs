@@ -7,7 +7,6 @@
 )]
 
 #[path = "support/faulty.rs"]
-#[allow(dead_code, reason = "each test uses its own part")]
 mod faulty;
 mod support;
 
