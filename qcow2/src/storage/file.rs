@@ -112,6 +112,38 @@ impl Storage for FileStorage {
         Ok(rustix::fs::fallocate(&self.file, flags, offset, length)?)
     }
 
+    fn data_run(&self, offset: u64, end: u64) -> io::Result<Option<(u64, u64)>> {
+        use rustix::io::Errno;
+        if offset >= end {
+            return Ok(None);
+        }
+        // Moves the cursor of the file, which nothing here uses.
+        let seek = |to| loop {
+            match rustix::fs::seek(&self.file, to) {
+                Err(Errno::INTR) => {}
+                result => return result,
+            }
+        };
+        let start = match seek(SeekFrom::Data(offset)) {
+            Ok(start) => start.max(offset),
+            // Nothing but holes up to the end of the file.
+            Err(Errno::NXIO) => return Ok(None),
+            // A file system that does not know.
+            Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS) => return Ok(Some((offset, end - offset))),
+            Err(errno) => return Err(errno.into()),
+        };
+        if start >= end {
+            return Ok(None);
+        }
+        let stop = match seek(SeekFrom::Hole(start)) {
+            Ok(stop) if stop > start => stop.min(end),
+            // Cut short meanwhile, or not known: reading tells.
+            Ok(_) | Err(Errno::NXIO | Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS) => end,
+            Err(errno) => return Err(errno.into()),
+        };
+        Ok(Some((start, stop - start)))
+    }
+
     fn drop_cache(&self) -> io::Result<()> {
         Ok(rustix::fs::fadvise(&self.file, 0, None, Advice::DontNeed)?)
     }
