@@ -1,0 +1,185 @@
+//! Images in memory: bytes with holes, and a disk that keeps what was synced apart from what was only written.
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part")]
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::io::{self, IoSlice};
+use std::sync::Mutex;
+
+use blockyard_qcow2::storage::{Reservation, Storage};
+
+/// The bytes of a file; behind what was written, up to the length, there are zeroes that take no memory.
+#[derive(Clone, Debug, Default)]
+pub struct Bytes {
+    bytes: Vec<u8>,
+    length: u64,
+}
+
+impl Bytes {
+    pub fn read(&self, offset: u64, buffer: &mut [u8]) {
+        let start = (offset as usize).min(self.bytes.len());
+        let there = &self.bytes[start..(start + buffer.len()).min(self.bytes.len())];
+        let (head, tail) = buffer.split_at_mut(there.len());
+        head.copy_from_slice(there);
+        tail.fill(0);
+    }
+
+    pub fn write(&mut self, offset: u64, slices: &[IoSlice<'_>]) {
+        let mut at = offset as usize;
+        for slice in slices.iter().filter(|slice| !slice.is_empty()) {
+            let end = at + slice.len();
+            if self.bytes.len() < end {
+                self.bytes.resize(end, 0);
+            }
+            self.bytes[at..end].copy_from_slice(slice);
+            self.length = self.length.max(end as u64);
+            at = end;
+        }
+    }
+
+    pub fn length(&self) -> u64 {
+        self.length
+    }
+
+    pub fn set_length(&mut self, length: u64) {
+        self.bytes.truncate(length as usize);
+        self.length = length;
+    }
+
+    pub fn punch(&mut self, offset: u64, length: u64) {
+        let end = ((offset + length) as usize).min(self.bytes.len());
+        if let Some(range) = self.bytes.get_mut(offset as usize..end) {
+            range.fill(0);
+        }
+    }
+}
+
+/// A disk that knows what a power cut would leave if everything that no successful sync covered were lost.
+#[derive(Debug, Default)]
+pub struct VolatileDisk {
+    state: Mutex<Views>,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Views {
+    /// What reads see.
+    written: Bytes,
+    /// What the last successful sync covered, and durable writes since.
+    durable: Bytes,
+}
+
+impl VolatileDisk {
+    pub fn new(content: Bytes) -> Self {
+        Self { state: Mutex::new(Views { durable: content.clone(), written: content }) }
+    }
+
+    /// Everything that was written.
+    pub fn written(&self) -> Bytes {
+        self.state.lock().unwrap().written.clone()
+    }
+
+    /// What is durable for certain.
+    pub fn durable(&self) -> Bytes {
+        self.state.lock().unwrap().durable.clone()
+    }
+}
+
+impl Storage for VolatileDisk {
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.state.lock().unwrap().written.read(offset, buffer);
+        Ok(())
+    }
+
+    fn write(&self, offset: u64, slices: &mut [IoSlice<'_>]) -> io::Result<()> {
+        self.state.lock().unwrap().written.write(offset, slices);
+        Ok(())
+    }
+
+    fn write_durable(&self, offset: u64, slices: &mut [IoSlice<'_>]) -> io::Result<()> {
+        let mut state = self.state.lock().unwrap();
+        state.written.write(offset, slices);
+        state.durable.write(offset, slices);
+        Ok(())
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        let mut state = self.state.lock().unwrap();
+        state.durable = state.written.clone();
+        Ok(())
+    }
+
+    fn length(&self) -> io::Result<u64> {
+        Ok(self.state.lock().unwrap().written.length())
+    }
+
+    fn set_length(&self, length: u64) -> io::Result<()> {
+        self.state.lock().unwrap().written.set_length(length);
+        Ok(())
+    }
+
+    fn reserve(&self, offset: u64, length: u64) -> io::Result<Reservation> {
+        let written = &mut self.state.lock().unwrap().written;
+        let length = written.length().max(offset + length);
+        written.set_length(length);
+        Ok(Reservation::Done)
+    }
+
+    fn punch(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.state.lock().unwrap().written.punch(offset, length);
+        Ok(())
+    }
+
+    fn drop_cache(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Memory as plain storage.
+#[derive(Debug, Default)]
+pub struct MemoryStorage {
+    bytes: Mutex<Bytes>,
+}
+
+impl Storage for MemoryStorage {
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.bytes.lock().unwrap().read(offset, buffer);
+        Ok(())
+    }
+
+    fn write(&self, offset: u64, slices: &mut [IoSlice<'_>]) -> io::Result<()> {
+        self.bytes.lock().unwrap().write(offset, slices);
+        Ok(())
+    }
+
+    fn write_durable(&self, offset: u64, slices: &mut [IoSlice<'_>]) -> io::Result<()> {
+        self.write(offset, slices)
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn length(&self) -> io::Result<u64> {
+        Ok(self.bytes.lock().unwrap().length())
+    }
+
+    fn set_length(&self, length: u64) -> io::Result<()> {
+        self.bytes.lock().unwrap().set_length(length);
+        Ok(())
+    }
+
+    fn reserve(&self, offset: u64, length: u64) -> io::Result<Reservation> {
+        let mut bytes = self.bytes.lock().unwrap();
+        let length = bytes.length().max(offset + length);
+        bytes.set_length(length);
+        Ok(Reservation::Done)
+    }
+
+    fn punch(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.bytes.lock().unwrap().punch(offset, length);
+        Ok(())
+    }
+
+    fn drop_cache(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
