@@ -259,7 +259,9 @@ fn request_error(error: &qcow2::Error) -> nbd::Error {
         qcow2::Error::InvalidOption { .. } => (ErrorKind::Invalid, "the request is not valid for this image"),
         qcow2::Error::ReadOnly => (ErrorKind::NotPermitted, "the image is read-only"),
         qcow2::Error::Closed => (ErrorKind::Shutdown, "the image is closed"),
-        qcow2::Error::NoSpace { .. } => (ErrorKind::NoSpace, "no space left for the image"),
+        qcow2::Error::NoSpace { .. } | qcow2::Error::Poisoned { no_space: true, .. } => {
+            (ErrorKind::NoSpace, "no space left for the image")
+        }
         qcow2::Error::Poisoned { .. } | qcow2::Error::Panicked => {
             (ErrorKind::Io, "the image failed earlier and takes nothing more")
         }

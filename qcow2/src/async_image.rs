@@ -9,6 +9,7 @@ use crate::buffer::{Buffer, BufferPool};
 use crate::check::CheckReport;
 use crate::error::{Error, Result};
 use crate::image::{Durability, Extent, Image, OpenOptions, ZeroMode};
+use crate::payload::Piece;
 use crate::sync::Arc;
 
 /// Operations of one image that run at once. More threads only queue up at the file's own lock; fewer leave the disk idle
@@ -74,9 +75,9 @@ impl AsyncImage {
     /// As [`Image::write`].
     pub async fn write<B>(&self, offset: u64, buffer: B, durability: Durability) -> Result<()>
     where
-        B: AsRef<[u8]> + Send + 'static,
+        B: AsRef<[u8]> + Send + Sync + 'static,
     {
-        self.run(move |image| image.write(offset, buffer.as_ref(), durability)).await
+        self.run(move |image| image.write_piece(offset, &Piece::new(Arc::new(buffer)), durability)).await
     }
 
     /// As [`Image::zero`].

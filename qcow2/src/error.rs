@@ -63,6 +63,8 @@ pub enum Error {
     Poisoned {
         /// The first failure.
         cause: String,
+        /// Whether that was a full disk (or quota).
+        no_space: bool,
     },
     /// Somebody else uses the image in a way that forbids this.
     #[error("{path}: the image is in use by another process (lock on byte {byte} of the file)")]
@@ -122,7 +124,7 @@ impl Error {
     /// Whether the cause is a full disk (or quota), be it found early or by a failed write.
     pub fn is_no_space(&self) -> bool {
         match self {
-            Self::NoSpace { .. } => true,
+            Self::NoSpace { .. } | Self::Poisoned { no_space: true, .. } => true,
             Self::Io { source, .. } | Self::Open { source, .. } => matches!(
                 source.kind(),
                 io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge

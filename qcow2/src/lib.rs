@@ -3,13 +3,13 @@
 //! What it promises: a crash, at any moment, loses at most what was not flushed, and changes nothing else; after the first
 //! failed write or sync nothing is acknowledged any more; an image that was closed is clean by every tool's judgement.
 //! How: host space only grows within a session, data is written before anything points at it, a flush has two barriers, and
-//! the dirty bit is durable before the first change.
+//! the dirty bit is durable before the first change. Payload is acknowledged when it is in memory and written behind.
 //!
 //! Start at [`Image`] (blocking) or [`AsyncImage`]; [`create`], [`check`], [`repair`] and [`info`] work on paths.
 //!
 //! Inside, from the top down: `image` (one file per operation) uses `tables` (the mapping in memory), `allocate` (host
-//! space), `references` and `refcounts` (who owns what), `backing` (the layers below), all over `storage` (the file) and
-//! `format` (bytes and values, pure).
+//! space), `write_behind` (payload on its way), `references` and `refcounts` (who owns what), `backing` (the layers below),
+//! all over `storage` (the file) and `format` (bytes and values, pure).
 #![forbid(unsafe_code)]
 
 /// Whether a deliberate mistake is alive; never, but in builds that are there to test the tests (`mutants.rs`).
@@ -44,6 +44,8 @@ mod info;
 mod lock;
 #[cfg(feature = "mutants")]
 pub mod mutants;
+mod payload;
+mod poison;
 mod refcounts;
 mod references;
 mod repair;
@@ -51,6 +53,7 @@ mod snapshots;
 pub mod storage;
 mod sync;
 mod tables;
+mod write_behind;
 
 pub use async_image::AsyncImage;
 pub use backing::{Layer, backing_size};

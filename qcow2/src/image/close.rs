@@ -25,6 +25,7 @@ impl Image {
             return Ok(());
         }
         let finished = if self.access == Access::ReadWrite { self.finish() } else { Ok(()) };
+        self.write_behind.stop();
         self.unlock();
         finished
     }
@@ -51,7 +52,7 @@ impl Image {
         // A dirty image that nobody wrote to is made whole all the same.
         self.session_for_close()?;
         self.flush_changes()?;
-        self.set_refcounts(rebuild).map_err(|error| self.poison_by(error))
+        self.set_refcounts(rebuild).map_err(|error| self.poison.by(error))
     }
 
     fn set_refcounts(&self, rebuild: bool) -> Result<()> {

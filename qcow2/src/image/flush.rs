@@ -52,18 +52,22 @@ impl Image {
             // Nothing happened since, or the flush that we waited for took it along.
             return Ok(());
         }
-        // Everything counted up to this moment is in the clone, or was written in place before.
-        let (clones, covered) = self.tables.clone_dirty(|| self.changes.load(Ordering::SeqCst));
-        self.write_clones(&clones, &mut state.disk_l1)?;
+        // Everything counted up to this moment is in the clone or was written in place, and its payload has an id by now.
+        let observe = || (self.changes.load(Ordering::SeqCst), self.write_behind.last_id());
+        let (clones, (covered, payload)) = self.tables.clone_dirty(observe);
+        self.write_clones(&clones, payload, &mut state.disk_l1)?;
         self.tables.flushed(&clones);
         state.covered = covered;
         Ok(())
     }
 
-    fn write_clones(&self, clones: &[TableClone], disk_l1: &mut [u64]) -> Result<()> {
+    fn write_clones(&self, clones: &[TableClone], payload: u64, disk_l1: &mut [u64]) -> Result<()> {
         // (a) Tables that nothing on disk points at yet.
         for clone in clones.iter().filter(|clone| !clone.linked) {
             self.write_table(clone)?;
+        }
+        if !mutant!("no_drain") {
+            self.write_behind.drain(payload)?;
         }
         // B1: payload, copy-on-write filling and new tables are durable before anything points at them.
         if !mutant!("no_b1") {

@@ -4,7 +4,9 @@
 //! no half-done operation to cancel: an asynchronous caller that goes away ([`crate::AsyncImage`]) changes nothing.
 //!
 //! Lock order: `life` (shared by operations, exclusive for closing), then one claim on clusters, then the flush mutex, then
-//! the mapping, then the allocator. The last two are never held across I/O on payload, nor is the mapping across any I/O.
+//! the mapping, then the allocator or the write-behind. The mapping and what comes after it are never held across I/O on
+//! payload, nor is the mapping across any I/O. The threads of the write-behind take no lock but its own, so whoever waits
+//! for room or for payload to arrive waits for the disk alone.
 
 mod close;
 mod flush;
@@ -17,7 +19,6 @@ mod zero;
 
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 
 use crate::allocate::Allocator;
 use crate::backing::Layer;
@@ -27,9 +28,11 @@ use crate::error::{Error, Result};
 use crate::format::header::Header;
 use crate::geometry::Geometry;
 use crate::lock::Access;
+use crate::poison::Poison;
 use crate::storage::Storage;
 use crate::sync::{Arc, Mutex, RwLock};
 use crate::tables::Tables;
+use crate::write_behind::WriteBehind;
 
 pub use flush::Durability;
 pub use map::{Extent, ExtentKind};
@@ -55,8 +58,9 @@ pub struct Image {
     flush: Mutex<flush::FlushState>,
     /// Counts changes that are complete but not durable by themselves; a flush covers all up to a value of it.
     changes: AtomicU64,
+    write_behind: WriteBehind,
     /// The first failure of a write or sync. Never cleared.
-    poison: OnceLock<String>,
+    poison: Arc<Poison>,
     session: session::Session,
     /// Held shared by every operation, exclusively by closing.
     life: RwLock<()>,
@@ -91,7 +95,7 @@ impl Image {
 
     /// The first failed write or sync, after which nothing is acknowledged any more.
     pub fn poison(&self) -> Option<&str> {
-        self.poison.get().map(String::as_str)
+        self.poison.cause()
     }
 
     fn geometry(&self) -> Geometry {
@@ -105,21 +109,12 @@ impl Image {
         }
     }
 
-    /// Remembers the first failure after which the disk's state is unknown.
-    fn poison_by(&self, error: Error) -> Error {
-        let _ = self.poison.set(error.to_string());
-        error
-    }
-
     pub(crate) fn poison_by_panic(&self) {
-        let _ = self.poison.set("an operation ended by a panic".into());
+        self.poison.by_panic();
     }
 
     fn refuse_poisoned(&self) -> Result<()> {
-        match self.poison() {
-            Some(cause) => Err(Error::Poisoned { cause: cause.to_owned() }),
-            None => Ok(()),
-        }
+        self.poison.refuse()
     }
 
     /// A change is complete; the next flush has something to do.
@@ -127,12 +122,12 @@ impl Image {
         self.changes.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// Writes metadata or payload; a failure poisons.
+    /// Writes metadata, in the calling thread; a failure poisons.
     fn store(&self, offset: u64, slices: &mut [std::io::IoSlice<'_>]) -> Result<()> {
-        self.storage.write(offset, slices).map_err(|source| self.poison_by(Error::io("write", offset)(source)))
+        self.storage.write(offset, slices).map_err(|source| self.poison.by(Error::io("write", offset)(source)))
     }
 
     fn sync(&self) -> Result<()> {
-        self.storage.sync_data().map_err(|source| self.poison_by(Error::io("fdatasync", 0)(source)))
+        self.storage.sync_data().map_err(|source| self.poison.by(Error::io("fdatasync", 0)(source)))
     }
 }

@@ -4,7 +4,6 @@ use crate::sync::atomic::{AtomicBool, AtomicU64};
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 
 use rustix::fs::OFlags;
 
@@ -21,11 +20,13 @@ use crate::format::entry::decode_l1;
 use crate::format::header::{self, Backing, CORRUPT, Header};
 use crate::geometry::{ENTRY, SECTOR};
 use crate::lock::{self, Access};
+use crate::poison::Poison;
 use crate::refcounts::RefcountTable;
 use crate::references::{self, read_table};
 use crate::storage::{FileStorage, Storage};
 use crate::sync::{Arc, Mutex, RwLock};
 use crate::tables::Tables;
+use crate::write_behind::WriteBehind;
 
 /// How an image is opened.
 #[derive(Clone, Debug)]
@@ -109,6 +110,7 @@ impl Image {
         let backing = header.backing.as_ref().map(below).transpose()?;
         let length = storage.length().map_err(Error::io("fstat", 0))?;
         let geometry = header.geometry;
+        let poison = Arc::new(Poison::default());
         let refcount_entries = header.refcount_width.entries(geometry.cluster_size());
         Ok(Self {
             path: path.to_owned(),
@@ -120,7 +122,8 @@ impl Image {
             inflated: Inflated::default(),
             flush: Mutex::new(FlushState::new(l1)),
             changes: AtomicU64::new(0),
-            poison: OnceLock::new(),
+            write_behind: WriteBehind::new(storage.clone(), poison.clone()),
+            poison,
             session: Session::new(sector),
             life: RwLock::new(()),
             closed: AtomicBool::new(false),

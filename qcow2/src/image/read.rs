@@ -42,7 +42,7 @@ impl Image {
                 let (part, rest) = buffer.split_at_mut(run.length as usize);
                 buffer = rest;
                 match run.source {
-                    Source::Host(host) => self.storage.read(host, part).map_err(Error::io("read", host))?,
+                    Source::Host(host) => self.write_behind.read(host, part)?,
                     Source::Compressed { host, length } => self.read_compressed(host, length, run.offset, part)?,
                     Source::Zero { .. } => part.fill(0),
                     Source::Below => match &self.backing {

@@ -82,6 +82,7 @@ impl Image {
             return Ok(());
         }
         self.refuse_poisoned()?;
+        self.write_behind.start()?;
         put64(&mut sector, field::INCOMPATIBLE, self.header.incompatible | DIRTY);
         put64(&mut sector, field::AUTOCLEAR, 0);
         self.store(0, &mut [IoSlice::new(&sector[..])])?;

@@ -1,12 +1,11 @@
 //! Writing: in place where the cluster is ours alone, otherwise into fresh space that becomes visible only when the payload
-//! is written.
-
-use std::io::IoSlice;
+//! is on its way and every reader finds it there.
 
 use super::Image;
 use super::flush::Durability;
 use crate::error::Result;
 use crate::format::entry::{self, L2Entry};
+use crate::payload::Piece;
 
 /// A run of neighbouring guest clusters and the host space that their bytes go to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,16 +31,23 @@ impl Image {
     ///
     /// # Durability
     /// With [`Durability::OnFlush`] a crash before the next flush may lose the write, sector by sector, but changes no
-    /// other byte. A failure poisons the image, except for [`crate::Error::NoSpace`] and for errors while reading what
-    /// lies around a partial cluster.
+    /// other byte. The payload may be in memory when this returns; if it then cannot be written, the image is poisoned,
+    /// which every later change, the next flush and the close say. An error here poisons too, except for
+    /// [`crate::Error::NoSpace`] and for errors while reading what lies around a partial cluster.
     pub fn write(&self, offset: u64, data: &[u8], durability: Durability) -> Result<()> {
         self.check_range(offset, data.len() as u64)?;
+        self.write_piece(offset, &Piece::from_vec(data.to_vec()), durability)
+    }
+
+    /// As [`Image::write`], without a copy.
+    pub(crate) fn write_piece(&self, offset: u64, data: &Piece, durability: Durability) -> Result<()> {
+        self.check_range(offset, data.len())?;
         let _operation = self.writing()?;
-        if data.is_empty() {
+        if data.len() == 0 {
             return Ok(());
         }
         let geometry = self.geometry();
-        let (first, last) = (geometry.cluster_of(offset), geometry.cluster_of(offset + data.len() as u64 - 1));
+        let (first, last) = (geometry.cluster_of(offset), geometry.cluster_of(offset + data.len() - 1));
         let in_place = {
             let _shared = self.clusters.shared(first, last);
             self.write_in_place(offset, data, durability)?
@@ -59,11 +65,11 @@ impl Image {
 
     /// Writes if every cluster of the range can be written in place; `Some(true)`: durably. `None`: nothing was done.
     /// The caller holds the clusters at least shared.
-    fn write_in_place(&self, offset: u64, data: &[u8], durability: Durability) -> Result<Option<bool>> {
+    fn write_in_place(&self, offset: u64, data: &Piece, durability: Durability) -> Result<Option<bool>> {
         let geometry = self.geometry();
         let mut pieces: Vec<(u64, u64)> = Vec::new();
         let mut entries_durable = true;
-        for (start, length) in geometry.by_table(offset, data.len() as u64) {
+        for (start, length) in geometry.by_table(offset, data.len()) {
             let (first, last) = (geometry.cluster_of(start), geometry.cluster_of(start + length - 1));
             let Some(table) = self.tables.view(&*self.storage, geometry.l1_index(first))? else { return Ok(None) };
             for cluster in first..=last {
@@ -80,31 +86,28 @@ impl Image {
         }
         // One write that is durable by itself is enough only if the way to it is durable too.
         let durable = durability == Durability::BeforeReply && entries_durable;
-        let mut rest = data;
+        let mut done = 0;
         for (host, length) in pieces {
-            let (piece, behind) = rest.split_at(length as usize);
-            rest = behind;
-            let slices = &mut [IoSlice::new(piece)];
+            let piece = data.part(done, length);
+            done += length;
             if durable {
-                let written = self.storage.write_durable(host, slices);
-                written.map_err(|source| self.poison_by(crate::Error::io("write", host)(source)))?;
+                self.write_behind.write_durable(host, &piece)?;
             } else {
-                self.store(host, slices)?;
+                self.write_behind.put(host, vec![piece])?;
             }
         }
         Ok(Some(durable))
     }
 
     /// Writes a range some of whose clusters need new space. The caller holds the clusters exclusively.
-    pub(super) fn write_mapping(&self, offset: u64, data: &[u8]) -> Result<()> {
+    pub(super) fn write_mapping(&self, offset: u64, data: &Piece) -> Result<()> {
         let geometry = self.geometry();
-        let end = offset + data.len() as u64;
+        let end = offset + data.len();
         let targets = self.targets(geometry.cluster_of(offset), geometry.cluster_of(end - 1))?;
         for target in &targets {
             let start = geometry.start_of(target.first).max(offset);
             let stop = geometry.start_of(target.first + target.clusters).min(end);
-            let payload = &data[(start - offset) as usize..(stop - offset) as usize];
-            self.write_target(target, start, payload)?;
+            self.write_target(target, start, data.part(start - offset, stop - start))?;
         }
         for target in targets.iter().filter(|target| target.kind != Kind::InPlace) {
             for index in 0..target.clusters {
@@ -162,22 +165,21 @@ impl Image {
         Ok(())
     }
 
-    /// Writes a payload and, around it, what the partial first and last cluster must keep: one write, so that a crash
-    /// leaves no cluster half filled.
-    fn write_target(&self, target: &Target, start: u64, payload: &[u8]) -> Result<()> {
+    /// Writes a payload and, around it, what the partial first and last cluster must keep: one write, so that nobody ever
+    /// finds a cluster half filled.
+    fn write_target(&self, target: &Target, start: u64, payload: Piece) -> Result<()> {
         let geometry = self.geometry();
         let begin = geometry.start_of(target.first);
         let end = begin + target.clusters * geometry.cluster_size();
-        let stop = start + payload.len() as u64;
+        let stop = start + payload.len();
         let (head, tail) = match target.kind {
             Kind::InPlace => (None, None),
             Kind::Stale => (Some(vec![0; (start - begin) as usize]), Some(vec![0; (end - stop) as usize])),
             Kind::Fresh => (self.keep(begin, start)?, self.keep(stop, end.min(self.size()))?),
         };
         let host = target.host + (start - begin) - head.as_ref().map_or(0, |head| head.len() as u64);
-        let slices = [head.as_deref(), Some(payload), tail.as_deref()];
-        let mut slices: Vec<IoSlice<'_>> = slices.into_iter().flatten().map(IoSlice::new).collect();
-        self.store(host, &mut slices)
+        let pieces = [head.map(Piece::from_vec), Some(payload), tail.map(Piece::from_vec)];
+        self.write_behind.put(host, pieces.into_iter().flatten().filter(|piece| piece.len() > 0).collect())
     }
 
     /// The bytes of a range that new space must be filled with; `None` where they are zeroes, as fresh space is.

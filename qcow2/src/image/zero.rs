@@ -4,6 +4,7 @@ use super::Image;
 use super::flush::Durability;
 use crate::error::Result;
 use crate::format::entry::{self, L2Entry};
+use crate::payload::Piece;
 
 /// What becomes of the space of clusters that are zeroed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -75,7 +76,7 @@ impl Image {
             return Ok(());
         }
         // At most two parts of a cluster, or one: bounded by twice the cluster size.
-        self.write_mapping(from, &vec![0; (to - from) as usize])
+        self.write_mapping(from, &Piece::from_vec(vec![0; (to - from) as usize]))
     }
 
     fn zero_clusters(&self, first: u64, last: u64, mode: ZeroMode) -> Result<()> {

@@ -10,6 +10,8 @@ use std::io::{self, IoSlice};
 
 pub use file::FileStorage;
 
+use crate::geometry::SECTOR;
+
 /// What became of a request to reserve space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reservation {
@@ -50,6 +52,12 @@ pub trait Storage: Send + Sync + Debug {
 
     /// Drops cached pages, so that the next read shows what the disk holds.
     fn drop_cache(&self) -> io::Result<()>;
+
+    /// Bytes, a power of two, that the storage reads and writes at once: two writes that share such a block must not run
+    /// at once.
+    fn block_size(&self) -> u64 {
+        SECTOR
+    }
 
     /// Releases the locks held on the file.
     ///
