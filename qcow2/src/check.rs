@@ -43,10 +43,11 @@ impl CheckReport {
 pub fn check(path: &Path) -> Result<CheckReport> {
     let file = File::open(path).map_err(|source| Error::Open { path: path.to_owned(), source })?;
     lock::lock(&file, path, Access::ReadOnly)?;
-    check_storage(&FileStorage::new(file))
+    check_on(&FileStorage::new(file))
 }
 
-pub(crate) fn check_storage(storage: &dyn Storage) -> Result<CheckReport> {
+/// As [`check`], on any storage that nobody is writing to.
+pub fn check_on(storage: &dyn Storage) -> Result<CheckReport> {
     let (header, _) = read_header(storage)?;
     let table = RefcountTable::load(storage, &header)?;
     let mut found = references::count(storage, &header, Some(&table))?;

@@ -7,7 +7,7 @@ use std::path::Path;
 use crate::error::{Error, Result};
 use crate::format::header::{Backing, CORRUPT};
 use crate::image::read_header;
-use crate::storage::FileStorage;
+use crate::storage::{FileStorage, Storage};
 
 /// What an image says about itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,7 +43,13 @@ pub fn info(path: &Path) -> Result<ImageInfo> {
     let open = |source| Error::Open { path: path.to_owned(), source };
     let file = File::open(path).map_err(open)?;
     let facts = file.metadata().map_err(open)?;
-    let (header, _) = read_header(&FileStorage::new(file))?;
+    Ok(ImageInfo { disk_bytes: facts.blocks() * 512, ..info_on(&FileStorage::new(file))? })
+}
+
+/// As [`info`], on any storage; `disk_bytes` is the length of the file, because a storage does not tell more.
+pub fn info_on(storage: &dyn Storage) -> Result<ImageInfo> {
+    let (header, _) = read_header(storage)?;
+    let length = storage.length().map_err(Error::io("fstat", 0))?;
     Ok(ImageInfo {
         version: header.version,
         size: header.geometry.size,
@@ -55,7 +61,7 @@ pub fn info(path: &Path) -> Result<ImageInfo> {
         zstd: header.compression_type == 1,
         snapshots: header.snapshots,
         backing: header.backing,
-        file_length: facts.len(),
-        disk_bytes: facts.blocks() * 512,
+        file_length: length,
+        disk_bytes: length,
     })
 }

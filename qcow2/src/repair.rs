@@ -7,7 +7,7 @@ use std::fs::OpenOptions;
 use std::io::IoSlice;
 use std::path::Path;
 
-use crate::check::{CheckReport, check_storage};
+use crate::check::{CheckReport, check_on};
 use crate::error::{Error, Result};
 use crate::finish::{finish, put64};
 use crate::format::entry::{COPIED, L2Entry, decode_l1};
@@ -34,7 +34,11 @@ pub fn repair(path: &Path) -> Result<CheckReport> {
     repair_on(&FileStorage::new(file))
 }
 
-fn repair_on(storage: &dyn Storage) -> Result<CheckReport> {
+/// As [`repair`], on any storage that nobody else uses.
+///
+/// # Durability
+/// As for [`repair`].
+pub fn repair_on(storage: &dyn Storage) -> Result<CheckReport> {
     let (header, mut sector) = read_header(storage)?;
     refuse_read_only_features(&header)?;
     if header.is_dirty() {
@@ -42,7 +46,7 @@ fn repair_on(storage: &dyn Storage) -> Result<CheckReport> {
         storage.sync_data().map_err(Error::io("fdatasync", 0))?;
         storage.drop_cache().map_err(Error::io("fadvise", 0))?;
     }
-    let before = check_storage(storage)?;
+    let before = check_on(storage)?;
     if before.is_clean() {
         return Ok(before);
     }

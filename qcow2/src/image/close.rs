@@ -32,7 +32,7 @@ impl Image {
 
     /// Checks the image as it is on disk, also after the close, through the same open file.
     pub fn check(&self) -> Result<CheckReport> {
-        check::check_storage(&*self.storage)
+        check::check_on(&*self.storage)
     }
 
     fn unlock(&self) {

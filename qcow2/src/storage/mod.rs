@@ -4,11 +4,13 @@
 //! [`Storage::write_durable`].
 
 mod file;
+mod memory;
 
 use std::fmt::Debug;
 use std::io::{self, IoSlice};
 
 pub use file::FileStorage;
+pub use memory::MemoryStorage;
 
 use crate::geometry::SECTOR;
 
