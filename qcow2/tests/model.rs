@@ -5,8 +5,6 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking and tells its figures")]
 
-#[path = "support/memory.rs"]
-mod memory;
 #[path = "support/readers.rs"]
 mod readers;
 mod support;
@@ -16,10 +14,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use blockyard_qcow2::storage::MemoryStorage;
 use blockyard_qcow2::{
     Access, CreateOptions, Durability, ExtentKind, Image, Layer, OpenOptions, ZeroMode, create, create_on,
 };
-use memory::MemoryStorage;
 use readers::{Chain, READERS};
 use support::{folder, join, over};
 

@@ -1,4 +1,4 @@
-//! Images in memory: bytes with holes, and a disk that keeps what was synced apart from what was only written.
+//! A disk in memory that keeps what was synced apart from what was only written.
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part")]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -97,7 +97,13 @@ impl Storage for VolatileDisk {
     fn write_durable(&self, offset: u64, slices: &mut [IoSlice<'_>]) -> io::Result<()> {
         let mut state = self.state.lock().unwrap();
         state.written.write(offset, slices);
-        state.durable.write(offset, slices);
+        // The disk takes whole sectors, with what the rest of them holds by now.
+        let length: usize = slices.iter().map(|slice| slice.len()).sum();
+        let end = (offset + length as u64).next_multiple_of(512).min(state.written.length());
+        let start = offset / 512 * 512;
+        let mut sectors = vec![0; (end - start) as usize];
+        state.written.read(start, &mut sectors);
+        state.durable.write(start, &[IoSlice::new(&sectors)]);
         Ok(())
     }
 
@@ -125,57 +131,6 @@ impl Storage for VolatileDisk {
 
     fn punch(&self, offset: u64, length: u64) -> io::Result<()> {
         self.state.lock().unwrap().written.punch(offset, length);
-        Ok(())
-    }
-
-    fn drop_cache(&self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// Memory as plain storage.
-#[derive(Debug, Default)]
-pub struct MemoryStorage {
-    bytes: Mutex<Bytes>,
-}
-
-impl Storage for MemoryStorage {
-    fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        self.bytes.lock().unwrap().read(offset, buffer);
-        Ok(())
-    }
-
-    fn write(&self, offset: u64, slices: &mut [IoSlice<'_>]) -> io::Result<()> {
-        self.bytes.lock().unwrap().write(offset, slices);
-        Ok(())
-    }
-
-    fn write_durable(&self, offset: u64, slices: &mut [IoSlice<'_>]) -> io::Result<()> {
-        self.write(offset, slices)
-    }
-
-    fn sync_data(&self) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn length(&self) -> io::Result<u64> {
-        Ok(self.bytes.lock().unwrap().length())
-    }
-
-    fn set_length(&self, length: u64) -> io::Result<()> {
-        self.bytes.lock().unwrap().set_length(length);
-        Ok(())
-    }
-
-    fn reserve(&self, offset: u64, length: u64) -> io::Result<Reservation> {
-        let mut bytes = self.bytes.lock().unwrap();
-        let length = bytes.length().max(offset + length);
-        bytes.set_length(length);
-        Ok(Reservation::Done)
-    }
-
-    fn punch(&self, offset: u64, length: u64) -> io::Result<()> {
-        self.bytes.lock().unwrap().punch(offset, length);
         Ok(())
     }
 
