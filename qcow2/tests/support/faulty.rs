@@ -64,7 +64,7 @@ pub struct Failure {
 #[derive(Debug)]
 pub struct Faulty {
     inner: Arc<dyn Storage>,
-    faults: Vec<Fault>,
+    faults: Mutex<Vec<Fault>>,
     calls: [AtomicU64; KINDS.len()],
     failures: Mutex<Vec<Failure>>,
     is_healed: AtomicBool,
@@ -74,11 +74,17 @@ impl Faulty {
     pub fn new(inner: Arc<dyn Storage>, faults: &[Fault]) -> Self {
         Self {
             inner,
-            faults: faults.to_vec(),
+            faults: Mutex::new(faults.to_vec()),
             calls: Default::default(),
             failures: Mutex::default(),
             is_healed: AtomicBool::new(false),
         }
+    }
+
+    /// From now on, the n-th call of a kind, counted from 1, fails.
+    pub fn fail_later(&self, fault: Fault) {
+        let call = self.calls(fault.kind) + fault.call;
+        self.faults.lock().unwrap().push(Fault { call, ..fault });
     }
 
     /// How many calls of a kind there were.
@@ -100,18 +106,18 @@ impl Faulty {
     fn call(&self, kind: Kind, offset: u64) -> Result<(), Fault> {
         let call = self.calls[kind as usize].fetch_add(1, Ordering::SeqCst) + 1;
         let meets = |fault: &&Fault| fault.kind == kind && (call == fault.call || fault.for_ever && call > fault.call);
-        let Some(fault) = self.faults.iter().find(meets).filter(|_| !self.is_healed.load(Ordering::SeqCst)) else {
-            return Ok(());
-        };
+        let fault = self.faults.lock().unwrap().iter().find(meets).copied();
+        let Some(fault) = fault.filter(|_| !self.is_healed.load(Ordering::SeqCst)) else { return Ok(()) };
         self.failures.lock().unwrap().push(Failure { kind, offset, errno: fault.errno });
-        Err(*fault)
+        Err(fault)
     }
 
     fn write_half(&self, fault: &Fault, offset: u64, slices: &[IoSlice<'_>]) {
         if fault.short {
             let bytes: Vec<u8> = slices.iter().flat_map(|slice| slice.iter().copied()).collect();
-            let half = &bytes[..bytes.len() / 2];
-            // The half of a transfer that fails in the middle does reach the file.
+            // The half of a transfer that fails in the middle does reach the file, cut where its blocks are.
+            let end = (offset + bytes.len() as u64 / 2) / 512 * 512;
+            let half = &bytes[..end.saturating_sub(offset) as usize];
             self.inner.write(offset, &mut [IoSlice::new(half)]).unwrap();
         }
     }

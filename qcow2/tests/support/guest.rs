@@ -33,7 +33,7 @@ impl Allowed {
         self.values.iter().flat_map(|values| values.last().unwrap().iter().copied()).collect()
     }
 
-    fn attempt(&mut self, offset: usize, bytes: &[u8]) {
+    pub fn attempt(&mut self, offset: usize, bytes: &[u8]) {
         let mut done = 0;
         while done < bytes.len() {
             let at = offset + done;
@@ -240,12 +240,15 @@ impl Guest {
                     Kind::DropCache => *operation == "fadvise",
                     Kind::Punch => false,
                 };
-                let found = failures.iter().any(|failure| {
-                    let same_errno = source.raw_os_error() == Some(failure.errno as i32);
-                    // A read names where it failed.
-                    let same_place = failure.kind != Kind::Read || failure.offset == *offset;
-                    is_it(failure.kind) && same_errno && same_place
-                });
+                // Payload that was acknowledged and could not be stored cannot be read any more.
+                let is_lost = *operation == "read" && source.raw_os_error().is_none() && is_one_of(&Kind::is_change);
+                let found = is_lost
+                    || failures.iter().any(|failure| {
+                        let same_errno = source.raw_os_error() == Some(failure.errno as i32);
+                        // A read names where it failed.
+                        let same_place = failure.kind != Kind::Read || failure.offset == *offset;
+                        is_it(failure.kind) && same_errno && same_place
+                    });
                 assert!(found, "{context}: {error} does not say what failed: {failures:?}");
             }
             Error::NoSpace { .. } => assert!(is_one_of(&|kind| kind == Kind::Reserve), "{context}: {error}"),

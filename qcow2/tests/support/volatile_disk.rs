@@ -40,6 +40,11 @@ impl Bytes {
         self.length
     }
 
+    /// Everything up to the last byte that was written.
+    pub fn start(&self) -> &[u8] {
+        &self.bytes
+    }
+
     pub fn set_length(&mut self, length: u64) {
         self.bytes.truncate(length as usize);
         self.length = length;
