@@ -8,6 +8,7 @@
     clippy::print_stdout,
     reason = "a test fails by panicking and tells its figures"
 )]
+#![allow(dead_code, reason = "what it shares with other tests can do more than is needed here")]
 
 #[path = "support/deadline.rs"]
 mod deadline;
@@ -17,7 +18,6 @@ mod faulty;
 mod guest;
 #[path = "support/reader.rs"]
 mod reader;
-#[allow(dead_code, reason = "the simulated disk can do more than is needed here")]
 #[path = "support/sim_disk.rs"]
 mod sim_disk;
 mod support;

@@ -1,6 +1,6 @@
 //! What a guest asked of an image and was told, sector by sector: from that follows what the image may hold after a
 //! failure or a power cut.
-#![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part")]
+#![allow(unreachable_pub, reason = "part of the tests that include it")]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::ops::Range;

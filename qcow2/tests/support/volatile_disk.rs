@@ -1,5 +1,5 @@
 //! A disk in memory that keeps what was synced apart from what was only written.
-#![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part")]
+#![allow(unreachable_pub, reason = "part of the tests that include it")]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::io::{self, IoSlice};
