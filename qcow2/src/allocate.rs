@@ -2,7 +2,9 @@
 //! late reader can ever see somebody else's bytes.
 
 use crate::error::{Error, Result};
-use crate::geometry::Geometry;
+use crate::format::header::REFCOUNT_TABLE_BYTES_MAX;
+use crate::format::refcount::Width;
+use crate::geometry::{ENTRY, Geometry};
 use crate::storage::{Reservation, Storage};
 use crate::sync::{Mutex, lock};
 
@@ -11,11 +13,18 @@ use crate::sync::{Mutex, lock};
 const STEP_MIN: u64 = 1 << 20;
 const STEP_MAX: u64 = 64 << 20;
 
+/// Host offsets in L1 and L2 entries have 56 bits.
+const HOST_OFFSET_END: u64 = 1 << 56;
+
 /// Hands out host clusters, space reserved.
 #[derive(Debug)]
 pub(crate) struct Allocator {
     geometry: Geometry,
-    refcount_entries: u64,
+    refcount_width: Width,
+    /// End of the space at the opening, and how many refcount blocks its used part needs at most.
+    opened: (u64, u64),
+    /// Where refcounts, or the bits of an L2 entry, end. Nothing may be used past it, or the image could not be closed.
+    limit: u64,
     state: Mutex<State>,
 }
 
@@ -31,9 +40,12 @@ struct State {
 
 impl Allocator {
     /// `end`: the end of the file rounded up to clusters; never below it, so that fresh clusters read as zeroes.
-    pub(crate) fn new(geometry: Geometry, refcount_entries: u64, end: u64) -> Self {
+    /// `blocks`: how many refcount blocks the used part of the file needs, which in a sparse file may be few.
+    pub(crate) fn new(geometry: Geometry, refcount_width: Width, end: u64, blocks: u64) -> Self {
+        let block_bytes = refcount_width.entries(geometry.cluster_size()) * geometry.cluster_size();
+        let limit = (REFCOUNT_TABLE_BYTES_MAX / ENTRY).saturating_mul(block_bytes).min(HOST_OFFSET_END);
         let state = State { next: end, reserved: end, step: STEP_MIN, can_reserve: true };
-        Self { geometry, refcount_entries, state: Mutex::new(state) }
+        Self { geometry, refcount_width, opened: (end, blocks), limit, state: Mutex::new(state) }
     }
 
     /// Host offset of `clusters` contiguous clusters that read as zeroes.
@@ -42,7 +54,10 @@ impl Allocator {
     pub(crate) fn allocate(&self, storage: &dyn Storage, clusters: u64) -> Result<u64> {
         let length = clusters * self.geometry.cluster_size();
         let mut state = lock(&self.state);
-        let end = state.next + length;
+        let end = state.next.saturating_add(length);
+        if end > self.limit || end + self.refcount_bytes(end) > self.limit {
+            return Err(Error::NoSpace { offset: state.next, length });
+        }
         // The refcounts that closing will have to write must find room too.
         let needed = end + self.refcount_bytes(end);
         if needed > state.reserved && state.can_reserve {
@@ -58,11 +73,13 @@ impl Allocator {
         lock(&self.state).next
     }
 
-    /// An upper bound of what the refcount structures of a file of this length occupy.
+    /// An upper bound of what the refcount structures of a file of this length occupy, if all of them must be made anew.
     fn refcount_bytes(&self, file_length: u64) -> u64 {
         let cluster = self.geometry.cluster_size();
-        let blocks = (file_length / cluster).div_ceil(self.refcount_entries) + 2;
-        let table = (blocks * 8).div_ceil(cluster) + 1;
+        let block_bytes = self.refcount_width.entries(cluster) * cluster;
+        let (opened_end, opened_blocks) = self.opened;
+        let blocks = opened_blocks + (file_length - opened_end).div_ceil(block_bytes) + 2;
+        let table = ((file_length.div_ceil(block_bytes) + 2) * ENTRY).div_ceil(cluster) + 1;
         (blocks + table) * cluster
     }
 }

@@ -44,7 +44,7 @@ impl AsyncImage {
         Self { image: Arc::new(image), turns: Arc::new(Semaphore::new(AT_ONCE)) }
     }
 
-    /// Virtual size in bytes.
+    /// Virtual size in bytes; it may grow ([`AsyncImage::grow`]).
     pub fn size(&self) -> u64 {
         self.image.size()
     }
@@ -88,6 +88,11 @@ impl AsyncImage {
     /// As [`Image::discard`].
     pub async fn discard(&self, offset: u64, length: u64, durability: Durability) -> Result<()> {
         self.run(move |image| image.discard(offset, length, durability)).await
+    }
+
+    /// As [`Image::grow`].
+    pub async fn grow(&self, size: u64) -> Result<()> {
+        self.run(move |image| image.grow(size)).await
     }
 
     /// As [`Image::flush`].

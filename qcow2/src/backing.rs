@@ -9,7 +9,7 @@ use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 
 use crate::error::{Error, Result};
 use crate::format::header::{Backing, BackingFormat};
-use crate::image::Image;
+use crate::image::{Image, read_header};
 use crate::lock::{self, Access};
 use crate::storage::{FileStorage, Storage};
 use crate::sync::Arc;
@@ -109,11 +109,33 @@ pub fn backing_size(backing: &Backing, overlay: &Path) -> Result<u64> {
     let chain = Chain { root: overlay.parent().unwrap_or(Path::new("")).to_owned(), seen: Vec::new() };
     let layer = Layer::open(backing, overlay, chain, 0)?;
     match &layer {
-        Layer::Image(image) if image.is_dirty() => {
-            Err(Error::Backing { name: backing.name.clone(), reason: "was not closed; repair it first".into() })
-        }
+        Layer::Image(image) if image.is_dirty() => Err(not_closed(backing)),
         _ => Ok(layer.size()),
     }
+}
+
+/// Refuses a base that was not closed, or is being written to just now. Whether the base is there, and may be used at all,
+/// is decided when the overlay is opened: only then the folder is known that it must be in.
+pub(crate) fn refuse_dirty_base(backing: &Backing, overlay: &Path) -> Result<()> {
+    if backing.format != BackingFormat::Qcow2 || backing.name.starts_with('/') || backing.name.contains(':') {
+        return Ok(());
+    }
+    let path = overlay.parent().unwrap_or(Path::new("")).join(&backing.name);
+    // Nothing but a file is opened: to open a FIFO or a device does something to it.
+    if !std::fs::symlink_metadata(&path).is_ok_and(|facts| facts.is_file()) {
+        return Ok(());
+    }
+    let Ok(file) = rustix::fs::open(&path, OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty()) else {
+        return Ok(());
+    };
+    match read_header(&FileStorage::new(File::from(file))) {
+        Ok((header, _)) if header.is_dirty() => Err(not_closed(backing)),
+        _ => Ok(()),
+    }
+}
+
+fn not_closed(backing: &Backing) -> Error {
+    Error::Backing { name: backing.name.clone(), reason: "was not closed; repair it first".into() }
 }
 
 /// The path of a relative name, made without following anything, beneath the root.

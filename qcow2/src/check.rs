@@ -52,9 +52,7 @@ pub fn check_on(storage: &dyn Storage) -> Result<CheckReport> {
     let table = RefcountTable::load(storage, &header)?;
     let mut found = references::count(storage, &header, Some(&table))?;
     bitmaps::each_range(storage, &header, |offset, bytes| found.shared(offset, bytes, header.geometry.cluster_size()))?;
-    let length = storage.length().map_err(Error::io("fstat", 0))?;
-    let width = header.refcount_width;
-    let differences = refcounts::compare(storage, header.geometry, width, &table, &found, length)?;
+    let differences = refcounts::compare(storage, header.geometry, header.refcount_width, &table, &found)?;
     Ok(CheckReport {
         // A table without its COPIED bit is among the wrong bits too.
         errors: found.faults.count - found.not_copied + differences.wrong_copied_bits + differences.too_low,

@@ -5,10 +5,15 @@ use std::io::IoSlice;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use crate::backing::refuse_dirty_base;
+use crate::compressed::Compression;
 use crate::error::{Error, Result};
-use crate::format::header::{Backing, Header, L1_BYTES_MAX};
+use crate::format::header::{
+    Backing, COMPRESSION_TYPE, Header, L1_BYTES_MAX, LAZY_REFCOUNTS, REFCOUNT_TABLE_BYTES_MAX,
+};
 use crate::format::refcount::Width;
 use crate::geometry::{ENTRY, Geometry};
+use crate::preallocate::{Layout, preallocate};
 use crate::refcounts::{self, RefcountTable};
 use crate::references::Counts;
 use crate::storage::{FileStorage, Storage};
@@ -23,15 +28,43 @@ pub struct CreateOptions {
     pub cluster_size: u32,
     /// Width of one refcount: 1, 2, 4, 8, 16, 32 or 64.
     pub refcount_bits: u32,
-    /// What lies below; its file is opened when the image is, not now.
+    /// What lies below, its format always said. Its file is opened when the image is, not now; but a base that is there and
+    /// was not closed is refused.
     pub backing: Option<Backing>,
+    /// How clusters are compressed, should any be.
+    pub compression: Compression,
+    /// Says that QEMU may postpone updates of the refcounts. This engine always does, and keeps the mark.
+    pub lazy_refcounts: bool,
+    /// What is made ready ahead of the first write; without a backing file only, whose data it would hide.
+    pub preallocation: Preallocation,
 }
 
 impl CreateOptions {
-    /// 64 KiB clusters, 16-bit refcounts, no backing file: what QEMU's tools make by default.
+    /// 64 KiB clusters, 16-bit refcounts, deflate, no backing file, nothing preallocated: what QEMU's tools make by default.
     pub fn new(size: u64) -> Self {
-        Self { size, cluster_size: 65536, refcount_bits: 16, backing: None }
+        Self {
+            size,
+            cluster_size: 65536,
+            refcount_bits: 16,
+            backing: None,
+            compression: Compression::Deflate,
+            lazy_refcounts: false,
+            preallocation: Preallocation::Off,
+        }
     }
+}
+
+/// What of an image is made ready when it is created.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Preallocation {
+    /// Nothing: clusters get space when they are written.
+    Off,
+    /// Every cluster has its place in the file, and all tables name it; the places themselves stay holes.
+    Metadata,
+    /// As `Metadata`, and the file system has reserved the space. An error where it cannot.
+    Falloc,
+    /// As `Metadata`, and zeroes are written to every place.
+    Full,
 }
 
 /// Creates a version 3 image at a path that must not exist yet.
@@ -41,6 +74,7 @@ impl CreateOptions {
 /// an image. On an error the file is removed.
 pub fn create(path: &Path, options: &CreateOptions) -> Result<()> {
     let header = plan(options)?;
+    options.backing.as_ref().map(|backing| refuse_dirty_base(backing, path)).transpose()?;
     let open = |source| Error::Open { path: path.to_owned(), source };
     let file = OpenOptions::new()
         .read(true)
@@ -49,7 +83,7 @@ pub fn create(path: &Path, options: &CreateOptions) -> Result<()> {
         .custom_flags(rustix::fs::OFlags::NOFOLLOW.bits() as i32)
         .open(path)
         .map_err(open)?;
-    let created = write_image(&FileStorage::new(file), header).and_then(|()| sync_parent(path));
+    let created = write_image(&FileStorage::new(file), header, options.preallocation).and_then(|()| sync_parent(path));
     if created.is_err() {
         // The error that is reported is the first one; a file that cannot even be removed is not an image either.
         let _ = std::fs::remove_file(path);
@@ -57,12 +91,12 @@ pub fn create(path: &Path, options: &CreateOptions) -> Result<()> {
     created
 }
 
-/// As [`create`], on storage that is empty so far.
+/// As [`create`], on storage that is empty so far. That a backing image was closed is the caller's business.
 ///
 /// # Durability
 /// The image is durable when this returns; its name is the caller's business.
 pub fn create_on(storage: &dyn Storage, options: &CreateOptions) -> Result<()> {
-    write_image(storage, plan(options)?)
+    write_image(storage, plan(options)?, options.preallocation)
 }
 
 /// Checks the options and lays out header and L1; the refcount structures follow behind them.
@@ -74,17 +108,24 @@ fn plan(options: &CreateOptions) -> Result<Header> {
     if !options.refcount_bits.is_power_of_two() || options.refcount_bits > 64 {
         return invalid("refcount bits", "must be 1, 2, 4, 8, 16, 32 or 64");
     }
-    if !options.size.is_multiple_of(512) || options.size > i64::MAX as u64 {
-        return invalid("size", "must be a multiple of 512 bytes, below 2^63");
-    }
     let cluster_bits = options.cluster_size.trailing_zeros();
     let geometry = Geometry { cluster_bits, size: options.size, extended: false };
-    if geometry.l1_entries() * ENTRY > L1_BYTES_MAX {
-        return invalid("size", "is more than images of this cluster size can map (the L1 table ends at 32 MiB)");
-    }
+    check_size(geometry)?;
     let Some(refcount_width) = Width::from_order(options.refcount_bits.trailing_zeros()) else {
         return invalid("refcount bits", "must be 1, 2, 4, 8, 16, 32 or 64");
     };
+    if options.preallocation != Preallocation::Off {
+        if options.backing.is_some() {
+            return invalid("preallocation", "would hide what the backing file holds");
+        }
+        let layout = Layout::new(geometry);
+        let blocks = layout.end.div_ceil(refcount_width.entries(geometry.cluster_size()) * geometry.cluster_size());
+        // Twice: refcounts count themselves too, and at worst a block describes little more than itself.
+        if 2 * blocks * ENTRY > REFCOUNT_TABLE_BYTES_MAX {
+            return invalid("preallocation", "needs more refcounts than images of this cluster size can hold");
+        }
+    }
+    let is_zstd = options.compression == Compression::Zstd;
     let header = Header {
         version: 3,
         geometry,
@@ -97,20 +138,35 @@ fn plan(options: &CreateOptions) -> Result<Header> {
         refcount_width,
         snapshots: 0,
         snapshots_offset: 0,
-        incompatible: 0,
-        compatible: 0,
+        incompatible: if is_zstd { COMPRESSION_TYPE } else { 0 },
+        compatible: if options.lazy_refcounts { LAZY_REFCOUNTS } else { 0 },
         autoclear: 0,
-        compression_type: 0,
+        compression_type: u8::from(is_zstd),
         bitmaps_extension: None,
     };
     header.encode()?; // finds a backing name that does not fit before anything is written
     Ok(header)
 }
 
-fn write_image(storage: &dyn Storage, mut header: Header) -> Result<()> {
+/// What every virtual size must be, at creation and when it grows.
+pub(crate) fn check_size(geometry: Geometry) -> Result<()> {
+    let invalid = |reason: &str| Err(Error::InvalidOption { option: "size", reason: reason.into() });
+    if !geometry.size.is_multiple_of(512) || geometry.size > i64::MAX as u64 {
+        return invalid("must be a multiple of 512 bytes, below 2^63");
+    }
+    if geometry.l1_entries() * ENTRY > L1_BYTES_MAX {
+        return invalid("is more than images of this cluster size can map (the L1 table ends at 32 MiB)");
+    }
+    Ok(())
+}
+
+fn write_image(storage: &dyn Storage, mut header: Header, preallocation: Preallocation) -> Result<()> {
     let geometry = header.geometry;
+    let mut body = geometry.cluster_size() + geometry.round_up(u64::from(header.l1_entries) * ENTRY);
+    if preallocation != Preallocation::Off {
+        body = preallocate(storage, geometry, preallocation)?;
+    }
     let mut counts = Counts::default();
-    let body = geometry.cluster_size() + geometry.round_up(u64::from(header.l1_entries) * ENTRY);
     (0..body / geometry.cluster_size()).for_each(|cluster| {
         counts.add(cluster);
     });

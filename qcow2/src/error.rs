@@ -31,6 +31,14 @@ pub enum Error {
         /// What is allowed.
         reason: String,
     },
+    /// A disk only grows. Nothing was changed.
+    #[error("the disk of {size} bytes cannot shrink to {wanted} bytes")]
+    WouldShrink {
+        /// Virtual size in bytes.
+        size: u64,
+        /// The smaller size asked for.
+        wanted: u64,
+    },
     /// No room for this request; it changed nothing, and the image is healthy.
     #[error("no space left for {length} bytes at host offset {offset}")]
     NoSpace {

@@ -19,6 +19,11 @@ pub(crate) fn put64(sector: &mut HeaderSector, at: usize, value: u64) {
     sector[at..at + 8].copy_from_slice(&value.to_be_bytes());
 }
 
+/// Stores a big-endian field of 32 bits.
+pub(crate) fn put32(sector: &mut HeaderSector, at: usize, value: u32) {
+    sector[at..at + 4].copy_from_slice(&value.to_be_bytes());
+}
+
 /// Sets the refcounts to `counts`, appending what is new at `end`, and clears the dirty and corrupt bits.
 pub(crate) fn finish(
     storage: &dyn Storage,
@@ -35,8 +40,7 @@ pub(crate) fn finish(
     storage.sync_data().map_err(Error::io("fdatasync", 0))?;
 
     put64(sector, field::REFCOUNT_TABLE_OFFSET, table.offset);
-    let at = field::REFCOUNT_TABLE_CLUSTERS;
-    sector[at..at + 4].copy_from_slice(&(table.clusters as u32).to_be_bytes());
+    put32(sector, field::REFCOUNT_TABLE_CLUSTERS, table.clusters as u32);
     put64(sector, field::INCOMPATIBLE, header.incompatible & !(DIRTY | CORRUPT));
     storage.write(0, &mut [IoSlice::new(&sector[..])]).map_err(Error::io("write", 0))?;
     // B4: the image is whole.

@@ -93,19 +93,12 @@ fn write(
     for (index, entry) in table.entries.iter().enumerate().filter(|(_, entry)| **entry != 0) {
         block.fill(0);
         let first = index as u64 * per_block;
-        if counts.any(first, first + per_block) {
-            for position in 0..per_block {
-                let count = counts.load(first + position);
-                if count > width.max() {
-                    return Err(Error::unsupported(format!(
-                        "{count} references with refcounts of {} bits",
-                        width.bits()
-                    )));
-                }
-                if count > 0 {
-                    width.store(&mut block, position, count);
-                }
+        for (used, count) in counts.used(first, first + per_block) {
+            if count > width.max() {
+                let bits = width.bits();
+                return Err(Error::unsupported(format!("{count} references with refcounts of {bits} bits")));
             }
+            width.store(&mut block, used - first, count);
         }
         let host = entry & TABLE_OFFSET;
         storage.write(host, &mut [IoSlice::new(&block)]).map_err(Error::io("write", host))?;
@@ -126,33 +119,39 @@ pub(crate) struct Differences {
     pub(crate) wrong_copied_bits: u64,
 }
 
-/// Compares block by block; `end` is the end of the file in bytes.
+impl Differences {
+    /// Clusters `[first, end)` have no refcount block: every count is 0.
+    fn add_uncounted(&mut self, found: &References, first: u64, end: u64) {
+        for (used, _) in found.counts.used(first, end) {
+            self.too_low += 1;
+            self.wrong_copied_bits += found.wrong_copied_bits(used, 0);
+        }
+    }
+}
+
+/// Compares block by block, where there is a block or a reference: the length of a sparse file costs nothing.
 pub(crate) fn compare(
     storage: &dyn Storage,
     geometry: Geometry,
     width: Width,
     table: &RefcountTable,
     found: &References,
-    end: u64,
 ) -> Result<Differences> {
     let cluster = geometry.cluster_size();
     let per_block = width.entries(cluster);
-    let blocks = (end.div_ceil(cluster)).div_ceil(per_block).max(table.entries.len() as u64);
     let mut differences = Differences::default();
     let mut block = vec![0; cluster as usize];
-    for index in 0..blocks {
-        let first = index * per_block;
-        let host = table.entries.get(index as usize).map_or(0, |entry| entry & TABLE_OFFSET);
-        let referenced = found.counts.any(first, first + per_block);
-        if host == 0 && !referenced {
+    for (index, entry) in table.entries.iter().enumerate() {
+        let (first, host) = (index as u64 * per_block, entry & TABLE_OFFSET);
+        if host == 0 || !host.is_multiple_of(cluster) {
+            differences.add_uncounted(found, first, first + per_block);
             continue;
         }
-        block.fill(0);
-        if host != 0 && host.is_multiple_of(cluster) {
-            storage.read(host, &mut block).map_err(Error::io("read", host))?;
-        }
+        storage.read(host, &mut block).map_err(Error::io("read", host))?;
+        let mut used = found.counts.used(first, first + per_block).peekable();
         for position in 0..per_block {
-            let (stored, counted) = (width.load(&block, position), found.counts.load(first + position));
+            let stored = width.load(&block, position);
+            let counted = used.next_if(|(cluster, _)| *cluster == first + position).map_or(0, |(_, count)| count);
             differences.too_low += u64::from(stored < counted);
             differences.too_high += u64::from(stored > counted);
             if counted > 0 {
@@ -160,5 +159,6 @@ pub(crate) fn compare(
             }
         }
     }
+    differences.add_uncounted(found, table.entries.len() as u64 * per_block, u64::MAX);
     Ok(differences)
 }

@@ -13,8 +13,8 @@ use crate::refcounts::RefcountTable;
 use crate::snapshots;
 use crate::storage::Storage;
 
-/// Clusters per chunk of the map below: 64 Ki bits, 8 KiB.
-const CHUNK: u64 = 1 << 16;
+/// Clusters per chunk of the map below: 512 bytes of bits, so that references strewn over a sparse file cost little each.
+const CHUNK: u64 = 1 << 12;
 
 /// Counts per host cluster, compact for the common case: one bit says "at least one", a map holds what is beyond that.
 /// Absent chunks are all zero, so a sparse file of many TiB costs what it uses.
@@ -62,25 +62,45 @@ impl Counts {
     /// Runs `[first, end)` of clusters without references, below `end`.
     pub(crate) fn unused_runs(&self, end: u64) -> Vec<(u64, u64)> {
         let mut runs: Vec<(u64, u64)> = Vec::new();
-        for cluster in (0..end).filter(|cluster| self.load(*cluster) == 0) {
-            match runs.last_mut() {
-                Some((_, run_end)) if *run_end == cluster => *run_end += 1,
-                _ => runs.push((cluster, cluster + 1)),
+        let mut free = 0;
+        for (cluster, _) in self.used(0, end) {
+            if free < cluster {
+                runs.push((free, cluster));
             }
+            free = cluster + 1;
+        }
+        if free < end {
+            runs.push((free, end));
         }
         runs
     }
 
+    /// Words of the bit map that are not zero, in order: the first cluster of each, and its 64 bits.
+    fn words(&self, first: u64, end: u64) -> impl Iterator<Item = (u64, u64)> {
+        let chunks = self.ones.range(first / CHUNK..end.div_ceil(CHUNK).max(first / CHUNK));
+        chunks
+            .flat_map(|(index, chunk)| (index * CHUNK..).step_by(64).zip(chunk.iter().copied()))
+            .filter(move |(base, word)| *word != 0 && base + 64 > first && *base < end)
+    }
+
+    /// Clusters of `[first, end)` that have references, in order, with their counts.
+    pub(crate) fn used(&self, first: u64, end: u64) -> impl Iterator<Item = (u64, u64)> {
+        let bits =
+            |(base, word): (u64, u64)| (0..64).filter(move |bit| word >> bit & 1 != 0).map(move |bit| base + bit);
+        let clusters = self.words(first, end).flat_map(bits).filter(move |cluster| (first..end).contains(cluster));
+        clusters.map(|cluster| (cluster, 1 + self.beyond.get(&cluster).copied().unwrap_or(0)))
+    }
+
+    /// How many groups of `clusters` neighbours (a power of two, at least 64) have a reference.
+    pub(crate) fn groups(&self, clusters: u64) -> u64 {
+        let mut last = None;
+        let is_first = |group: &u64| last.replace(*group) != Some(*group);
+        self.words(0, u64::MAX).map(|(base, _)| base / clusters).filter(is_first).count() as u64
+    }
+
     /// Whether any cluster of `[first, end)` has a reference.
     pub(crate) fn any(&self, first: u64, end: u64) -> bool {
-        self.ones.range(first / CHUNK..=(end - 1) / CHUNK).any(|(index, chunk)| {
-            let base = index * CHUNK;
-            let (low, high) = (first.max(base) - base, end.min(base + CHUNK) - base);
-            if low % 64 == 0 && high % 64 == 0 {
-                return chunk[(low / 64) as usize..(high / 64) as usize].iter().any(|word| *word != 0);
-            }
-            (low..high).any(|bit| chunk[(bit / 64) as usize] >> (bit % 64) & 1 != 0)
-        })
+        self.used(first, end).next().is_some()
     }
 }
 
@@ -335,6 +355,19 @@ mod tests {
     use super::*;
 
     #[test]
+    fn references_strewn_over_an_exbibyte_cost_what_they_are() {
+        let mut counts = Counts::default();
+        let clusters = [0, 1 << 20, (1 << 44) - 1];
+        for cluster in clusters {
+            counts.add(cluster);
+        }
+        let runs = [(1, 1 << 20), ((1 << 20) + 1, (1 << 44) - 1), (1 << 44, 1 << 45)];
+        assert_eq!(counts.unused_runs(1 << 45), runs);
+        assert!(counts.used(0, u64::MAX).map(|(cluster, _)| cluster).eq(clusters));
+        assert!(!counts.any(2, 1 << 20) && counts.any(2, u64::MAX));
+    }
+
+    #[test]
     fn counts_go_up_and_down_and_runs_without_owner_are_found() {
         let mut counts = Counts::default();
         for cluster in [0, 1, 3, 3, CHUNK, CHUNK + 70] {
@@ -345,6 +378,9 @@ mod tests {
         counts.remove(1);
         assert_eq!((counts.load(3), counts.load(1)), (1, 0));
         assert_eq!(counts.unused_runs(6), [(1, 3), (4, 6)]);
+        assert_eq!(counts.unused_runs(CHUNK + 70), [(1, 3), (4, CHUNK), (CHUNK + 1, CHUNK + 70)]);
+        assert_eq!(counts.used(1, CHUNK + 70).collect::<Vec<_>>(), [(3, 1), (CHUNK, 1)]);
+        assert_eq!((counts.groups(64), counts.groups(CHUNK)), (3, 2));
         assert!(counts.any(CHUNK + 64, CHUNK + 128) && counts.any(CHUNK + 70, CHUNK + 71));
         assert!(!counts.any(CHUNK + 71, CHUNK + 200) && !counts.any(4, CHUNK));
     }

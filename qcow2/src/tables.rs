@@ -176,6 +176,12 @@ impl Tables {
         true
     }
 
+    /// Makes room for tables up to an L1 of `entries` entries.
+    pub(crate) fn grow(&self, entries: usize) {
+        let l1 = &mut lock(&self.state).l1;
+        l1.resize(entries.max(l1.len()), 0);
+    }
+
     pub(crate) fn has(&self, l1_index: usize) -> bool {
         lock(&self.state).l1.get(l1_index).is_some_and(|host| *host != 0)
     }

@@ -16,7 +16,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use blockyard_qcow2::storage::MemoryStorage;
 use blockyard_qcow2::{
-    Access, CreateOptions, Durability, ExtentKind, Image, Layer, OpenOptions, ZeroMode, create, create_on,
+    Access, Compression, CompressionLevel, CreateOptions, Durability, ExtentKind, Identical, Image, Layer, OpenOptions,
+    Preallocation, ZeroMode, create, create_on,
 };
 use readers::{Chain, READERS};
 use support::{folder, join, over};
@@ -44,14 +45,15 @@ struct Disk {
 }
 
 /// Opens the last image of a chain over all the others.
-fn open_chain(chain: &[Disk], access: Access, cache_bytes: usize) -> Image {
+fn open_chain(chain: &[Disk], options: &OpenOptions) -> Image {
     let (top, below) = chain.split_last().unwrap();
     match &top.place {
-        Place::File(path) => Image::open(path, &OpenOptions { cache_bytes, ..OpenOptions::new(access) }).unwrap(),
+        Place::File(path) => Image::open(path, options).unwrap(),
         Place::Memory(storage) => {
-            let layer = || Layer::Image(Box::new(open_chain(below, Access::ReadOnly, cache_bytes)));
+            let read_only = OpenOptions { access: Access::ReadOnly, ..options.clone() };
+            let layer = || Layer::Image(Box::new(open_chain(below, &read_only)));
             let below = (!below.is_empty()).then(layer);
-            Image::open_on(storage.clone(), access, below, cache_bytes).unwrap()
+            Image::open_on_with(storage.clone(), below, options).unwrap()
         }
     }
 }
@@ -62,7 +64,13 @@ struct Shape {
     refcount_bits: u32,
     /// Virtual sizes, the lowest image first.
     sizes: Vec<u64>,
-    cache_bytes: usize,
+    /// All images of a chain must stay of one size.
+    may_grow: bool,
+    compression: Compression,
+    /// Of the lowest image.
+    preallocation: Preallocation,
+    /// How each image is opened for writing.
+    options: OpenOptions,
 }
 
 impl Shape {
@@ -89,8 +97,23 @@ impl Shape {
             // A shorter image below reads as zeroes past its end; qcow2-rs cannot do that.
             sizes.push(if for_all_readers { size } else { size + random.u64(..4) * 512 });
         }
-        let cache_bytes = if random.bool() { 0 } else { 64 << 20 };
-        Self { cluster_size, refcount_bits: 1 << random.u32(..=6), sizes, cache_bytes }
+        let preallocations = [Preallocation::Metadata, Preallocation::Falloc, Preallocation::Full];
+        let levels = [CompressionLevel::Fast, CompressionLevel::Balanced, CompressionLevel::Small];
+        Self {
+            cluster_size,
+            // Only such as can count shared clusters let compressed clusters be written.
+            refcount_bits: if random.bool() { 16 } else { 1 << random.u32(..=6) },
+            sizes,
+            may_grow: !for_all_readers,
+            compression: if random.bool() && !for_all_readers { Compression::Zstd } else { Compression::Deflate },
+            preallocation: if random.u8(..8) == 0 { preallocations[random.usize(..3)] } else { Preallocation::Off },
+            options: OpenOptions {
+                cache_bytes: if random.bool() { 0 } else { 64 << 20 },
+                compress: (random.u8(..4) == 0).then(|| levels[random.usize(..3)]),
+                identical: if random.u8(..4) == 0 { Identical::Skip } else { Identical::Write },
+                ..OpenOptions::new(Access::ReadWrite)
+            },
+        }
     }
 }
 
@@ -98,7 +121,8 @@ impl Shape {
 struct Subject {
     chain: Vec<Disk>,
     image: Image,
-    cache_bytes: usize,
+    options: OpenOptions,
+    may_grow: bool,
 }
 
 /// What a sequence is made of. A new kind of request gets a line here, one in [`OPERATIONS_BY_WEIGHT`], and its arm in
@@ -106,9 +130,12 @@ struct Subject {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Operation {
     Write,
+    /// What is there already.
+    WriteAgain,
     ZeroKeep,
     ZeroUnmap,
     Discard,
+    Grow,
     Flush,
     Read,
     Status,
@@ -117,8 +144,10 @@ enum Operation {
     ReopenUnclosed,
 }
 
-const OPERATIONS_BY_WEIGHT: [(u32, Operation); 9] = [
-    (50, Operation::Write),
+const OPERATIONS_BY_WEIGHT: [(u32, Operation); 11] = [
+    (46, Operation::Write),
+    (4, Operation::WriteAgain),
+    (2, Operation::Grow),
     (8, Operation::ZeroKeep),
     (10, Operation::ZeroUnmap),
     (10, Operation::Discard),
@@ -153,8 +182,11 @@ fn any_range(random: &mut fastrand::Rng, size: u64, cluster: u64) -> (u64, u64) 
     (from.min(to), from.abs_diff(to).min(longest))
 }
 
-/// Bytes that are never zero.
+/// Bytes that are never zero: noise, or such as compress well.
 fn payload(random: &mut fastrand::Rng, length: u64) -> Vec<u8> {
+    if random.u8(..4) == 0 {
+        return vec![random.u8(1..); length as usize];
+    }
     let mut bytes = vec![0; length as usize];
     for chunk in bytes.chunks_mut(8) {
         let word = (random.u64(..) | 0x0101_0101_0101_0101).to_ne_bytes();
@@ -168,7 +200,13 @@ impl Subject {
         let size = shape.sizes[layer];
         let base = format!("layer{}.qcow2", layer.saturating_sub(1));
         let start = if layer == 0 { CreateOptions::new(size) } else { over(&base, size) };
-        let options = CreateOptions { cluster_size: shape.cluster_size, refcount_bits: shape.refcount_bits, ..start };
+        let options = CreateOptions {
+            cluster_size: shape.cluster_size,
+            refcount_bits: shape.refcount_bits,
+            compression: shape.compression,
+            preallocation: if layer == 0 { shape.preallocation } else { Preallocation::Off },
+            ..start
+        };
         let place = match folder {
             Some(folder) => {
                 let path = join(folder, &format!("layer{layer}.qcow2"));
@@ -184,8 +222,8 @@ impl Subject {
         let mut bytes = chain.last().map_or(Vec::new(), |below| below.bytes.clone());
         bytes.resize(size as usize, 0);
         chain.push(Disk { place, bytes });
-        let image = open_chain(&chain, Access::ReadWrite, shape.cache_bytes);
-        Self { chain, image, cache_bytes: shape.cache_bytes }
+        let image = open_chain(&chain, &shape.options);
+        Self { chain, image, options: shape.options.clone(), may_grow: shape.may_grow }
     }
 
     fn bytes(&mut self) -> &mut [u8] {
@@ -241,7 +279,7 @@ impl Subject {
         self.image.close().unwrap();
         let report = self.image.check().unwrap();
         assert!(report.is_clean(), "{report:?}");
-        self.image = open_chain(&self.chain, Access::ReadWrite, self.cache_bytes);
+        self.image = open_chain(&self.chain, &self.options);
     }
 
     fn apply(&mut self, random: &mut fastrand::Rng, operation: Operation) {
@@ -255,6 +293,18 @@ impl Subject {
                 let data = payload(random, length);
                 self.image.write(offset, &data, durability).unwrap();
                 self.bytes()[span].copy_from_slice(&data);
+            }
+            Operation::WriteAgain => {
+                let data = self.bytes()[span].to_vec();
+                self.image.write(offset, &data, durability).unwrap();
+            }
+            Operation::Grow => {
+                let grown = size + random.u64(..(3 * cluster).min(1 << 20) / 512) * 512;
+                if self.may_grow {
+                    self.image.grow(grown).unwrap();
+                    self.chain.last_mut().unwrap().bytes.resize(grown as usize, 0);
+                    assert_eq!(self.image.size(), grown);
+                }
             }
             Operation::ZeroKeep | Operation::ZeroUnmap => {
                 let mode = if operation == Operation::ZeroKeep { ZeroMode::Keep } else { ZeroMode::Unmap };
@@ -279,7 +329,7 @@ impl Subject {
                 self.image.flush().unwrap();
                 // Its file would still be locked.
                 drop(std::mem::replace(&mut self.image, stand_in()));
-                self.image = open_chain(&self.chain, Access::ReadWrite, self.cache_bytes);
+                self.image = open_chain(&self.chain, &self.options);
             }
         }
     }

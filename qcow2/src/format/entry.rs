@@ -130,6 +130,16 @@ pub(crate) fn data(host: u64) -> u64 {
     host | COPIED
 }
 
+/// The entry of a compressed cluster whose `length` bytes (above 0) begin at byte `host`; `None` where offset or length do
+/// not fit.
+pub(crate) fn compressed(host: u64, length: u64, geometry: Geometry) -> Option<u64> {
+    let offset_bits = 62 - (geometry.cluster_bits - 8);
+    // Sectors after the one that holds the offset.
+    let sectors = (host + length - 1) / 512 - host / 512;
+    let fits = host < 1 << offset_bits.min(56) && sectors < 1 << (62 - offset_bits);
+    fits.then_some(COMPRESSED | sectors << offset_bits | host)
+}
+
 /// Decodes an L1 entry into the host offset of its L2 table (`None`: no table) and its COPIED bit.
 pub(crate) fn decode_l1(raw: u64, geometry: Geometry, at: u64) -> Result<Option<(u64, bool)>> {
     if raw & L1_RESERVED != 0 {
@@ -178,6 +188,22 @@ mod tests {
         let raw = COMPRESSED | (3 << 54) | 0x5_0123;
         let expected = L2Entry::Compressed { host: 0x5_0123, length: 4 * 512 - 0x123 };
         assert_eq!(L2Entry::decode(&[raw], GEOMETRY, 3, 0).unwrap(), expected);
+    }
+
+    #[test]
+    fn a_compressed_entry_gives_back_its_offset_and_the_sectors_that_its_bytes_touch() {
+        for (host, length, read) in
+            [(0x5_0000, 1, 512), (0x5_0123, 0xdd, 0xdd), (0x5_0123, 0xde, 0x2dd), (0x5_01ff, 1, 1)]
+        {
+            let raw = compressed(host, length, GEOMETRY).unwrap();
+            assert_eq!(L2Entry::decode(&[raw], GEOMETRY, 3, 0).unwrap(), L2Entry::Compressed { host, length: read });
+        }
+        let large = Geometry { cluster_bits: 21, ..GEOMETRY };
+        assert!(compressed((1 << 49) - 1, 1, large).is_some() && compressed(1 << 49, 1, large).is_none());
+        assert!(compressed(1 << 55, 65_536, GEOMETRY).is_none(), "bits 54 and up are taken");
+        let small = Geometry { cluster_bits: 9, ..GEOMETRY };
+        assert!(compressed(512, 1024, small).is_some() && compressed(512, 1025, small).is_none());
+        assert!(compressed((1 << 56) - 1, 1, small).is_some() && compressed(1 << 56, 1, small).is_none());
     }
 
     #[test]

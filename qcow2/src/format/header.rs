@@ -14,7 +14,9 @@ pub(crate) const DIRTY: u64 = 1 << 0;
 /// Incompatible bit 1: metadata is damaged.
 pub(crate) const CORRUPT: u64 = 1 << 1;
 const EXTERNAL_DATA: u64 = 1 << 2;
-const COMPRESSION_TYPE: u64 = 1 << 3;
+/// Incompatible bit 3: the compression type is not deflate.
+pub(crate) const COMPRESSION_TYPE: u64 = 1 << 3;
+
 const EXTENDED_L2: u64 = 1 << 4;
 
 const EXTENSION_END: u32 = 0;
@@ -23,6 +25,8 @@ const EXTENSION_FEATURE_NAMES: u32 = 0x6803_f857;
 const EXTENSION_BITMAPS: u32 = 0x2385_2875;
 const EXTENSION_ENCRYPTION: u32 = 0x0537_be77;
 const EXTENSION_DATA_FILE: u32 = 0x4441_5441;
+/// Compatible bit 0: QEMU may postpone updates of the refcounts.
+pub(crate) const LAZY_REFCOUNTS: u64 = 1 << 0;
 /// Autoclear bit 0: the bitmaps extension is valid.
 pub(crate) const AUTOCLEAR_BITMAPS: u64 = 1 << 0;
 /// What a bitmaps extension is renamed to before the first write: an unknown type, ignored by every reader.
@@ -30,6 +34,12 @@ pub(crate) const EXTENSION_RETIRED_BITMAPS: u32 = 0x6279_6e6f;
 
 /// Byte offsets in the header of the fields that change while an image is in use; all lie in the first sector.
 pub(crate) mod field {
+    /// u64: virtual size.
+    pub(crate) const SIZE: usize = 24;
+    /// u32: entries of the L1 table.
+    pub(crate) const L1_ENTRIES: usize = 36;
+    /// u64: host offset of the L1 table.
+    pub(crate) const L1_OFFSET: usize = 40;
     /// u64: host offset of the refcount table.
     pub(crate) const REFCOUNT_TABLE_OFFSET: usize = 48;
     /// u32: clusters of the refcount table.

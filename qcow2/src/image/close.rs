@@ -50,18 +50,18 @@ impl Image {
             return self.refuse_poisoned();
         }
         // A dirty image that nobody wrote to is made whole all the same.
-        self.session_for_close()?;
+        self.session_alone()?;
         self.flush_changes()?;
         self.set_refcounts(rebuild).map_err(|error| self.poison.by(error))
     }
 
     fn set_refcounts(&self, rebuild: bool) -> Result<()> {
-        let storage = &*self.storage;
+        let (storage, header) = (&*self.storage, self.current_header());
         // After a crash the old structures may say anything; new ones are made, and the old ones become free space.
-        let table = if rebuild { None } else { Some(RefcountTable::load(storage, &self.header)?) };
-        let mut found = references::count(storage, &self.header, table.as_ref())?;
+        let table = if rebuild { None } else { Some(RefcountTable::load(storage, &header)?) };
+        let mut found = references::count(storage, &header, table.as_ref())?;
         found.faults.refuse()?;
         let (table, end) = (table.unwrap_or_default(), self.allocator.end());
-        finish(storage, &self.header, &mut lock(&self.session.sector), table, &mut found.counts, end)
+        finish(storage, &header, &mut lock(&self.session.sector), table, &mut found.counts, end)
     }
 }

@@ -20,15 +20,19 @@ pub enum Durability {
 /// What only a flush may touch; its mutex makes flushes run one at a time.
 #[derive(Debug)]
 pub(super) struct FlushState {
-    /// The L1 as it is on disk: host offset of each table, 0 for none.
-    disk_l1: Vec<u64>,
+    /// Where the L1 lies.
+    pub(super) l1_offset: u64,
+    /// Entries of the L1 on disk.
+    pub(super) l1_entries: usize,
+    /// The L1 as it is on disk: host offset of each table, 0 for none. Entries past `l1_entries` wait for a larger L1.
+    pub(super) disk_l1: Vec<u64>,
     /// `Image::changes` as of the last completed flush: `0 <= covered <= changes`.
     covered: u64,
 }
 
 impl FlushState {
-    pub(super) fn new(disk_l1: Vec<u64>) -> Self {
-        Self { disk_l1, covered: 0 }
+    pub(super) fn new(l1_offset: u64, disk_l1: Vec<u64>) -> Self {
+        Self { l1_offset, l1_entries: disk_l1.len(), disk_l1, covered: 0 }
     }
 }
 
@@ -54,14 +58,18 @@ impl Image {
         }
         // Everything counted up to this moment is in the clone or was written in place, and its payload has an id by now.
         let observe = || (self.changes.load(Ordering::SeqCst), self.write_behind.last_id());
-        let (clones, (covered, payload)) = self.tables.clone_dirty(observe);
-        self.write_clones(&clones, payload, &mut state.disk_l1)?;
+        let (clones, (covered, mut payload)) = self.tables.clone_dirty(observe);
+        // What is being packed into the same blocks as the clone's compressed clusters is drained with them.
+        if self.packing.begin_flush() {
+            payload = self.write_behind.last_id();
+        }
+        self.write_clones(&clones, payload, &mut state)?;
         self.tables.flushed(&clones);
         state.covered = covered;
         Ok(())
     }
 
-    fn write_clones(&self, clones: &[TableClone], payload: u64, disk_l1: &mut [u64]) -> Result<()> {
+    fn write_clones(&self, clones: &[TableClone], payload: u64, state: &mut FlushState) -> Result<()> {
         // (a) Tables that nothing on disk points at yet.
         for clone in clones.iter().filter(|clone| !clone.linked) {
             self.write_table(clone)?;
@@ -82,14 +90,17 @@ impl Image {
         }
         let mut sectors = Vec::new();
         for clone in clones.iter().filter(|clone| !clone.linked) {
-            disk_l1[clone.l1_index] = clone.host;
-            sectors.push(l1_sector(disk_l1, clone.l1_index).0);
+            state.disk_l1[clone.l1_index] = clone.host;
+            // Tables past the L1 on disk are linked by the larger one that growing is about to write.
+            if clone.l1_index < state.l1_entries {
+                sectors.push(l1_sector(&state.disk_l1, clone.l1_index).0);
+            }
         }
         sectors.sort_unstable();
         sectors.dedup();
         for sector in sectors {
-            let (offset, bytes) = l1_sector(disk_l1, (sector / 8) as usize);
-            self.store(self.header.l1_offset + offset, &mut [IoSlice::new(&bytes)])?;
+            let (offset, bytes) = l1_sector(&state.disk_l1, (sector / 8) as usize);
+            self.store(state.l1_offset + offset, &mut [IoSlice::new(&bytes)])?;
         }
         // B2: the entries are durable.
         if mutant!("no_b2") {

@@ -3,13 +3,16 @@
 //! Operations are blocking and take `&self`; any number of threads may run them at once. Each runs to its end, so there is
 //! no half-done operation to cancel: an asynchronous caller that goes away ([`crate::AsyncImage`]) changes nothing.
 //!
-//! Lock order: `life` (shared by operations, exclusive for closing), then one claim on clusters, then the flush mutex, then
-//! the mapping, then the allocator or the write-behind. The mapping and what comes after it are never held across I/O on
+//! Lock order: `life` (shared by operations, exclusive for closing and growing), then one claim on clusters, then the flush mutex, then
+//! the mapping or the packing, then the allocator or the write-behind. The mapping and what comes after it are never held across I/O on
 //! payload, nor is the mapping across any I/O. The threads of the write-behind take no lock but its own, so whoever waits
 //! for room or for payload to arrive waits for the disk alone.
 
 mod close;
+mod compress;
 mod flush;
+mod grow;
+mod identical;
 mod map;
 mod open;
 mod read;
@@ -23,11 +26,12 @@ use std::path::{Path, PathBuf};
 use crate::allocate::Allocator;
 use crate::backing::Layer;
 use crate::cluster_lock::ClusterLocks;
-use crate::compressed::Inflated;
+use crate::compressed::{CompressionLevel, Inflated};
 use crate::error::{Error, Result};
 use crate::format::header::Header;
 use crate::geometry::Geometry;
 use crate::lock::Access;
+use crate::packing::Packing;
 use crate::poison::Poison;
 use crate::storage::Storage;
 use crate::sync::{Arc, Mutex, RwLock};
@@ -35,6 +39,7 @@ use crate::tables::Tables;
 use crate::write_behind::WriteBehind;
 
 pub use flush::Durability;
+pub use identical::Identical;
 pub use map::{Extent, ExtentKind};
 pub use open::OpenOptions;
 pub(crate) use open::{read_header, refuse_read_only_features};
@@ -48,11 +53,17 @@ pub use zero::ZeroMode;
 pub struct Image {
     path: PathBuf,
     access: Access,
+    /// As of the opening; virtual size and L1 may have grown since (`Image::geometry`, `Image::current_header`).
     header: Header,
+    /// Virtual size in bytes. Changed only by growing, which runs alone.
+    size: AtomicU64,
     storage: Arc<dyn Storage>,
     backing: Option<Layer>,
     tables: Tables,
     allocator: Allocator,
+    packing: Packing,
+    compress: Option<CompressionLevel>,
+    identical: Identical,
     clusters: ClusterLocks,
     inflated: Inflated,
     flush: Mutex<flush::FlushState>,
@@ -62,15 +73,15 @@ pub struct Image {
     /// The first failure of a write or sync. Never cleared.
     poison: Arc<Poison>,
     session: session::Session,
-    /// Held shared by every operation, exclusively by closing.
+    /// Held shared by every operation, exclusively by closing and growing.
     life: RwLock<()>,
     closed: AtomicBool,
 }
 
 impl Image {
-    /// Virtual size in bytes.
+    /// Virtual size in bytes; it may grow ([`Image::grow`]).
     pub fn size(&self) -> u64 {
-        self.header.geometry.size
+        self.size.load(Ordering::Acquire)
     }
 
     /// Cluster size in bytes: a power of two from 512 to 2 MiB.
@@ -99,7 +110,7 @@ impl Image {
     }
 
     fn geometry(&self) -> Geometry {
-        self.header.geometry
+        Geometry { size: self.size(), ..self.header.geometry }
     }
 
     fn check_range(&self, offset: u64, length: u64) -> Result<()> {

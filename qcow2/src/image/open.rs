@@ -9,17 +9,19 @@ use rustix::fs::OFlags;
 
 use super::Image;
 use super::flush::FlushState;
+use super::identical::Identical;
 use super::session::Session;
 use crate::allocate::Allocator;
 use crate::backing::{Chain, Layer};
 use crate::cluster_lock::ClusterLocks;
-use crate::compressed::Inflated;
+use crate::compressed::{CompressionLevel, Inflated};
 use crate::error::{Error, Result};
 use crate::finish::HeaderSector;
 use crate::format::entry::decode_l1;
 use crate::format::header::{self, Backing, CORRUPT, Header};
 use crate::geometry::{ENTRY, SECTOR};
 use crate::lock::{self, Access};
+use crate::packing::Packing;
 use crate::poison::Poison;
 use crate::refcounts::RefcountTable;
 use crate::references::{self, read_table};
@@ -38,12 +40,20 @@ pub struct OpenOptions {
     /// Memory for L2 tables in bytes, for each image of the chain. When half of it holds changes, the engine flushes by
     /// itself; one table of 64 KiB maps 512 MiB of disk.
     pub cache_bytes: usize,
+    /// Compresses written clusters where that saves space: whole clusters that have none of their own yet, as in a full
+    /// backup. Later writes to such a cluster make it an ordinary one. Without effect in images with clusters of 512 bytes,
+    /// where nothing can be saved, or with refcounts of less than 16 bits, which cannot count the clusters that share a
+    /// host cluster.
+    pub compress: Option<CompressionLevel>,
+    /// What becomes of written clusters that read the same already.
+    pub identical: Identical,
 }
 
 impl OpenOptions {
-    /// Opens with 64 MiB of table cache, backing files in the image's own folder.
+    /// Opens with 64 MiB of table cache, backing files in the image's own folder; everything written is stored, as it is.
     pub fn new(access: Access) -> Self {
-        Self { access, backing_root: None, cache_bytes: 64 << 20 }
+        let (compress, identical) = (None, Identical::Write);
+        Self { access, backing_root: None, cache_bytes: 64 << 20, compress, identical }
     }
 }
 
@@ -64,7 +74,7 @@ impl Image {
         let mut chain = Chain { root, seen: Vec::new() };
         chain.enter(path, &file)?;
         lock::lock(&file, path, options.access)?;
-        Self::open_file(file, path, options.access, chain, options.cache_bytes)
+        Ok(Self::open_file(file, path, options.access, chain, options.cache_bytes)?.writing_as(options))
     }
 
     /// Opens a file that is locked already.
@@ -86,6 +96,17 @@ impl Image {
         Self::open_layers(storage, Path::new(""), access, given, cache_bytes)
     }
 
+    /// As [`Image::open_on`], with all options; `backing_root` has no meaning here.
+    pub fn open_on_with(storage: Arc<dyn Storage>, below: Option<Layer>, options: &OpenOptions) -> Result<Self> {
+        Ok(Self::open_on(storage, options.access, below, options.cache_bytes)?.writing_as(options))
+    }
+
+    fn writing_as(mut self, options: &OpenOptions) -> Self {
+        self.compress = options.compress;
+        self.identical = options.identical;
+        self
+    }
+
     fn open_layers(
         storage: Arc<dyn Storage>,
         path: &Path,
@@ -94,6 +115,7 @@ impl Image {
         cache_bytes: usize,
     ) -> Result<Self> {
         let (header, sector) = read_header(&*storage)?;
+        let mut blocks = 0;
         if access == Access::ReadWrite {
             refuse_read_only_features(&header)?;
             if header.incompatible & CORRUPT != 0 {
@@ -104,29 +126,32 @@ impl Image {
                 storage.sync_data().map_err(Error::io("fdatasync", 0))?;
                 storage.drop_cache().map_err(Error::io("fadvise", 0))?;
             }
-            validate(&*storage, &header)?;
+            blocks = validate(&*storage, &header)?;
         }
         let l1 = read_l1(&*storage, &header)?;
         let backing = header.backing.as_ref().map(below).transpose()?;
         let length = storage.length().map_err(Error::io("fstat", 0))?;
         let geometry = header.geometry;
         let poison = Arc::new(Poison::default());
-        let refcount_entries = header.refcount_width.entries(geometry.cluster_size());
         Ok(Self {
             path: path.to_owned(),
             access,
             backing,
             tables: Tables::new(&header, l1.clone(), cache_bytes),
-            allocator: Allocator::new(geometry, refcount_entries, geometry.round_up(length)),
+            allocator: Allocator::new(geometry, header.refcount_width, geometry.round_up(length), blocks),
+            packing: Packing::default(),
+            compress: None,
+            identical: Identical::Write,
             clusters: ClusterLocks::default(),
             inflated: Inflated::default(),
-            flush: Mutex::new(FlushState::new(l1)),
+            flush: Mutex::new(FlushState::new(header.l1_offset, l1)),
             changes: AtomicU64::new(0),
             write_behind: WriteBehind::new(storage.clone(), poison.clone()),
             poison,
             session: Session::new(sector),
             life: RwLock::new(()),
             closed: AtomicBool::new(false),
+            size: AtomicU64::new(geometry.size),
             header,
             storage,
         })
@@ -158,11 +183,13 @@ pub(crate) fn refuse_read_only_features(header: &Header) -> Result<()> {
     Ok(())
 }
 
-/// Walks the whole tree; the first broken rule forbids writing.
-fn validate(storage: &dyn Storage, header: &Header) -> Result<()> {
+/// Walks the whole tree; the first broken rule forbids writing. Returns how many refcount blocks it needs.
+fn validate(storage: &dyn Storage, header: &Header) -> Result<u64> {
     // Of a dirty image the refcount structures mean nothing; closing makes them anew.
     let table = if header.is_dirty() { None } else { Some(RefcountTable::load(storage, header)?) };
-    references::count(storage, header, table.as_ref())?.faults.refuse()
+    let found = references::count(storage, header, table.as_ref())?;
+    found.faults.refuse()?;
+    Ok(found.counts.groups(header.refcount_width.entries(header.geometry.cluster_size())))
 }
 
 fn read_l1(storage: &dyn Storage, header: &Header) -> Result<Vec<u64>> {

@@ -2,7 +2,7 @@
 
 use super::Image;
 use crate::compressed::{Compression, inflate};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::format::entry::L2Entry;
 
 /// Where the bytes of a run of guest bytes come from.
@@ -59,7 +59,7 @@ impl Image {
     fn read_compressed(&self, host: u64, length: u64, offset: u64, part: &mut [u8]) -> Result<()> {
         let cluster = self.inflated.cluster(host, || {
             let mut payload = vec![0; length as usize];
-            self.storage.read(host, &mut payload).map_err(Error::io("read", host))?;
+            self.write_behind.read(host, &mut payload)?;
             let compression = Compression::from_header(self.header.compression_type);
             inflate(compression, &payload, self.cluster_size(), host)
         })?;

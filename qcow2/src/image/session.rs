@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::finish::{HeaderSector, put64};
 use crate::format::header::{DIRTY, EXTENSION_RETIRED_BITMAPS, field};
 use crate::lock::Access;
-use crate::sync::{Mutex, RwLockReadGuard, lock, read};
+use crate::sync::{Mutex, RwLockReadGuard, RwLockWriteGuard, lock, read, write};
 
 #[derive(Debug)]
 pub(super) struct Session {
@@ -32,7 +32,14 @@ impl Session {
 pub(super) struct Operation<'a> {
     image: &'a Image,
     changes: bool,
-    _life: RwLockReadGuard<'a, ()>,
+    _life: Life<'a>,
+}
+
+/// Together with other operations, or alone.
+#[expect(dead_code, reason = "held, never looked at")]
+enum Life<'a> {
+    Shared(RwLockReadGuard<'a, ()>),
+    Alone(RwLockWriteGuard<'a, ()>),
 }
 
 impl Drop for Operation<'_> {
@@ -50,7 +57,7 @@ impl Image {
         if self.closed.load(Ordering::Acquire) {
             return Err(Error::Closed);
         }
-        Ok(Operation { image: self, changes: false, _life: life })
+        Ok(Operation { image: self, changes: false, _life: Life::Shared(life) })
     }
 
     /// Begins an operation that may change the image; the session has begun when this returns.
@@ -65,8 +72,22 @@ impl Image {
         Ok(operation)
     }
 
-    /// The session that closing needs; the caller holds `life` exclusively.
-    pub(super) fn session_for_close(&self) -> Result<()> {
+    /// Begins an operation that waits for all others, keeps new ones out, and may change the image; the caller begins the
+    /// session.
+    pub(super) fn alone(&self) -> Result<Operation<'_>> {
+        let life = write(&self.life);
+        if self.closed.load(Ordering::Acquire) {
+            return Err(Error::Closed);
+        }
+        if self.access == Access::ReadOnly {
+            return Err(Error::ReadOnly);
+        }
+        self.refuse_poisoned()?;
+        Ok(Operation { image: self, changes: true, _life: Life::Alone(life) })
+    }
+
+    /// The session that closing and growing need; the caller holds `life` exclusively.
+    pub(super) fn session_alone(&self) -> Result<()> {
         self.refuse_poisoned()?;
         self.begin_session()
     }

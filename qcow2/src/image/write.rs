@@ -103,7 +103,12 @@ impl Image {
     pub(super) fn write_mapping(&self, offset: u64, data: &Piece) -> Result<()> {
         let geometry = self.geometry();
         let end = offset + data.len();
-        let targets = self.targets(geometry.cluster_of(offset), geometry.cluster_of(end - 1))?;
+        let (first, last) = (geometry.cluster_of(offset), geometry.cluster_of(end - 1));
+        let mut done = vec![false; (last - first + 1) as usize];
+        self.skip_identical(offset, data.bytes(), &mut done)?;
+        let packed = self.pack(offset, data.bytes(), &mut done)?;
+        let targets = self.targets(first, &done)?;
+        let packed = self.put_packed(packed)?;
         for target in &targets {
             let start = geometry.start_of(target.first).max(offset);
             let stop = geometry.start_of(target.first + target.clusters).min(end);
@@ -115,25 +120,24 @@ impl Image {
                 self.publish(target.first + index, raw)?;
             }
         }
-        Ok(())
+        packed.into_iter().try_for_each(|(cluster, raw)| self.publish(cluster, raw))
     }
 
     /// Decides where each cluster goes and reserves everything, so that a full disk is met before anything changes.
-    fn targets(&self, first: u64, last: u64) -> Result<Vec<Target>> {
+    /// One flag for each cluster from `first` on says whether it is taken care of already.
+    fn targets(&self, first: u64, done: &[bool]) -> Result<Vec<Target>> {
         let geometry = self.geometry();
         let mut targets: Vec<Target> = Vec::new();
-        for cluster in first..=last {
-            let entry = match self.tables.view(&*self.storage, geometry.l1_index(cluster))? {
-                Some(table) => table.entry(cluster)?,
-                None => L2Entry::Unallocated,
-            };
-            let (kind, host) = match entry {
-                L2Entry::Data { host, copied: true } => (Kind::InPlace, host),
-                L2Entry::Zero { host: Some(host), copied: true } => (Kind::Stale, host),
-                _ => (Kind::Fresh, 0),
-            };
+        for (cluster, _) in (first..).zip(done).filter(|(_, done)| !**done) {
+            let (kind, host) = place_of(self.entry(cluster)?);
             match targets.last_mut() {
-                Some(run) if run.kind == kind && is_next(run, host, geometry.cluster_size()) => run.clusters += 1,
+                Some(run)
+                    if run.kind == kind
+                        && run.first + run.clusters == cluster
+                        && is_next(run, host, geometry.cluster_size()) =>
+                {
+                    run.clusters += 1;
+                }
                 _ => targets.push(Target { first: cluster, clusters: 1, host, kind }),
             }
         }
@@ -155,6 +159,14 @@ impl Image {
             }
         }
         Ok(())
+    }
+
+    /// The entry of a guest cluster as it is now.
+    pub(super) fn entry(&self, cluster: u64) -> Result<L2Entry> {
+        match self.tables.view(&*self.storage, self.geometry().l1_index(cluster))? {
+            Some(table) => table.entry(cluster),
+            None => Ok(L2Entry::Unallocated),
+        }
     }
 
     /// Changes one entry in memory; its table exists.
@@ -191,6 +203,20 @@ impl Image {
         self.read_range(from, &mut bytes)?;
         Ok(Some(bytes))
     }
+}
+
+/// Where the bytes of a cluster with this entry go.
+fn place_of(entry: L2Entry) -> (Kind, u64) {
+    match entry {
+        L2Entry::Data { host, copied: true } => (Kind::InPlace, host),
+        L2Entry::Zero { host: Some(host), copied: true } => (Kind::Stale, host),
+        _ => (Kind::Fresh, 0),
+    }
+}
+
+/// Whether a write to a cluster with this entry takes new space.
+pub(super) fn needs_space(entry: L2Entry) -> bool {
+    place_of(entry).0 == Kind::Fresh
 }
 
 /// Whether a cluster at `host` goes on where a run ends. Fresh space has no place yet: it always does.

@@ -71,7 +71,7 @@ impl Image {
 
     /// Part of a cluster: written as data, unless it reads as zeroes. The check and the write it justifies happen under
     /// the same exclusive claim.
-    fn zero_part(&self, from: u64, to: u64) -> Result<()> {
+    pub(super) fn zero_part(&self, from: u64, to: u64) -> Result<()> {
         if from >= to || self.reads_zero(from, to - from)? {
             return Ok(());
         }

@@ -1,5 +1,5 @@
 //! Storage whose n-th call of a kind fails, once or from then on.
-#![allow(unreachable_pub, reason = "part of the tests that include it")]
+#![allow(dead_code, unreachable_pub, reason = "part of the tests that include it")]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::io::{self, IoSlice};

@@ -75,3 +75,11 @@ pub fn pattern(seed: u64, length: usize) -> Vec<u8> {
     let mut random = fastrand::Rng::with_seed(seed);
     (0..length).map(|_| random.u8(1..)).collect()
 }
+
+/// Bytes that compress well and differ from sector to sector, never zero.
+pub fn wordy(seed: u64, length: usize) -> Vec<u8> {
+    let words = pattern(seed, length.div_ceil(512) * 16);
+    let mut bytes: Vec<u8> = words.chunks(16).flat_map(|word| word.repeat(32)).collect();
+    bytes.truncate(length);
+    bytes
+}

@@ -48,7 +48,7 @@ impl Content {
         Change::Write { offset, bytes }
     }
 
-    fn apply(&mut self, change: &Change) {
+    pub fn apply(&mut self, change: &Change) {
         match change {
             Change::Write { offset, bytes } => {
                 let end = *offset as usize + bytes.len();
