@@ -16,6 +16,8 @@ mod deadline;
 mod faulty;
 #[path = "support/guest.rs"]
 mod guest;
+#[path = "support/quota.rs"]
+mod quota;
 #[path = "support/reader.rs"]
 mod reader;
 #[path = "support/sim_disk.rs"]
@@ -26,6 +28,7 @@ mod volatile_disk;
 #[path = "support/workloads.rs"]
 mod workloads;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
@@ -187,7 +190,12 @@ fn a_read_that_fails_ends_its_request_with_the_place_and_nothing_else() {
         guest.write(offset, 700, Durability::OnFlush).unwrap();
     }
     guest.close().unwrap();
-    let prepared = Prepared { image: disk.written(), content: guest.allowed.newest(), below: prepared.below };
+    let prepared = Prepared {
+        image: disk.written(),
+        content: guest.allowed.newest(),
+        below: prepared.below,
+        taken: prepared.taken,
+    };
     let mut cases = 0;
     for (name, request) in REQUESTS {
         for in_backing in [false, true] {
@@ -241,7 +249,12 @@ fn an_image_that_could_not_be_created_is_none_or_an_empty_one() {
                     assert_eq!(created.is_err(), !storage.failures().is_empty(), "{fault:?}: {created:?}");
                     for bytes in [disk.written(), disk.durable()] {
                         let disk = Arc::new(VolatileDisk::new(bytes.clone()));
-                        let prepared = Prepared { image: bytes.clone(), content: vec![0; SIZE], below: Vec::new() };
+                        let prepared = Prepared {
+                            image: bytes.clone(),
+                            content: vec![0; SIZE],
+                            below: Vec::new(),
+                            taken: HashSet::new(),
+                        };
                         match Image::open_on(disk, Access::ReadOnly, None, 1024) {
                             Err(Error::NotQcow2) => assert!(created.is_err(), "{fault:?}"),
                             // Over a base it is not opened without one.

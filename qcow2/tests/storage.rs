@@ -14,6 +14,7 @@ mod support;
 #[path = "support/volatile_disk.rs"]
 mod volatile_disk;
 
+use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
 use std::io::IoSlice;
 use std::path::Path;
@@ -51,8 +52,10 @@ fn every_kind() -> Vec<Implementation> {
         ("simulated disk", |_| twice(SimDisk::new(Arc::default(), Content::default()))),
         ("volatile disk", |_| twice(VolatileDisk::default())),
         ("faulty", |_| twice(Faulty::new(Arc::new(MemoryStorage::new()), &[]))),
-        ("quota", |_| twice(Quota::new(Arc::new(MemoryStorage::new()), &[], 1 << 20, true))),
-        ("quota without reservation", |_| twice(Quota::new(Arc::new(MemoryStorage::new()), &[], 1 << 20, false))),
+        ("quota", |_| twice(Quota::new(Arc::new(MemoryStorage::new()), HashSet::new(), 1 << 20, true))),
+        ("quota without reservation", |_| {
+            twice(Quota::new(Arc::new(MemoryStorage::new()), HashSet::new(), 1 << 20, false))
+        }),
     ]
 }
 

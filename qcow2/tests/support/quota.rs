@@ -28,14 +28,16 @@ struct State {
 }
 
 impl Quota {
-    /// Space for `budget` blocks beyond those of the file's content; blocks of zeroes in it are holes. Without
-    /// `can_reserve`, a full disk is met by the write itself.
-    pub fn new(inner: Arc<dyn Storage>, content: &[u8], budget: u64, can_reserve: bool) -> Self {
-        let is_there = |(_, block): &(usize, &[u8])| block.iter().any(|byte| *byte != 0);
-        let numbered = content.chunks(BLOCK as usize).enumerate();
-        let taken: HashSet<u64> = numbered.filter(is_there).map(|(number, _)| number as u64).collect();
+    /// Space for `budget` blocks beyond those that the file has, given as [`Quota::taken`] tells. Without `can_reserve`, a
+    /// full disk is met by the write itself.
+    pub fn new(inner: Arc<dyn Storage>, taken: HashSet<u64>, budget: u64, can_reserve: bool) -> Self {
         let state = State { budget: taken.len() as u64 + budget, taken };
         Self { inner, state: Mutex::new(state), can_reserve }
+    }
+
+    /// The blocks that have space now.
+    pub fn taken(&self) -> HashSet<u64> {
+        self.state.lock().unwrap().taken.clone()
     }
 
     /// Adds to the budget.

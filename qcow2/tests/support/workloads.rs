@@ -2,14 +2,18 @@
 #![allow(unreachable_pub, reason = "part of the tests that include it")]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
+use std::collections::HashSet;
 use std::io::IoSlice;
 use std::sync::Arc;
 
 use blockyard_qcow2::storage::Storage;
-use blockyard_qcow2::{Access, Backing, BackingFormat, CreateOptions, Durability, Image, Result, ZeroMode, create_on};
+use blockyard_qcow2::{
+    Access, Backing, BackingFormat, CompressionLevel, CreateOptions, Durability, Image, Result, ZeroMode, create_on,
+};
 
 use super::faulty::{Fault, Faulty};
 use super::guest::{Allowed, Guest};
+use super::quota::Quota;
 use super::reader::{is_closed, read_disk};
 use super::sim_disk::{Content, SimDisk};
 use super::support::pattern;
@@ -28,6 +32,8 @@ pub enum Start {
     Written,
     /// Written, flushed, and never closed.
     Unclosed,
+    /// Larger clusters, that can be compressed, over raw bytes.
+    Packed,
 }
 
 pub struct Workload {
@@ -36,12 +42,13 @@ pub struct Workload {
     pub run: fn(&mut Guest) -> Result<()>,
 }
 
-pub const WORKLOADS: [Workload; 6] = [
+pub const WORKLOADS: [Workload; 7] = [
     Workload { name: "fresh", start: Start::Fresh, run: fresh },
     Workload { name: "overlay", start: Start::OverRaw, run: overlay },
     Workload { name: "rewriting", start: Start::Written, run: rewriting },
     Workload { name: "not closed", start: Start::Unclosed, run: not_closed },
     Workload { name: "discards", start: Start::Written, run: discards },
+    Workload { name: "packed", start: Start::Packed, run: packed },
     Workload { name: "long", start: Start::OverRaw, run: long },
 ];
 
@@ -121,6 +128,26 @@ fn discards(guest: &mut Guest) -> Result<()> {
     guest.close()
 }
 
+fn packed(guest: &mut Guest) -> Result<()> {
+    guest.compress = Some(CompressionLevel::Fast);
+    guest.open()?;
+    for cluster in 0..6 {
+        guest.write_even(cluster * 4096, 4096, LATER)?;
+    }
+    guest.flush()?;
+    guest.write_even(24 * 1024, 12 * 1024, NOW)?;
+    guest.write(5000, 700, LATER)?;
+    guest.write_even(40_000, 20_000, LATER)?;
+    guest.flush()?;
+    guest.discard(8192, 8192)?;
+    guest.zero(4096, 100, ZeroMode::Unmap, LATER)?;
+    guest.reopen()?;
+    guest.write_even(60 * 1024, 8192, LATER)?;
+    guest.write(30_000, 10, NOW)?;
+    guest.read_all()?;
+    guest.close()
+}
+
 fn long(guest: &mut Guest) -> Result<()> {
     let mut random = fastrand::Rng::with_seed(20);
     guest.open()?;
@@ -150,21 +177,29 @@ pub struct Prepared {
     pub image: Bytes,
     pub content: Vec<u8>,
     pub below: Vec<u8>,
+    /// The blocks of the image that have space on a disk.
+    pub taken: HashSet<u64>,
+}
+
+fn is_overlay(start: Start) -> bool {
+    matches!(start, Start::OverRaw | Start::Packed)
 }
 
 pub fn options(start: Start) -> CreateOptions {
-    let backing = (start == Start::OverRaw).then(|| Backing { name: "below".into(), format: BackingFormat::Raw });
-    CreateOptions { cluster_size: 512, backing, ..CreateOptions::new(SIZE as u64) }
+    let backing = is_overlay(start).then(|| Backing { name: "below".into(), format: BackingFormat::Raw });
+    let cluster_size = if start == Start::Packed { 4096 } else { 512 };
+    CreateOptions { cluster_size, backing, ..CreateOptions::new(SIZE as u64) }
 }
 
 pub fn prepare(start: Start) -> Prepared {
     let disk = Arc::new(VolatileDisk::default());
-    create_on(&*disk, &options(start)).unwrap();
-    let below = if start == Start::OverRaw { pattern(1, 60_000) } else { Vec::new() };
+    let counted = Arc::new(Quota::new(disk.clone(), HashSet::new(), 1 << 30, true));
+    create_on(&*counted, &options(start)).unwrap();
+    let below = if is_overlay(start) { pattern(1, 60_000) } else { Vec::new() };
     let mut content = below.clone();
     content.resize(SIZE, 0);
     if matches!(start, Start::Written | Start::Unclosed) {
-        let image = Image::open_on(disk.clone(), Access::ReadWrite, None, 1 << 20).unwrap();
+        let image = Image::open_on(counted.clone(), Access::ReadWrite, None, 1 << 20).unwrap();
         let data = pattern(2, 40_000);
         image.write(300, &data, LATER).unwrap();
         content[300..40_300].copy_from_slice(&data);
@@ -173,7 +208,7 @@ pub fn prepare(start: Start) -> Prepared {
             image.close().unwrap();
         }
     }
-    Prepared { image: disk.written(), content, below }
+    Prepared { image: disk.written(), content, below, taken: counted.taken() }
 }
 
 impl Prepared {
