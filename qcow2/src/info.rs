@@ -1,12 +1,13 @@
 //! The facts of an image's header, for people and tools.
 
-use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use crate::error::{Error, Result};
 use crate::format::header::{Backing, CORRUPT};
 use crate::image::read_header;
+use crate::lock::Access;
+use crate::regular_file;
 use crate::storage::{FileStorage, Storage};
 
 /// What an image says about itself.
@@ -40,9 +41,8 @@ pub struct ImageInfo {
 
 /// Reads the header of an image, also of one in use: nothing is locked.
 pub fn info(path: &Path) -> Result<ImageInfo> {
-    let open = |source| Error::Open { path: path.to_owned(), source };
-    let file = File::open(path).map_err(open)?;
-    let facts = file.metadata().map_err(open)?;
+    let file = regular_file::open(path, Access::ReadOnly)?;
+    let facts = file.metadata().map_err(|source| Error::Open { path: path.to_owned(), source })?;
     Ok(ImageInfo { disk_bytes: facts.blocks() * 512, ..info_on(&FileStorage::new(file))? })
 }
 

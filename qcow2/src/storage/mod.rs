@@ -61,6 +61,11 @@ pub trait Storage: Send + Sync + Debug {
         SECTOR
     }
 
+    /// Whether a range is known to hold no data, and to read as zeroes, without reading it. `false` is always right.
+    fn is_hole(&self, _offset: u64, _length: u64) -> bool {
+        false
+    }
+
     /// Releases the locks held on the file.
     ///
     /// Without effect for storage that knows no locks.
