@@ -76,6 +76,16 @@ impl Table {
     fn is_clean(&self) -> bool {
         self.linked && self.dirty.is_empty() && self.flushing.is_empty()
     }
+
+    /// Host offset and bytes of each run of the sectors that a flush is writing, as the entries are now.
+    fn flushing_runs(&self) -> Vec<(u64, Vec<u8>)> {
+        let run = |(first, end): (usize, usize)| {
+            let per_sector = (SECTOR / ENTRY) as usize;
+            let raw = &self.entries[first * per_sector..end * per_sector];
+            (self.host + first as u64 * SECTOR, raw.iter().flat_map(|entry| entry.to_be_bytes()).collect())
+        };
+        self.flushing.runs().into_iter().map(run).collect()
+    }
 }
 
 #[derive(Debug)]
@@ -174,6 +184,16 @@ impl Tables {
         true
     }
 
+    /// What a clone would hold if it were taken now, for a mistake that tests make.
+    pub(crate) fn live_runs(&self, clone: &TableClone) -> Vec<(u64, Vec<u8>)> {
+        lock(&self.state).tables.get(&clone.l1_index).map(Table::flushing_runs).unwrap_or_default()
+    }
+
+    /// The L1 as it is in memory, for a mistake that tests make (`mutants.rs`): it knows tables that no disk has.
+    pub(crate) fn live_l1(&self) -> Vec<u64> {
+        lock(&self.state).l1.clone()
+    }
+
     /// Makes room for tables up to an L1 of `entries` entries.
     pub(crate) fn grow(&self, entries: usize) {
         let l1 = &mut lock(&self.state).l1;
@@ -196,13 +216,12 @@ impl Tables {
         let mut clones = Vec::new();
         for (l1_index, table) in state.tables.iter_mut().filter(|(_, table)| !table.dirty.is_empty()) {
             table.flushing = table.dirty.take();
-            let run = |(first, end): (usize, usize)| {
-                let per_sector = (SECTOR / ENTRY) as usize;
-                let raw = &table.entries[first * per_sector..end * per_sector];
-                (table.host + first as u64 * SECTOR, raw.iter().flat_map(|entry| entry.to_be_bytes()).collect())
-            };
-            let runs = table.flushing.runs().into_iter().map(run).collect();
+            let runs = table.flushing_runs();
             clones.push(TableClone { l1_index: *l1_index, host: table.host, linked: table.linked, runs });
+            if mutant!("clean_before_b2") {
+                table.linked = true;
+                table.flushing.take();
+            }
         }
         clones.sort_by_key(|clone| clone.host);
         (clones, observe())

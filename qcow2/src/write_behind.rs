@@ -6,7 +6,7 @@
 //! flush waits for what was brought before it ([`WriteBehind::drain`]). The first failed write poisons the image, and what
 //! it held is unreadable from then on.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io::IoSlice;
 
 use crate::error::{Error, Result};
@@ -24,6 +24,9 @@ const WORKERS: usize = 2;
 const BUDGET_BYTES: u64 = 32 << 20;
 /// The longest run that neighbouring payload is merged into: beyond it, file systems gain nothing. (Measured: 2 MiB.)
 const RUN_BYTES: u64 = 2 << 20;
+/// One run in so many is the oldest, wherever it lies.
+const OLDEST_EVERY: u64 = 4;
+
 /// Neighbouring bytes of the file, in memory.
 #[derive(Debug)]
 struct Run {
@@ -33,6 +36,16 @@ struct Run {
     pieces: Vec<Piece>,
 }
 
+impl Run {
+    /// For a mistake that tests make: whether a range lies in the first or the last piece, as the filling around a payload
+    /// does. `at`: where the run begins.
+    fn has_edge(&self, at: u64, offset: u64, length: u64) -> bool {
+        let (Some(head), Some(tail)) = (self.pieces.first(), self.pieces.last()) else { return false };
+        let in_head = offset > at && offset + length <= at + head.len();
+        self.pieces.len() > 1 && (in_head || offset >= at + self.length - tail.len())
+    }
+}
+
 #[derive(Debug, Default)]
 struct State {
     /// Of the storage.
@@ -40,8 +53,8 @@ struct State {
     /// Runs by host offset: those that wait, and those that somebody is writing. No two share a block.
     queued: BTreeMap<u64, Run>,
     submitted: BTreeMap<u64, Arc<Run>>,
-    /// `id` of every run above.
-    ids: BTreeSet<u64>,
+    /// `id` and host offset of every run above.
+    ids: BTreeMap<u64, u64>,
     last_id: u64,
     /// Bytes of all runs: at most [`BUDGET_BYTES`], except for one run alone.
     bytes: u64,
@@ -49,6 +62,7 @@ struct State {
     failed: Vec<(u64, u64)>,
     /// Where the last run taken ended: the next is the first one behind it.
     cursor: u64,
+    taken: u64,
     idle_workers: usize,
     is_stopping: bool,
 }
@@ -77,14 +91,23 @@ impl State {
     /// Whether a run shares a block with the range.
     fn is_taken(&self, offset: u64, length: u64) -> bool {
         let (start, end) = self.blocks(offset, length);
-        let overlaps = |(at, length): (u64, u64)| {
-            let (first, last) = self.blocks(at, length);
-            first < end && start < last
+        let overlaps = |(at, run): (u64, &Run)| {
+            let (first, last) = self.blocks(at, run.length);
+            first < end && start < last && !(mutant!("filling_no_overlap") && run.has_edge(at, offset, length))
         };
         // Runs are sorted and apart: only the last one that begins before the end can reach into the range.
-        let queued = self.queued.range(..end).next_back().map(|(at, run)| (*at, run.length));
-        let submitted = self.submitted.range(..end).next_back().map(|(at, run)| (*at, run.length));
+        let queued = self.queued.range(..end).next_back().map(|(at, run)| (*at, run));
+        let submitted = self.submitted.range(..end).next_back().map(|(at, run)| (*at, &**run));
         queued.into_iter().chain(submitted).any(overlaps)
+    }
+
+    /// A mistake that tests make: newer payload replaces what waits, also what a flush has promised to write.
+    fn supersede(&mut self, offset: u64, length: u64) {
+        if let Some(run) = self.queued.get(&offset).filter(|run| run.length == length) {
+            self.ids.remove(&run.id);
+            self.bytes -= length;
+            self.queued.remove(&offset);
+        }
     }
 
     /// The blocks that a range lies in, as a range of bytes.
@@ -109,14 +132,18 @@ impl State {
             before.pieces.extend(pieces);
             return;
         }
-        self.ids.insert(id);
+        self.ids.insert(id, offset);
         self.queued.insert(offset, Run { length, id, pieces });
     }
 
-    /// The next run to write, in the order of the file, now submitted.
+    /// The next run to write, now submitted: in the order of the file, but now and then the oldest, which a stream that
+    /// always goes on behind the cursor would keep waiting for ever, with everybody who waits for it.
     fn take(&mut self) -> Option<(u64, Arc<Run>)> {
-        let next = self.queued.range(self.cursor..).next().or_else(|| self.queued.iter().next());
-        let offset = *next?.0;
+        self.taken += 1;
+        let is_queued = |offset: &&u64| self.queued.contains_key(offset);
+        let oldest = if self.taken.is_multiple_of(OLDEST_EVERY) { self.ids.values().find(is_queued) } else { None };
+        let next = oldest.or_else(|| self.queued.range(self.cursor..).map(|(offset, _)| offset).next());
+        let offset = *next.or_else(|| self.queued.keys().next())?;
         let run = Arc::new(self.queued.remove(&offset)?);
         self.cursor = offset + run.length;
         self.submitted.insert(offset, run.clone());
@@ -131,6 +158,9 @@ impl Shared {
         loop {
             self.poison.refuse()?;
             let is_full = state.bytes > 0 && state.bytes + length > BUDGET_BYTES;
+            if mutant!("superseded") {
+                state.supersede(offset, length);
+            }
             if !is_full && !state.is_taken(offset, length) {
                 return Ok(state);
             }
@@ -244,7 +274,7 @@ impl WriteBehind {
     pub(crate) fn write_durable(&self, offset: u64, piece: &Piece) -> Result<()> {
         let mut state = self.shared.admit(offset, piece.len())?;
         let id = state.new_id();
-        state.ids.insert(id);
+        state.ids.insert(id, offset);
         state.bytes += piece.len();
         let run = Run { length: piece.len(), id, pieces: vec![piece.clone()] };
         state.submitted.insert(offset, Arc::new(run));
@@ -254,6 +284,11 @@ impl WriteBehind {
         let written = self.shared.storage.write_durable(offset, &mut slices(std::slice::from_ref(piece)));
         submitted.is_written = written.is_ok();
         written.map_err(|source| self.shared.poison.by(Error::io("write", offset)(source)))
+    }
+
+    /// Whether a reader need not look here. Only true for what was mapped before the call.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.shared.present.load(Ordering::Acquire) == 0
     }
 
     /// Of the newest payload taken so far, for [`WriteBehind::drain`].
@@ -266,7 +301,7 @@ impl WriteBehind {
         let mut state = lock(&self.shared.state);
         loop {
             self.shared.poison.refuse()?;
-            if state.ids.first().is_none_or(|oldest| *oldest > id) {
+            if state.ids.first_key_value().is_none_or(|(oldest, _)| *oldest > id) {
                 return Ok(());
             }
             state = wait(&self.shared.done, state);
@@ -277,7 +312,7 @@ impl WriteBehind {
     /// mapping up before: payload that came later may or may not show.
     pub(crate) fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
         let read = |at: u64, part: &mut [u8]| self.shared.storage.read(at, part).map_err(Error::io("read", at));
-        if self.shared.present.load(Ordering::Acquire) == 0 {
+        if self.is_idle() {
             return read(offset, buffer);
         }
         let pending = self.pending(offset, buffer.len() as u64)?;
@@ -341,4 +376,29 @@ impl Drop for WriteBehind {
 
 fn slices(pieces: &[Piece]) -> Vec<IoSlice<'_>> {
     pieces.iter().map(|piece| IoSlice::new(piece.bytes())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_overwrite_does_not_wait_for_the_end_of_a_stream() {
+        let mut state = State { block_size: 512, ..State::default() };
+        let payload = || vec![Piece::from_vec(vec![1; 4096])];
+        let mut end = 1 << 20;
+        let mut append = |state: &mut State| {
+            state.queue(end, 4096, payload());
+            // Not merged: a gap of one cluster each.
+            end += 8192;
+        };
+        (0..8).for_each(|_| append(&mut state));
+        let _ = state.take();
+        state.queue(0, 4096, payload());
+        let taken = (0..100).find(|_| {
+            append(&mut state);
+            state.take().is_some_and(|(offset, _)| offset == 0)
+        });
+        assert!(taken.is_some(), "not written while 100 newer runs were");
+    }
 }

@@ -8,6 +8,8 @@
     reason = "a test fails by panicking and tells its figures"
 )]
 
+#[path = "support/power_cut.rs"]
+mod power_cut;
 #[path = "support/reader.rs"]
 mod reader;
 #[path = "support/recorder.rs"]

@@ -51,6 +51,9 @@ impl Image {
     /// As [`Image::flush`], inside an operation.
     pub(super) fn flush_changes(&self) -> Result<()> {
         let due = self.changes.load(Ordering::SeqCst);
+        if mutant!("empty_flush") && self.flush.try_lock().is_err() {
+            return Ok(());
+        }
         let mut state = lock(&self.flush);
         self.refuse_poisoned()?;
         if state.covered >= due {
@@ -73,7 +76,7 @@ impl Image {
     fn write_clones(&self, clones: &[TableClone], payload: u64, state: &mut FlushState) -> Result<()> {
         // (a) Tables that nothing on disk points at yet.
         for clone in clones.iter().filter(|clone| !clone.linked) {
-            self.write_table(clone)?;
+            self.write_runs(&clone.runs)?;
         }
         if !mutant!("no_drain") {
             self.write_behind.drain(payload)?;
@@ -87,7 +90,9 @@ impl Image {
         }
         // (b) From the clone, never from the live tables: those may know entries whose payload B1 did not cover.
         for clone in clones.iter().filter(|clone| clone.linked) {
-            self.write_table(clone)?;
+            let live = if mutant!("live_l2") { self.tables.live_runs(clone) } else { Vec::new() };
+            let runs = if live.is_empty() { &clone.runs } else { &live };
+            self.write_runs(runs)?;
         }
         let mut sectors = Vec::new();
         for clone in clones.iter().filter(|clone| !clone.linked) {
@@ -100,7 +105,9 @@ impl Image {
         sectors.sort_unstable();
         sectors.dedup();
         for sector in sectors {
-            let (offset, bytes) = l1_sector(&state.disk_l1, (sector / 8) as usize);
+            let live = if mutant!("live_l1") { self.tables.live_l1() } else { Vec::new() };
+            let l1 = if live.is_empty() { &state.disk_l1 } else { &live };
+            let (offset, bytes) = l1_sector(l1, (sector / 8) as usize);
             self.store(state.l1_offset + offset, &mut [IoSlice::new(&bytes)])?;
         }
         // B2: the entries are durable.
@@ -110,8 +117,8 @@ impl Image {
         self.sync()
     }
 
-    fn write_table(&self, clone: &TableClone) -> Result<()> {
-        for (offset, bytes) in &clone.runs {
+    fn write_runs(&self, runs: &[(u64, Vec<u8>)]) -> Result<()> {
+        for (offset, bytes) in runs {
             self.store(*offset, &mut [IoSlice::new(bytes)])?;
         }
         Ok(())

@@ -2,7 +2,7 @@
 
 use super::Image;
 use crate::compressed::{Compression, inflate};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::format::entry::L2Entry;
 
 /// Where the bytes of a run of guest bytes come from.
@@ -37,11 +37,15 @@ impl Image {
 
     /// As [`Image::read`], inside an operation.
     pub(super) fn read_range(&self, offset: u64, mut buffer: &mut [u8]) -> Result<()> {
+        let too_early = mutant!("pending_before_mapping") && self.write_behind.is_idle();
         for (start, length) in self.geometry().by_table(offset, buffer.len() as u64) {
             for run in self.runs(start, length)? {
                 let (part, rest) = buffer.split_at_mut(run.length as usize);
                 buffer = rest;
                 match run.source {
+                    Source::Host(host) if too_early => {
+                        self.storage.read(host, part).map_err(Error::io("read", host))?
+                    }
                     Source::Host(host) => self.write_behind.read(host, part)?,
                     Source::Compressed { host, length } => self.read_compressed(host, length, run.offset, part)?,
                     Source::Zero { .. } => part.fill(0),

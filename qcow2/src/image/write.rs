@@ -77,7 +77,7 @@ impl Image {
                 let begin = start.max(geometry.start_of(cluster));
                 let piece = (geometry.start_of(cluster) + geometry.cluster_size()).min(start + length) - begin;
                 let at = host + geometry.offset_in_cluster(begin);
-                entries_durable &= table.is_durable(cluster);
+                entries_durable &= table.is_durable(cluster) || mutant!("fua_by_memory");
                 match pieces.last_mut() {
                     Some((last_at, last_length)) if *last_at + *last_length == at => *last_length += piece,
                     _ => pieces.push((at, piece)),

@@ -24,6 +24,9 @@ impl Image {
     pub fn zero(&self, offset: u64, length: u64, mode: ZeroMode, durability: Durability) -> Result<()> {
         self.check_range(offset, length)?;
         let _operation = self.writing()?;
+        if mutant!("no_op_fua") && self.reads_zero(offset, length)? {
+            return Ok(());
+        }
         for (start, piece) in self.geometry().by_table(offset, length) {
             self.zero_step(start, piece, mode)?;
         }

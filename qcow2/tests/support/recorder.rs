@@ -10,15 +10,15 @@
 )]
 
 use std::collections::HashSet;
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::IoSlice;
 use std::sync::Arc;
 
 use blockyard_qcow2::storage::Storage;
 use blockyard_qcow2::{CreateOptions, Durability, Image, Layer, OpenOptions, ZeroMode, create_on};
 
+use super::power_cut::{CrashState, crash_states};
 use super::reader::{read_disk, read_disk_and_packed};
-use super::sim_disk::{Clock, Content, CrashState, SimDisk, crash_states, now};
+use super::sim_disk::{Clock, Content, SimDisk, now};
 
 const SECTOR: usize = 512;
 /// What common disks write at once.
@@ -179,9 +179,7 @@ impl Recorder {
         let mut seen = HashSet::new();
         crash_states(&self.base, &self.disk.calls(), now(&self.clock), self.seed, |state| {
             states += 1;
-            let mut hasher = DefaultHasher::new();
-            (&state.content, state.earliest, state.latest).hash(&mut hasher);
-            if fault.is_none() && seen.insert(hasher.finish()) {
+            if fault.is_none() && seen.insert((state.content.digest(), state.earliest, state.latest)) {
                 fault = self.fault(&state);
             }
         });

@@ -1,9 +1,10 @@
 //! A disk that records every call with its start and end, and can rebuild what a power cut may leave of it.
 //!
 //! A write is covered by a sync only if it ended before the sync began. Whatever no completed sync covers may be there,
-//! be missing, or be torn at 512 bytes, each on its own.
+//! be missing, or be torn, each on its own (`power_cut.rs`, `registers.rs`). Where a scheduler
+//! explores interleavings, other threads may run in the middle of every call.
 
-#![allow(unreachable_pub, clippy::unwrap_used, reason = "part of the tests that include it")]
+#![allow(unreachable_pub, dead_code, clippy::unwrap_used, reason = "part of the tests that include it")]
 
 use std::io::{self, IoSlice};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,11 +19,24 @@ pub fn now(clock: &Clock) -> u64 {
     clock.fetch_add(1, Ordering::SeqCst) + 1
 }
 
-/// The bytes of a file; behind its length, and in holes, there are zeroes.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+/// The bytes of a file; behind its length, and in holes, there are zeroes. Copies share what they do not change.
+#[derive(Clone, Debug, Default)]
 pub struct Content {
-    bytes: Vec<u8>,
+    pages: Vec<Option<Arc<Page>>>,
     length: u64,
+}
+
+const PAGE: usize = 4096;
+
+#[derive(Clone, Debug)]
+struct Page {
+    bytes: [u8; PAGE],
+    /// Of the bytes; 0 for zeroes.
+    digest: u64,
+}
+
+fn mix(digest: u64, word: u64) -> u64 {
+    (digest ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29)
 }
 
 impl Content {
@@ -30,12 +44,25 @@ impl Content {
         self.length
     }
 
+    /// The same for equal content, different for different content as far as 64 bits can tell.
+    pub fn digest(&self) -> u64 {
+        let pages = self.pages.iter().enumerate();
+        let used = pages.filter_map(|(index, page)| page.as_ref().map(|page| (index as u64 + 1, page.digest)));
+        used.filter(|(_, digest)| *digest != 0).fold(self.length, |all, (index, digest)| mix(mix(all, index), digest))
+    }
+
     pub fn read(&self, offset: u64, buffer: &mut [u8]) {
-        let start = (offset as usize).min(self.bytes.len());
-        let there = &self.bytes[start..(start + buffer.len()).min(self.bytes.len())];
-        let (head, tail) = buffer.split_at_mut(there.len());
-        head.copy_from_slice(there);
-        tail.fill(0);
+        let mut done = 0;
+        while done < buffer.len() {
+            let at = offset as usize + done;
+            let (index, within) = (at / PAGE, at % PAGE);
+            let part = (PAGE - within).min(buffer.len() - done);
+            match self.pages.get(index).and_then(Option::as_ref) {
+                Some(page) => buffer[done..done + part].copy_from_slice(&page.bytes[within..within + part]),
+                None => buffer[done..done + part].fill(0),
+            }
+            done += part;
+        }
     }
 
     /// What reaches the disk for a write that begins or ends inside a sector: the whole sector, as the page cache has it.
@@ -48,25 +75,44 @@ impl Content {
         Change::Write { offset, bytes }
     }
 
+    /// Changes a range of bytes, page by page; `part` gets each page's bytes and where in the range they are.
+    fn change(&mut self, offset: u64, length: usize, part: impl Fn(&mut [u8], usize)) {
+        let mut done = 0;
+        while done < length {
+            let at = offset as usize + done;
+            let (index, within) = (at / PAGE, at % PAGE);
+            let bytes = (PAGE - within).min(length - done);
+            if self.pages.len() <= index {
+                self.pages.resize(index + 1, None);
+            }
+            let page = self.pages[index].get_or_insert_with(|| Arc::new(Page { bytes: [0; PAGE], digest: 0 }));
+            let page = Arc::make_mut(page);
+            part(&mut page.bytes[within..within + bytes], done);
+            let (words, _) = page.bytes.as_chunks::<8>();
+            page.digest = words.iter().fold(0, |digest, word| mix(digest, u64::from_le_bytes(*word)));
+            done += bytes;
+        }
+    }
+
     pub fn apply(&mut self, change: &Change) {
         match change {
             Change::Write { offset, bytes } => {
-                let end = *offset as usize + bytes.len();
-                if self.bytes.len() < end {
-                    self.bytes.resize(end, 0);
-                }
-                self.bytes[*offset as usize..end].copy_from_slice(bytes);
-                self.length = self.length.max(end as u64);
+                self.change(*offset, bytes.len(), |part, from| part.copy_from_slice(&bytes[from..from + part.len()]));
+                self.length = self.length.max(offset + bytes.len() as u64);
             }
             Change::Length(length) => {
-                self.bytes.truncate(*length as usize);
+                if *length < self.length {
+                    let end = (*length as usize).next_multiple_of(PAGE);
+                    self.pages.truncate(end / PAGE);
+                    if self.pages.len() * PAGE > *length as usize {
+                        self.change(*length, end - *length as usize, |part, _| part.fill(0));
+                    }
+                }
                 self.length = *length;
             }
             Change::Punch { offset, length } => {
-                let end = ((offset + length) as usize).min(self.bytes.len());
-                if let Some(range) = self.bytes.get_mut(*offset as usize..end) {
-                    range.fill(0);
-                }
+                let end = ((offset + length) as usize).min(self.pages.len() * PAGE);
+                self.change(*offset, end.saturating_sub(*offset as usize), |part, _| part.fill(0));
             }
         }
     }
@@ -85,15 +131,23 @@ pub struct Call {
     pub ended: u64,
     /// `None`: a sync.
     pub change: Option<Change>,
+    /// A sync that failed: what it should have covered may be lost, and no later sync brings it back.
+    pub has_failed: bool,
     /// Durable at its end, by itself.
     pub durable: bool,
 }
 
 #[derive(Debug, Default)]
 struct State {
+    /// As it was found, durable.
+    base: Content,
     view: Content,
+    /// In the order in which they took effect for readers.
     calls: Vec<Call>,
     syncs: u64,
+    /// Host ranges of the writes under way, in whole sectors.
+    in_flight: Vec<(u64, u64)>,
+    collisions: Vec<(u64, u64)>,
 }
 
 #[derive(Debug)]
@@ -102,12 +156,31 @@ pub struct SimDisk {
     state: Mutex<State>,
     /// Syncs, counted from 0, that are answered and do nothing: what the engine would be without that barrier.
     pub ignored_syncs: Vec<u64>,
+    /// Never interrupted: for what a test makes beforehand.
+    /// The sync, counted from 0, that fails.
+    pub failing_sync: Option<u64>,
+    /// Whether the file system can reserve space.
+    pub can_reserve: bool,
+    /// How many times a call lets other threads run, before and after it takes effect each.
+    pub slowness: usize,
 }
 
 impl SimDisk {
     pub fn new(clock: Clock, content: Content) -> Self {
-        let state = State { view: content, ..State::default() };
-        Self { clock, state: Mutex::new(state), ignored_syncs: Vec::new() }
+        let state = State { base: content.clone(), view: content, ..State::default() };
+        Self {
+            clock,
+            state: Mutex::new(state),
+            ignored_syncs: Vec::new(),
+            failing_sync: None,
+            can_reserve: true,
+            slowness: 1,
+        }
+    }
+
+    /// As it is, but never interrupted.
+    pub fn quiet(self) -> Self {
+        Self { slowness: 0, ..self }
     }
 
     pub fn calls(&self) -> Vec<Call> {
@@ -118,13 +191,54 @@ impl SimDisk {
         self.state.lock().unwrap().view.clone()
     }
 
+    /// Whether a sync has failed.
+    pub fn has_failed(&self) -> bool {
+        self.state.lock().unwrap().calls.iter().any(|call| call.has_failed)
+    }
+
+    /// Writes that were under way together although they share a sector: which of them the disk keeps is chance.
+    pub fn collisions(&self) -> Vec<(u64, u64)> {
+        self.state.lock().unwrap().collisions.clone()
+    }
+
+    /// Lets other threads run, where a scheduler decides who does.
+    fn pause(&self) {
+        #[cfg(feature = "shuttle")]
+        for _ in 0..self.slowness {
+            shuttle::sync::atomic::AtomicBool::new(false).load(Ordering::SeqCst);
+        }
+    }
+
     fn change(&self, change: Change, durable: bool) {
+        let range = match &change {
+            Change::Write { offset, bytes } => {
+                Some((offset / 512 * 512, (offset + bytes.len() as u64).next_multiple_of(512)))
+            }
+            _ => None,
+        };
         let started = now(&self.clock);
+        {
+            let mut state = self.state.lock().unwrap();
+            if let Some((start, end)) = range {
+                let collision = state.in_flight.iter().find(|(first, last)| *first < end && start < *last).copied();
+                state.collisions.extend(collision);
+                state.in_flight.push((start, end));
+            }
+        }
+        self.pause();
+        let index = {
+            let mut state = self.state.lock().unwrap();
+            state.view.apply(&change);
+            let change = state.view.in_whole_sectors(change);
+            state.calls.push(Call { started, ended: u64::MAX, change: Some(change), durable, has_failed: false });
+            state.calls.len() - 1
+        };
+        self.pause();
         let mut state = self.state.lock().unwrap();
-        state.view.apply(&change);
-        let change = state.view.in_whole_sectors(change);
-        let ended = now(&self.clock);
-        state.calls.push(Call { started, ended, change: Some(change), durable });
+        state.calls[index].ended = now(&self.clock);
+        if let Some(position) = state.in_flight.iter().position(|flying| Some(*flying) == range) {
+            state.in_flight.swap_remove(position);
+        }
     }
 }
 
@@ -134,7 +248,9 @@ fn gather(slices: &[IoSlice<'_>]) -> Vec<u8> {
 
 impl Storage for SimDisk {
     fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.pause();
         self.state.lock().unwrap().view.read(offset, buffer);
+        self.pause();
         Ok(())
     }
 
@@ -156,14 +272,16 @@ impl Storage for SimDisk {
 
     fn sync_data(&self) -> io::Result<()> {
         let started = now(&self.clock);
+        self.pause();
         let mut state = self.state.lock().unwrap();
         let number = state.syncs;
         state.syncs += 1;
         let ended = now(&self.clock);
+        let has_failed = self.failing_sync == Some(number);
         if !self.ignored_syncs.contains(&number) {
-            state.calls.push(Call { started, ended, change: None, durable: false });
+            state.calls.push(Call { started, ended, change: None, durable: false, has_failed });
         }
-        Ok(())
+        if has_failed { Err(io::Error::from_raw_os_error(5)) } else { Ok(()) }
     }
 
     fn length(&self) -> io::Result<u64> {
@@ -176,6 +294,9 @@ impl Storage for SimDisk {
     }
 
     fn reserve(&self, offset: u64, length: u64) -> io::Result<Reservation> {
+        if !self.can_reserve {
+            return Ok(Reservation::Unsupported);
+        }
         let end = (offset + length).max(self.length()?);
         self.change(Change::Length(end), false);
         Ok(Reservation::Done)
@@ -186,106 +307,17 @@ impl Storage for SimDisk {
         Ok(())
     }
 
+    /// After a failed sync, what no successful one covered before is gone with the pages that showed it.
     fn drop_cache(&self) -> io::Result<()> {
+        let mut state = self.state.lock().unwrap();
+        if let Some(failed) = state.calls.iter().position(|call| call.has_failed) {
+            let before = &state.calls[..failed];
+            let last = before.iter().rfind(|call| call.change.is_none()).map_or(0, |sync| sync.started);
+            let covered = before.iter().filter(|call| call.ended < last || call.durable);
+            let mut truth = state.base.clone();
+            covered.filter_map(|call| call.change.as_ref()).for_each(|change| truth.apply(change));
+            state.view = truth;
+        }
         Ok(())
-    }
-}
-
-/// One state that a crash may leave.
-pub struct CrashState {
-    pub content: Content,
-    /// The crash cannot have been before this time: the last surviving call had begun.
-    pub earliest: u64,
-    /// Nor after this one: the next sync would have completed.
-    pub latest: u64,
-}
-
-/// A write cut at the disk's sectors, which are written whole or not at all.
-fn sectors(offset: u64, bytes: &[u8]) -> impl Iterator<Item = (u64, &[u8])> {
-    let first = (512 - offset as usize % 512).min(bytes.len());
-    let (head, rest) = bytes.split_at(first);
-    let rest =
-        rest.chunks(512).enumerate().map(move |(number, sector)| (offset + (first + number * 512) as u64, sector));
-    std::iter::once((offset, head)).chain(rest)
-}
-
-/// How many pending calls are enumerated by all their subsets; with more, by prefixes, single ones and samples.
-const ALL_SUBSETS: usize = 8;
-const SAMPLES: usize = 64;
-
-/// Every crash state of a recording that began with `base` durable.
-pub fn crash_states(base: &Content, calls: &[Call], end: u64, seed: u64, mut visit: impl FnMut(CrashState)) {
-    let mut random = fastrand::Rng::with_seed(seed);
-    let mut durable = base.clone();
-    let mut durable_since = 0;
-    let mut pending: Vec<&Call> = Vec::new();
-    for call in calls {
-        if call.change.is_some() {
-            pending.push(call);
-            continue;
-        }
-        visit_epoch(&durable, &pending, durable_since, call.ended, &mut random, &mut visit);
-        let (covered, rest): (Vec<_>, Vec<_>) = pending.into_iter().partition(|change| change.ended < call.started);
-        covered.iter().for_each(|call| call.change.iter().for_each(|change| durable.apply(change)));
-        durable_since = call.ended;
-        pending = rest;
-    }
-    visit_epoch(&durable, &pending, durable_since, end, &mut random, &mut visit);
-}
-
-fn visit_epoch(
-    durable: &Content,
-    pending: &[&Call],
-    since: u64,
-    latest: u64,
-    random: &mut fastrand::Rng,
-    visit: &mut impl FnMut(CrashState),
-) {
-    let count = pending.len();
-    let mut emit = |kept: &dyn Fn(usize) -> bool, torn: Option<usize>, random: &mut fastrand::Rng| {
-        let last = (0..count).rev().find(|index| kept(*index));
-        let earliest = last.map_or(since, |last| pending[last].started).max(since);
-        let mut content = durable.clone();
-        for (index, call) in pending.iter().enumerate() {
-            // What is durable by itself cannot be missing once something later has begun.
-            let forced = call.durable && call.ended < earliest;
-            let Some(change) = call.change.as_ref().filter(|_| kept(index) || forced) else { continue };
-            match (change, torn == Some(index) && !forced) {
-                (Change::Write { offset, bytes }, true) => {
-                    for (offset, sector) in sectors(*offset, bytes).filter(|_| random.bool()) {
-                        content.apply(&Change::Write { offset, bytes: sector.to_vec() });
-                    }
-                }
-                _ => content.apply(change),
-            }
-        }
-        // A call that is durable by itself bounds the crash's time, if it is missing or torn.
-        let partial = |index| !kept(index) || torn == Some(index);
-        let bound = pending
-            .iter()
-            .enumerate()
-            .filter(|(index, call)| call.durable && call.ended >= earliest && partial(*index));
-        let bound = bound.map(|(_, call)| call.ended).min();
-        visit(CrashState { content, earliest, latest: bound.unwrap_or(latest).min(latest) });
-    };
-    for prefix in 0..=count {
-        emit(&|index| index < prefix, None, random);
-        if prefix > 0 {
-            emit(&|index| index < prefix, Some(prefix - 1), random);
-        }
-    }
-    if count <= ALL_SUBSETS {
-        for set in 0u32..1 << count {
-            emit(&|index| set >> index & 1 == 1, None, random);
-        }
-    } else {
-        for chosen in 0..count {
-            emit(&|index| index != chosen, None, random);
-            emit(&|index| index == chosen, None, random);
-        }
-        for _ in 0..SAMPLES {
-            let mask: Vec<bool> = (0..count).map(|_| random.bool()).collect();
-            emit(&|index| mask[index], Some(random.usize(..count)), random);
-        }
     }
 }
