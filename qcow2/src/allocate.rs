@@ -68,6 +68,12 @@ impl Allocator {
         Ok(offset)
     }
 
+    /// Whether the refcounts of what is used can be written down at all.
+    pub(crate) fn can_finish(&self) -> bool {
+        let end = self.end();
+        end <= self.limit && end + self.refcount_bytes(end) <= self.limit
+    }
+
     /// End of used host space.
     pub(crate) fn end(&self) -> u64 {
         lock(&self.state).next
