@@ -190,7 +190,7 @@ impl Tables {
     }
 
     /// The L1 as it is in memory, for a mistake that tests make (`mutants.rs`): it knows tables that no disk has.
-    pub(crate) fn live_l1(&self) -> Vec<u64> {
+    pub(crate) fn live_l1(&self) -> L1 {
         lock(&self.state).l1.clone()
     }
 
