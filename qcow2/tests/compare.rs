@@ -10,7 +10,6 @@
 mod faulty;
 mod support;
 
-use std::io;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,6 +20,7 @@ use blockyard_qcow2::{
     Progress, Result, compare,
 };
 use faulty::{Fault, Faulty, Kind};
+use nix::errno::Errno;
 use support::{KIB, MIB, folder, fresh, join, over, pattern, run, succeed, text};
 
 const LATER: Durability = Durability::OnFlush;
@@ -197,11 +197,11 @@ fn a_read_that_fails_is_an_error_that_names_the_range_and_never_a_difference() {
     let mut cases = 0;
     for call in 1.. {
         let file = Arc::new(FileStorage::new(std::fs::File::open(&path).unwrap()));
-        let fault = Fault { kind: Kind::Read, call, error: io::ErrorKind::Other, for_ever: false, half: false };
-        let storage = Arc::new(Faulty::new(file, Some(fault)));
+        let fault = Fault { kind: Kind::Read, call, errno: Errno::EIO, for_ever: false, short: false };
+        let storage = Arc::new(Faulty::new(file, &[fault]));
         let result: Result<Comparison> = Image::open_on(storage.clone(), Access::ReadOnly, None, 1 << 20)
             .and_then(|image| compare(&image.into(), &disk(&flat), &mut on));
-        if !storage.fired() {
+        if storage.failures().is_empty() {
             assert_eq!(result.unwrap().difference, None);
             break;
         }

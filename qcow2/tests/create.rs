@@ -1,6 +1,8 @@
 //! Every shape that an image can be created in, as QEMU sees it.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "support/power_cut.rs"]
+mod power_cut;
 #[path = "support/reader.rs"]
 mod reader;
 #[allow(dead_code, reason = "only states are asked for here, not their times")]
@@ -17,9 +19,10 @@ use blockyard_qcow2::{
     Access, Backing, BackingFormat, Compression, CreateOptions, Durability, Error, Image, OpenOptions, Preallocation,
     create, create_on, info, repair,
 };
+use power_cut::crash_states;
 use reader::read_disk;
 use serde_json::Value;
-use sim_disk::{Clock, Content, SimDisk, crash_states, now};
+use sim_disk::{Clock, Content, SimDisk, now};
 use support::{KIB, MIB, assert_clean, assert_reads_as, folder, fresh, join, open, over, pattern, succeed, text};
 
 const LATER: Durability = Durability::OnFlush;

@@ -22,6 +22,7 @@ use blockyard_qcow2::{
     Progress, Result, Target, ZeroMode, check, compare, flatten, info,
 };
 use faulty::{Fault, Faulty, Kind};
+use nix::errno::Errno;
 use support::{KIB, MIB, assert_clean, folder, fresh, join, over, pattern, succeed, text};
 
 const LATER: Durability = Durability::OnFlush;
@@ -280,26 +281,26 @@ fn a_read_that_fails_in_any_layer_names_the_range_and_leaves_nothing() {
     drop(image);
     let before = names(&folder);
     let path = join(&folder, "flat");
-    let storage = |path: &Path, fault: Option<Fault>| {
-        Arc::new(Faulty::new(Arc::new(FileStorage::new(std::fs::File::open(path).unwrap())), fault))
+    let storage = |path: &Path, faults: &[Fault]| {
+        Arc::new(Faulty::new(Arc::new(FileStorage::new(std::fs::File::open(path).unwrap())), faults))
     };
     let mut cases = 0;
     for target in [qcow2(65536), Target::Raw] {
         for layer in ["low", "high"] {
             for call in 1.. {
-                let fault = Fault { kind: Kind::Read, call, error: io::ErrorKind::Other, for_ever: false, half: false };
-                let faulty = storage(if layer == "low" { &low } else { &high }, Some(fault));
-                let sound = storage(if layer == "low" { &high } else { &low }, None);
+                let fault = Fault { kind: Kind::Read, call, errno: Errno::EIO, for_ever: false, short: false };
+                let faulty = storage(if layer == "low" { &low } else { &high }, &[fault]);
+                let sound = storage(if layer == "low" { &high } else { &low }, &[]);
                 let (below, above) = if layer == "low" { (faulty.clone(), sound) } else { (sound, faulty.clone()) };
                 let run = || -> Result<Flattened> {
                     let below = Image::open_on(below, Access::ReadOnly, None, 1 << 20)?;
-                    let opened = faulty.fired();
+                    let opened = !faulty.failures().is_empty();
                     let image = Image::open_on(above, Access::ReadOnly, Some(Layer::Image(Box::new(below))), 1 << 20)?;
                     assert!(!opened);
                     flatten(&image.into(), &path, &target, &mut on)
                 };
                 let result = run();
-                if !faulty.fired() {
+                if faulty.failures().is_empty() {
                     result.unwrap();
                     std::fs::remove_file(&path).unwrap();
                     break;

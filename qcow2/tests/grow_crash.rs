@@ -1,6 +1,8 @@
 //! Power cuts while a disk grows: every state that may be left has the old size or the new one, and legal content.
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking and tells its figures")]
 
+#[path = "support/power_cut.rs"]
+mod power_cut;
 #[path = "support/reader.rs"]
 mod reader;
 #[path = "support/sim_disk.rs"]
@@ -12,8 +14,9 @@ use std::sync::atomic::AtomicU64;
 
 use blockyard_qcow2::storage::Storage;
 use blockyard_qcow2::{Access, CreateOptions, Durability, Image, Layer, create_on};
+use power_cut::{CrashState, crash_states};
 use reader::read_disk;
-use sim_disk::{Clock, Content, CrashState, SimDisk, crash_states, now};
+use sim_disk::{Clock, Content, SimDisk, now};
 use support::{KIB, assert_reads_as, folder, join, over, pattern, succeed, text};
 
 const LATER: Durability = Durability::OnFlush;

@@ -3,6 +3,7 @@
 //! No cursor, no seek. A write is durable after a later successful sync that began after the write ended, or at once with
 //! [`Storage::write_durable`].
 
+mod direct;
 mod file;
 mod memory;
 
