@@ -14,7 +14,7 @@ const STEP_MIN: u64 = 1 << 20;
 const STEP_MAX: u64 = 64 << 20;
 
 /// Host offsets in L1 and L2 entries have 56 bits.
-const HOST_OFFSET_END: u64 = 1 << 56;
+pub(crate) const HOST_OFFSET_END: u64 = 1 << 56;
 
 /// Hands out host clusters, space reserved.
 #[derive(Debug)]
@@ -70,6 +70,12 @@ impl Allocator {
         Ok(offset)
     }
 
+    /// Whether the refcounts of what is used can be written down at all.
+    pub(crate) fn can_finish(&self) -> bool {
+        let end = self.end();
+        end <= self.limit && end + self.refcount_bytes(end) <= self.limit
+    }
+
     /// End of used host space.
     pub(crate) fn end(&self) -> u64 {
         lock(&self.state).next
@@ -81,8 +87,9 @@ impl Allocator {
         let block_bytes = self.refcount_width.entries(cluster) * cluster;
         let (opened_end, opened_blocks) = self.opened;
         let blocks = opened_blocks + (file_length - opened_end).div_ceil(block_bytes) + 2;
-        let table = ((file_length.div_ceil(block_bytes) + 2) * ENTRY).div_ceil(cluster) + 1;
-        (blocks + table) * cluster
+        let table = ((file_length.div_ceil(block_bytes) + 2) * ENTRY).div_ceil(cluster);
+        // The table has some to spare (`refcounts::set`).
+        (blocks + table + table / 2048 + 1) * cluster
     }
 }
 

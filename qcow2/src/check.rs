@@ -1,6 +1,5 @@
 //! Checking an image against its own tables. Never changes anything.
 
-use std::fs::File;
 use std::path::Path;
 
 use crate::bitmaps;
@@ -9,6 +8,7 @@ use crate::image::read_header;
 use crate::lock::{self, Access};
 use crate::refcounts::{self, RefcountTable};
 use crate::references;
+use crate::regular_file;
 use crate::storage::{FileStorage, Storage};
 
 /// What a check found.
@@ -52,17 +52,22 @@ impl CheckReport {
 
 /// Checks the image at a path, which nobody may be writing to. The layers below are not looked at.
 pub fn check(path: &Path) -> Result<CheckReport> {
-    let file = File::open(path).map_err(|source| Error::Open { path: path.to_owned(), source })?;
+    let file = regular_file::open(path, Access::ReadOnly)?;
     lock::lock(&file, path, Access::ReadOnly)?;
-    check_storage(&FileStorage::new(file))
+    check_on(&FileStorage::new(file))
 }
 
-pub(crate) fn check_storage(storage: &dyn Storage) -> Result<CheckReport> {
+/// As [`check`], on any storage that nobody is writing to.
+pub fn check_on(storage: &dyn Storage) -> Result<CheckReport> {
     let (header, _) = read_header(storage)?;
     let table = RefcountTable::load(storage, &header)?;
     let mut found = references::count(storage, &header, Some(&table))?;
-    bitmaps::each_range(storage, &header, |offset, bytes| found.shared(offset, bytes, header.geometry.cluster_size()))?;
-    let differences = refcounts::compare(storage, header.geometry, header.refcount_width, &table, &found)?;
+    bitmaps::each_range(storage, &header, |structure, offset, bytes| {
+        found.claim_all(structure, offset, bytes, header.geometry.cluster_size());
+    })?;
+    found.counts.refuse_overflow()?;
+    let width = header.refcount_width;
+    let differences = refcounts::compare(storage, header.geometry, width, &table, &found)?;
     Ok(CheckReport {
         // A table without its COPIED bit is among the wrong bits too.
         errors: found.faults.count - found.not_copied + differences.wrong_copied_bits + differences.too_low,

@@ -9,8 +9,10 @@ use crate::error::{Error, Result};
 use crate::geometry::SECTOR;
 use crate::sync::{Arc, Mutex, lock};
 
-/// Decoded clusters kept per image: neighbouring small reads of one cluster decode it once.
+/// Decoded clusters kept per image, and the bytes they may have together if they are more than one: neighbouring small
+/// reads of one cluster decode it once.
 const KEEP: usize = 8;
+const KEEP_BYTES: usize = 2 << 20;
 /// Largest window that a zstd frame may ask for: 8 MiB, four times the largest cluster.
 const ZSTD_WINDOW_LOG_MAX: u32 = 23;
 /// Window of the deflate streams that we write: what QEMU reads with.
@@ -119,7 +121,7 @@ impl Inflated {
         }
         let cluster: Arc<[u8]> = load()?.into();
         let mut recent = lock(&self.recent);
-        recent.truncate(KEEP - 1);
+        recent.truncate((KEEP_BYTES / cluster.len().max(1)).clamp(1, KEEP) - 1);
         recent.insert(0, (host, cluster.clone()));
         Ok(cluster)
     }

@@ -5,6 +5,7 @@ use std::io::IoSlice;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use crate::allocate::HOST_OFFSET_END;
 use crate::backing::refuse_dirty_base;
 use crate::compressed::Compression;
 use crate::error::{Error, Result};
@@ -125,8 +126,8 @@ fn plan(options: &CreateOptions) -> Result<Header> {
         let layout = Layout::new(geometry);
         let blocks = layout.end.div_ceil(refcount_width.entries(geometry.cluster_size()) * geometry.cluster_size());
         // Twice: refcounts count themselves too, and at worst a block describes little more than itself.
-        if 2 * blocks * ENTRY > REFCOUNT_TABLE_BYTES_MAX {
-            return invalid("preallocation", "needs more refcounts than images of this cluster size can hold");
+        if layout.end > HOST_OFFSET_END || 2 * blocks * ENTRY > REFCOUNT_TABLE_BYTES_MAX {
+            return invalid("preallocation", "needs a larger file than images of this cluster size can be");
         }
     }
     let is_zstd = options.compression == Compression::Zstd;

@@ -1,13 +1,14 @@
 //! The facts of an image's header, for people and tools.
 
-use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use crate::error::{Error, Result};
 use crate::format::header::{Backing, CORRUPT};
 use crate::image::read_header;
-use crate::storage::FileStorage;
+use crate::lock::Access;
+use crate::regular_file;
+use crate::storage::{FileStorage, Storage};
 
 /// What an image says about itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,10 +41,15 @@ pub struct ImageInfo {
 
 /// Reads the header of an image, also of one in use: nothing is locked.
 pub fn info(path: &Path) -> Result<ImageInfo> {
-    let open = |source| Error::Open { path: path.to_owned(), source };
-    let file = File::open(path).map_err(open)?;
-    let facts = file.metadata().map_err(open)?;
-    let (header, _) = read_header(&FileStorage::new(file))?;
+    let file = regular_file::open(path, Access::ReadOnly)?;
+    let facts = file.metadata().map_err(|source| Error::Open { path: path.to_owned(), source })?;
+    Ok(ImageInfo { disk_bytes: facts.blocks() * 512, ..info_on(&FileStorage::new(file))? })
+}
+
+/// As [`info`], on any storage; `disk_bytes` is the length of the file, because a storage does not tell more.
+pub fn info_on(storage: &dyn Storage) -> Result<ImageInfo> {
+    let (header, _) = read_header(storage)?;
+    let length = storage.length().map_err(Error::io("fstat", 0))?;
     Ok(ImageInfo {
         version: header.version,
         size: header.geometry.size,
@@ -55,7 +61,7 @@ pub fn info(path: &Path) -> Result<ImageInfo> {
         zstd: header.compression_type == 1,
         snapshots: header.snapshots,
         backing: header.backing,
-        file_length: facts.len(),
-        disk_bytes: facts.blocks() * 512,
+        file_length: length,
+        disk_bytes: length,
     })
 }

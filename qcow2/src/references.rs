@@ -1,8 +1,10 @@
 //! Who owns which host cluster, counted from the tables on disk: the ground truth for refcounts, checks and the tree's
 //! validation before it is written to.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
+use crate::counts::Clusters;
+pub(crate) use crate::counts::Counts;
 use crate::error::{Error, Result};
 use crate::format::be64;
 use crate::format::entry::{L2Entry, decode_l1};
@@ -13,91 +15,10 @@ use crate::refcounts::RefcountTable;
 use crate::snapshots;
 use crate::storage::Storage;
 
-/// Clusters per chunk of the map below: 512 bytes of bits, so that references strewn over a sparse file cost little each.
-const CHUNK: u64 = 1 << 12;
-
-/// Counts per host cluster, compact for the common case: one bit says "at least one", a map holds what is beyond that.
-/// Absent chunks are all zero, so a sparse file of many TiB costs what it uses.
-#[derive(Debug, Default)]
-pub(crate) struct Counts {
-    ones: BTreeMap<u64, Box<[u64]>>,
-    beyond: HashMap<u64, u64>,
-}
-
-impl Counts {
-    pub(crate) fn load(&self, cluster: u64) -> u64 {
-        let word = self.ones.get(&(cluster / CHUNK)).map_or(0, |chunk| chunk[(cluster % CHUNK / 64) as usize]);
-        if word >> (cluster % 64) & 1 == 0 {
-            return 0;
-        }
-        1 + self.beyond.get(&cluster).copied().unwrap_or(0)
-    }
-
-    /// Adds one reference and returns the count before.
-    pub(crate) fn add(&mut self, cluster: u64) -> u64 {
-        let chunk = self.ones.entry(cluster / CHUNK).or_insert_with(|| vec![0; (CHUNK / 64) as usize].into());
-        let word = &mut chunk[(cluster % CHUNK / 64) as usize];
-        let bit = 1 << (cluster % 64);
-        if *word & bit == 0 {
-            *word |= bit;
-            return 0;
-        }
-        let beyond = self.beyond.entry(cluster).or_insert(0);
-        *beyond += 1;
-        *beyond
-    }
-
-    /// Takes one reference away, where there is one.
-    pub(crate) fn remove(&mut self, cluster: u64) {
-        if let Some(beyond) = self.beyond.get_mut(&cluster) {
-            *beyond -= 1;
-            if *beyond == 0 {
-                self.beyond.remove(&cluster);
-            }
-        } else if let Some(chunk) = self.ones.get_mut(&(cluster / CHUNK)) {
-            chunk[(cluster % CHUNK / 64) as usize] &= !(1 << (cluster % 64));
-        }
-    }
-
-    /// Runs `[first, end)` of clusters without references, below `end`.
-    pub(crate) fn unused_runs(&self, end: u64) -> Vec<(u64, u64)> {
-        let mut runs: Vec<(u64, u64)> = Vec::new();
-        let mut free = 0;
-        for (cluster, _) in self.used(0, end) {
-            if free < cluster {
-                runs.push((free, cluster));
-            }
-            free = cluster + 1;
-        }
-        if free < end {
-            runs.push((free, end));
-        }
-        runs
-    }
-
-    /// Words of the bit map that are not zero, in order: the first cluster of each, and its 64 bits.
-    fn words(&self, first: u64, end: u64) -> impl Iterator<Item = (u64, u64)> {
-        let chunks = self.ones.range(first / CHUNK..end.div_ceil(CHUNK).max(first / CHUNK));
-        chunks
-            .flat_map(|(index, chunk)| (index * CHUNK..).step_by(64).zip(chunk.iter().copied()))
-            .filter(move |(base, word)| *word != 0 && base + 64 > first && *base < end)
-    }
-
-    /// Clusters of `[first, end)` that have references, in order, with their counts.
-    pub(crate) fn used(&self, first: u64, end: u64) -> impl Iterator<Item = (u64, u64)> {
-        let bits =
-            |(base, word): (u64, u64)| (0..64).filter(move |bit| word >> bit & 1 != 0).map(move |bit| base + bit);
-        let clusters = self.words(first, end).flat_map(bits).filter(move |cluster| (first..end).contains(cluster));
-        clusters.map(|cluster| (cluster, 1 + self.beyond.get(&cluster).copied().unwrap_or(0)))
-    }
-
-    /// The groups of `clusters` neighbours (a power of two, at least 64) in which there is a reference, in order.
-    pub(crate) fn groups(&self, clusters: u64) -> Vec<u64> {
-        let mut groups: Vec<u64> = self.words(0, u64::MAX).map(|(base, _)| base / clusters).collect();
-        groups.dedup();
-        groups
-    }
-}
+/// Bytes of a table looked at in one go.
+const PIECE: u64 = 64 << 10;
+/// L2 tables that the active disk and its snapshots may have together, for a check: 2 TiB of disk with 4 KiB clusters.
+const SNAPSHOT_TABLES_MAX: usize = 1 << 20;
 
 /// What a walk through L1 and L2 found.
 #[derive(Debug, Default)]
@@ -107,6 +28,12 @@ pub(crate) struct References {
     copied: Counts,
     /// Clusters that entries of the active tables without it refer to.
     uncopied: Counts,
+    /// Clusters of structures with one owner: header, L1 tables, refcounts, snapshot table, bitmaps.
+    exclusive: Clusters,
+    /// Clusters that are L2 tables.
+    tables: Clusters,
+    /// Refcount table entries that lead nowhere, in order: their blocks count as absent.
+    pub(crate) bad_blocks: Vec<usize>,
     /// What the active tables map.
     pub(crate) mapped: MappedClusters,
     /// Rules broken, in the order in which they were met.
@@ -123,6 +50,22 @@ pub(crate) struct MappedClusters {
     pub(crate) compressed: u64,
     /// Clusters that do not follow in the file on the one before them in their table, and all compressed ones.
     pub(crate) fragmented: u64,
+    /// Where the next one would lie that follows on the last one of this table.
+    next: Option<u64>,
+}
+
+impl MappedClusters {
+    fn add(&mut self, times: u64, host: u64, cluster_size: u64) {
+        self.allocated += times;
+        self.fragmented += times * u64::from(self.next.is_some_and(|next| next != host));
+        self.next = Some(host + cluster_size);
+    }
+
+    fn add_compressed(&mut self, times: u64) {
+        self.allocated += times;
+        self.compressed += times;
+        self.fragmented += times;
+    }
 }
 
 /// Broken rules: all are counted, the first ones are kept, so that no image can fill the memory with its faults.
@@ -150,6 +93,7 @@ impl Faults {
 
 const NOT_COPIED: &str = "a table with one owner has the COPIED bit";
 const ONE_OWNER: &str = "each cluster of the file has one owner";
+const NO_DATA_HERE: &str = "data must not lie in the file's own structures";
 
 impl References {
     /// How many entries of the active tables that refer to a cluster have a COPIED bit which does not fit its refcount.
@@ -163,73 +107,133 @@ impl References {
         self.faults.count == self.not_copied
     }
 
-    fn claim_all(&mut self, structure: &'static str, offset: u64, bytes: u64, cluster_size: u64) {
+    /// Whether an entry without the COPIED bit refers to a cluster that has no other owner (any more).
+    pub(crate) fn lacks_copied_bits(&self) -> bool {
+        self.uncopied.used(0, u64::MAX).any(|(cluster, _)| self.counts.load(cluster) == 1)
+    }
+
+    /// Takes the clusters of a range, which lies inside the file, for a structure that shares them with nobody. Returns
+    /// whether that is so.
+    pub(crate) fn claim_all(&mut self, structure: &'static str, offset: u64, bytes: u64, cluster_size: u64) -> bool {
+        let before = self.faults.count;
         for host in (offset..offset + bytes).step_by(cluster_size as usize) {
             self.claim(host / cluster_size, || Error::corrupt(structure, offset, host, ONE_OWNER));
         }
+        self.faults.count == before
     }
 
-    fn note_copied(&mut self, tree: Tree, cluster: u64, copied: bool) {
-        if tree == Tree::Active {
-            if copied { &mut self.copied } else { &mut self.uncopied }.add(cluster);
-        }
+    fn note_copied(&mut self, uses: Uses, cluster: u64, copied: bool) {
+        if copied { &mut self.copied } else { &mut self.uncopied }.add_times(cluster, uses.active);
     }
 
-    /// References that others may have too.
-    pub(crate) fn shared(&mut self, offset: u64, bytes: u64, cluster_size: u64) {
-        for cluster in offset / cluster_size..(offset + bytes).div_ceil(cluster_size) {
-            self.counts.add(cluster);
-        }
-    }
-
-    fn claim(&mut self, cluster: u64, fault: impl FnOnce() -> Error) {
-        if self.counts.add(cluster) > 0 {
+    fn claim(&mut self, cluster: u64, fault: impl FnOnce() -> Error) -> bool {
+        self.exclusive.insert(cluster);
+        let free = self.counts.add(cluster) == 0;
+        if !free {
             self.faults.push(fault());
+        }
+        free
+    }
+
+    /// Counts references to payload; one to a structure of the file is a fault.
+    fn count_payload(&mut self, uses: Uses, cluster: u64, fault: impl Fn(&'static str) -> Error, rule: &'static str) {
+        let shared = self.counts.add_times(cluster, uses.all) > 0;
+        if self.exclusive.contains(cluster) || self.tables.contains(cluster) {
+            self.faults.push(fault(NO_DATA_HERE));
+        } else if shared && self.copied.load(cluster) > 0 {
+            self.faults.push(fault(rule));
         }
     }
 }
 
-/// Walks header, L1, every L2 table, those of snapshots too, and, where they are to be kept, the refcount structures. Faults are collected, not
-/// returned: the caller decides whether they forbid what it is about to do. An error means that the file could not be read.
+/// How often something is referred to.
+#[derive(Clone, Copy, Debug, Default)]
+struct Uses {
+    /// By all L1 tables.
+    all: u64,
+    /// By the active one: only there do COPIED bits mean anything.
+    active: u64,
+}
+
+const ACTIVE: Uses = Uses { all: 1, active: 1 };
+const SNAPSHOT: Uses = Uses { all: 1, active: 0 };
+
+/// Walks header, L1, every L2 table, those of snapshots too, and, where they are to be kept, the refcount structures.
+/// Faults are collected, not returned: the caller decides whether they forbid what it is about to do. An error means that
+/// the file could not be read, or that it is beyond the bounds of what can be counted.
+///
+/// A table is walked once, however many entries lead to it, so that the work is bounded by the file.
 pub(crate) fn count(storage: &dyn Storage, header: &Header, refcounts: Option<&RefcountTable>) -> Result<References> {
     let geometry = header.geometry;
     let cluster_size = geometry.cluster_size();
     let length = storage.length().map_err(Error::io("fstat", 0))?;
     let mut found = References::default();
-    found.counts.add(0);
-
-    let inside = |host: u64| host < length;
+    found.claim_all("header", 0, cluster_size, cluster_size);
     found.claim_all("L1 table", header.l1_offset, u64::from(header.l1_entries) * ENTRY, cluster_size);
     if let Some(table) = refcounts {
-        found.claim_all("refcount table", table.offset, table.clusters * cluster_size, cluster_size);
-        for (index, entry) in table.entries.iter().enumerate().filter(|(_, entry)| **entry != 0) {
-            let (at, host) = (table.offset + index as u64 * ENTRY, entry & TABLE_OFFSET);
-            let fault = |rule| Error::corrupt("refcount table entry", at, *entry, rule);
-            if host % cluster_size != 0 || entry & !TABLE_OFFSET != 0 || !inside(host) {
-                found.faults.push(fault("must be a multiple of the cluster size, inside the file, reserved bits zero"));
-                continue;
-            }
-            found.claim(host / cluster_size, || fault(ONE_OWNER));
-        }
+        found.claim_refcounts(table, cluster_size, length);
     }
 
     let walk = Walk { storage, header, length };
-    walk.l1(&mut found, Tree::Active, header.l1_offset, u64::from(header.l1_entries))?;
     let snapshots = snapshots::load(storage, header, length)?;
-    found.shared(header.snapshots_offset, snapshots.bytes, cluster_size);
-    for (offset, entries) in snapshots.l1_tables {
-        found.shared(offset, entries * ENTRY, cluster_size);
-        walk.l1(&mut found, Tree::Snapshot, offset, entries)?;
+    if header.snapshots == 0 {
+        walk.l1(&mut found, ACTIVE, header.l1_offset, u64::from(header.l1_entries), &mut |found, host, uses| {
+            walk.l2(found, uses, host)
+        })?;
+    } else {
+        // Tables and clusters may belong to several snapshots; each table is walked once, with the number of its owners.
+        let mut tables = BTreeMap::<u64, Uses>::new();
+        let mut collect = |_: &mut References, host: u64, uses: Uses| {
+            let sum = tables.entry(host).or_default();
+            *sum = Uses { all: sum.all + uses.all, active: sum.active + uses.active };
+            if tables.len() > SNAPSHOT_TABLES_MAX {
+                return Err(Error::unsupported("snapshots with more than 1048576 L2 tables"));
+            }
+            Ok(())
+        };
+        found.claim_all("snapshot table", header.snapshots_offset, snapshots.bytes, cluster_size);
+        walk.l1(&mut found, ACTIVE, header.l1_offset, u64::from(header.l1_entries), &mut collect)?;
+        for (offset, entries) in snapshots.l1_tables {
+            if found.claim_all("L1 table of a snapshot", offset, entries * ENTRY, cluster_size) {
+                walk.l1(&mut found, SNAPSHOT, offset, entries, &mut collect)?;
+            }
+        }
+        for (host, uses) in tables {
+            walk.l2(&mut found, uses, host)?;
+        }
     }
+    found.counts.refuse_overflow()?;
     Ok(found)
 }
 
-/// Whose tables are walked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Tree {
-    Active,
-    /// COPIED bits mean nothing in there.
-    Snapshot,
+impl References {
+    fn claim_refcounts(&mut self, table: &RefcountTable, cluster_size: u64, length: u64) {
+        self.claim_all("refcount table", table.offset, table.clusters * cluster_size, cluster_size);
+        for (index, entry) in table.entries.iter().enumerate().filter(|(_, entry)| **entry != 0) {
+            let (at, host) = (table.offset + index as u64 * ENTRY, entry & TABLE_OFFSET);
+            let fault = |rule| Error::corrupt("refcount table entry", at, *entry, rule);
+            let sound = if host == 0 || host % cluster_size != 0 || entry & !TABLE_OFFSET != 0 || host >= length {
+                self.faults.push(fault("must be a multiple of the cluster size, inside the file, reserved bits zero"));
+                false
+            } else {
+                self.claim(host / cluster_size, || fault(ONE_OWNER))
+            };
+            if !sound {
+                self.bad_blocks.push(index);
+            }
+        }
+    }
+
+    /// Counts a reference to an L2 table. Returns whether it is one, and not walked yet.
+    fn claim_table(&mut self, uses: Uses, cluster: u64, snapshots: bool, fault: impl FnOnce() -> Error) -> bool {
+        let before = self.counts.add_times(cluster, uses.all);
+        let known = !self.tables.insert(cluster);
+        let free = before == 0 || (snapshots && known && !self.exclusive.contains(cluster));
+        if !free {
+            self.faults.push(fault());
+        }
+        free
+    }
 }
 
 /// A walk from an L1 table down to the data clusters.
@@ -241,153 +245,139 @@ struct Walk<'a> {
 }
 
 impl Walk<'_> {
-    fn l1(&self, found: &mut References, tree: Tree, offset: u64, entries: u64) -> Result<()> {
+    /// Hands every sound L2 table of an L1 table to `each`.
+    fn l1(
+        &self,
+        found: &mut References,
+        uses: Uses,
+        offset: u64,
+        entries: u64,
+        each: &mut dyn FnMut(&mut References, u64, Uses) -> Result<()>,
+    ) -> Result<()> {
         let cluster_size = self.header.geometry.cluster_size();
-        let mut table = vec![0; cluster_size as usize];
-        for (index, raw) in read_table(self.storage, offset, entries)?.iter().enumerate() {
-            let at = offset + index as u64 * ENTRY;
-            let fault = |rule| Error::corrupt("L1 entry", at, *raw, rule);
-            let (host, copied) = match decode_l1(*raw, self.header.geometry, at) {
-                Ok(None) => continue,
+        let with_snapshots = self.header.snapshots > 0;
+        each_entry(self.storage, offset, entries, |at, raw| {
+            let fault = |rule| Error::corrupt("L1 entry", at, raw, rule);
+            let (host, copied) = match decode_l1(raw, self.header.geometry, at) {
+                Ok(None) => return Ok(()),
                 Ok(Some(table)) => table,
                 Err(error) => {
                     found.faults.push(error);
-                    continue;
+                    return Ok(());
                 }
             };
             if host >= self.length {
                 found.faults.push(fault("the table must be inside the file"));
+                return Ok(());
+            }
+            if !copied && !with_snapshots {
+                found.faults.push(fault(NOT_COPIED));
+                found.not_copied += 1;
+            }
+            let sound = found.claim_table(uses, host / cluster_size, with_snapshots, || fault(ONE_OWNER));
+            found.note_copied(uses, host / cluster_size, copied);
+            if sound { each(found, host, uses) } else { Ok(()) }
+        })
+    }
+
+    fn l2(&self, found: &mut References, uses: Uses, table_host: u64) -> Result<()> {
+        let geometry = self.header.geometry;
+        let cluster_size = geometry.cluster_size();
+        if self.storage.is_hole(table_host, cluster_size) {
+            return Ok(());
+        }
+        let mut table = vec![0; cluster_size as usize];
+        self.storage.read(table_host, &mut table).map_err(Error::io("read", table_host))?;
+        let size = geometry.l2_entry_size();
+        found.mapped.next = None;
+        for (index, bytes) in table.chunks_exact(size as usize).enumerate() {
+            let words = [be64(bytes, 0).unwrap_or(0), be64(bytes, ENTRY as usize).unwrap_or(0)];
+            if words == [0, 0] {
                 continue;
             }
-            if self.header.snapshots > 0 {
-                // Tables and clusters may belong to several snapshots; then only counting makes sense.
-                found.counts.add(host / cluster_size);
-            } else {
-                if !copied {
-                    found.faults.push(fault(NOT_COPIED));
-                    found.not_copied += 1;
-                }
-                found.claim(host / cluster_size, || fault(ONE_OWNER));
-            }
-            found.note_copied(tree, host / cluster_size, copied);
-            self.storage.read(host, &mut table).map_err(Error::io("read", host))?;
-            self.l2(found, tree, &table, host);
+            let words = words.get(..(size / ENTRY) as usize).unwrap_or_default();
+            self.l2_entry(found, uses, words, table_host + index as u64 * size);
         }
         Ok(())
     }
 
-    fn l2(&self, found: &mut References, tree: Tree, table: &[u8], table_host: u64) {
-        let geometry = self.header.geometry;
-        let cluster_size = geometry.cluster_size();
-        let words: Vec<u64> = entries(table).collect();
-        let size = geometry.l2_entry_size();
-        let mut lies = MappedClusters::default();
-        let mut next = None;
-        for (index, words) in words.chunks_exact((size / ENTRY) as usize).enumerate() {
-            let Some(&raw) = words.first().filter(|_| words.iter().any(|word| *word != 0)) else { continue };
-            let at = table_host + index as u64 * size;
-            let fault = |rule| Error::corrupt("L2 entry", at, raw, rule);
-            let (host, copied) = match L2Entry::decode(words, geometry, self.header.version, at) {
-                Ok(
-                    L2Entry::Unallocated | L2Entry::Zero { host: None, .. } | L2Entry::Subclusters { host: None, .. },
-                ) => {
-                    continue;
-                }
-                Ok(L2Entry::Compressed { host, length }) => {
-                    lies.allocated += 1;
-                    lies.compressed += 1;
-                    lies.fragmented += 1;
-                    self.compressed(found, host, length, fault);
-                    continue;
-                }
-                Ok(
-                    L2Entry::Data { host, copied }
-                    | L2Entry::Zero { host: Some(host), copied }
-                    | L2Entry::Subclusters { host: Some(host), copied, .. },
-                ) => (host, copied),
-                Err(error) => {
-                    found.faults.push(error);
-                    continue;
-                }
-            };
-            lies.allocated += 1;
-            lies.fragmented += u64::from(next.is_some_and(|next| next != host));
-            next = Some(host + cluster_size);
-            if host >= self.length {
-                found.faults.push(fault("the cluster must be inside the file"));
-                continue;
+    fn l2_entry(&self, found: &mut References, uses: Uses, words: &[u64], at: u64) {
+        let cluster_size = self.header.geometry.cluster_size();
+        let raw = words.first().copied().unwrap_or(0);
+        let fault = |rule| Error::corrupt("L2 entry", at, raw, rule);
+        let (host, copied) = match L2Entry::decode(words, self.header.geometry, self.header.version, at) {
+            Ok(L2Entry::Unallocated | L2Entry::Zero { host: None, .. } | L2Entry::Subclusters { host: None, .. }) => {
+                return;
             }
-            let cluster = host / cluster_size;
-            let shared = found.counts.add(cluster) > 0;
-            found.note_copied(tree, cluster, copied);
-            if shared && found.copied.load(cluster) > 0 {
-                found.faults.push(fault("a cluster with the COPIED bit has one owner"));
+            Ok(L2Entry::Compressed { host, length }) => {
+                self.compressed(found, uses, host, length, fault);
+                return;
             }
+            Ok(
+                L2Entry::Data { host, copied }
+                | L2Entry::Zero { host: Some(host), copied }
+                | L2Entry::Subclusters { host: Some(host), copied, .. },
+            ) => (host, copied),
+            Err(error) => {
+                found.faults.push(error);
+                return;
+            }
+        };
+        found.mapped.add(uses.active, host, cluster_size);
+        if host >= self.length {
+            found.faults.push(fault("the cluster must be inside the file"));
+            return;
         }
-        if tree == Tree::Active {
-            found.mapped.allocated += lies.allocated;
-            found.mapped.compressed += lies.compressed;
-            found.mapped.fragmented += lies.fragmented;
-        }
+        found.note_copied(uses, host / cluster_size, copied);
+        found.count_payload(uses, host / cluster_size, fault, "a cluster with the COPIED bit has one owner");
     }
 
-    fn compressed(&self, found: &mut References, host: u64, bytes: u64, fault: impl Fn(&'static str) -> Error) {
+    fn compressed(
+        &self,
+        found: &mut References,
+        uses: Uses,
+        host: u64,
+        bytes: u64,
+        fault: impl Fn(&'static str) -> Error,
+    ) {
         let cluster_size = self.header.geometry.cluster_size();
+        found.mapped.add_compressed(uses.active);
         let last = (host + bytes - 1) / cluster_size;
         if last * cluster_size >= self.length {
             found.faults.push(fault("compressed data must end in a cluster of the file"));
             return;
         }
         for cluster in host / cluster_size..=last {
-            if found.counts.add(cluster) > 0 && found.copied.load(cluster) > 0 {
-                found.faults.push(fault("compressed data must not share a cluster that has the COPIED bit"));
-            }
+            let rule = "compressed data must not share a cluster that has the COPIED bit";
+            found.count_payload(uses, cluster, &fault, rule);
         }
     }
 }
 
-/// Reads `entries` big-endian 64-bit values.
-pub(crate) fn read_table(storage: &dyn Storage, offset: u64, count: u64) -> Result<Vec<u64>> {
-    let mut bytes = vec![0; (count * ENTRY) as usize];
-    storage.read(offset, &mut bytes).map_err(Error::io("read", offset))?;
-    Ok(entries(&bytes).collect())
+/// Calls `each` with offset and value of every entry of a table that is not zero, holding only a piece of it in memory.
+pub(crate) fn each_entry(
+    storage: &dyn Storage,
+    offset: u64,
+    count: u64,
+    mut each: impl FnMut(u64, u64) -> Result<()>,
+) -> Result<()> {
+    let end = offset + count * ENTRY;
+    let mut piece = vec![0; PIECE.min(end - offset) as usize];
+    for start in (offset..end).step_by(PIECE as usize) {
+        let length = PIECE.min(end - start);
+        if storage.is_hole(start, length) {
+            continue;
+        }
+        let bytes = piece.get_mut(..length as usize).unwrap_or_default();
+        storage.read(start, bytes).map_err(Error::io("read", start))?;
+        for (index, raw) in entries(bytes).enumerate().filter(|(_, raw)| *raw != 0) {
+            each(start + index as u64 * ENTRY, raw)?;
+        }
+    }
+    Ok(())
 }
 
 /// The big-endian 64-bit values of a table.
 pub(crate) fn entries(bytes: &[u8]) -> impl Iterator<Item = u64> {
     bytes.chunks_exact(ENTRY as usize).map(|chunk| be64(chunk, 0).unwrap_or(0))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn references_strewn_over_an_exbibyte_cost_what_they_are() {
-        let mut counts = Counts::default();
-        let clusters = [0, 1 << 20, (1 << 44) - 1];
-        for cluster in clusters {
-            counts.add(cluster);
-        }
-        let runs = [(1, 1 << 20), ((1 << 20) + 1, (1 << 44) - 1), (1 << 44, 1 << 45)];
-        assert_eq!(counts.unused_runs(1 << 45), runs);
-        assert!(counts.used(0, u64::MAX).map(|(cluster, _)| cluster).eq(clusters));
-        assert_eq!(counts.groups(1 << 20), [0, 1, (1 << 24) - 1]);
-    }
-
-    #[test]
-    fn counts_go_up_and_down_and_runs_without_owner_are_found() {
-        let mut counts = Counts::default();
-        for cluster in [0, 1, 3, 3, CHUNK, CHUNK + 70] {
-            counts.add(cluster);
-        }
-        assert_eq!((counts.load(2), counts.load(3), counts.load(CHUNK)), (0, 2, 1));
-        counts.remove(3);
-        counts.remove(1);
-        assert_eq!((counts.load(3), counts.load(1)), (1, 0));
-        assert_eq!(counts.unused_runs(6), [(1, 3), (4, 6)]);
-        assert_eq!(counts.unused_runs(CHUNK + 70), [(1, 3), (4, CHUNK), (CHUNK + 1, CHUNK + 70)]);
-        assert_eq!(counts.used(1, CHUNK + 70).collect::<Vec<_>>(), [(3, 1), (CHUNK, 1)]);
-        assert_eq!((counts.groups(64), counts.groups(CHUNK)), (vec![0, 64, 65], vec![0, 1]));
-    }
 }

@@ -3,11 +3,10 @@
 //! Refcounts, leaks, COPIED bits and the dirty bit follow from the tables. Two owners of one cluster, or a table that points
 //! outside the file, do not: which of them is wrong cannot be known, so such an image is left as it is.
 
-use std::fs::OpenOptions;
 use std::io::IoSlice;
 use std::path::Path;
 
-use crate::check::{CheckReport, check_storage};
+use crate::check::{CheckReport, check_on};
 use crate::error::{Error, Result};
 use crate::finish::{finish, put64};
 use crate::format::entry::{COPIED, L2Entry, decode_l1};
@@ -15,8 +14,9 @@ use crate::format::header::{DIRTY, Header, field};
 use crate::geometry::ENTRY;
 use crate::image::{read_header, refuse_read_only_features};
 use crate::lock::{self, Access};
-use crate::refcounts::RefcountTable;
-use crate::references::{self, Counts, entries, read_table};
+use crate::refcounts::{self, RefcountTable};
+use crate::references::{self, Counts, each_entry, entries};
+use crate::regular_file;
 use crate::storage::{FileStorage, Storage};
 
 /// Makes an image clean if that can be done without guessing, and returns what a check found before. The disk's content
@@ -28,13 +28,16 @@ use crate::storage::{FileStorage, Storage};
 /// # Durability
 /// The repair is on stable storage when this returns. A crash on the way leaves a dirty image with the same content.
 pub fn repair(path: &Path) -> Result<CheckReport> {
-    let open = |source| Error::Open { path: path.to_owned(), source };
-    let file = OpenOptions::new().read(true).write(true).open(path).map_err(open)?;
+    let file = regular_file::open(path, Access::ReadWrite)?;
     lock::lock(&file, path, Access::ReadWrite)?;
     repair_on(&FileStorage::new(file))
 }
 
-fn repair_on(storage: &dyn Storage) -> Result<CheckReport> {
+/// As [`repair`], on any storage that nobody else uses.
+///
+/// # Durability
+/// As for [`repair`].
+pub fn repair_on(storage: &dyn Storage) -> Result<CheckReport> {
     let (header, mut sector) = read_header(storage)?;
     refuse_read_only_features(&header)?;
     if header.is_dirty() {
@@ -42,7 +45,7 @@ fn repair_on(storage: &dyn Storage) -> Result<CheckReport> {
         storage.sync_data().map_err(Error::io("fdatasync", 0))?;
         storage.drop_cache().map_err(Error::io("fadvise", 0))?;
     }
-    let before = check_storage(storage)?;
+    let before = check_on(storage)?;
     if before.is_clean() {
         return Ok(before);
     }
@@ -58,20 +61,20 @@ fn repair_on(storage: &dyn Storage) -> Result<CheckReport> {
     if !found.is_repairable() {
         found.faults.refuse()?;
     }
-    let length = storage.length().map_err(Error::io("fstat", 0))?;
+    let end = header.geometry.round_up(storage.length().map_err(Error::io("fstat", 0))?);
+    refcounts::refuse_unwritable(header.geometry, header.refcount_width, &found.counts, end)?;
 
     put64(&mut sector, field::INCOMPATIBLE, header.incompatible | DIRTY);
     put64(&mut sector, field::AUTOCLEAR, 0);
     storage.write(0, &mut [IoSlice::new(&sector[..])]).map_err(Error::io("write", 0))?;
     storage.sync_data().map_err(Error::io("fdatasync", 0))?;
     set_copied_bits(storage, &header, &found.counts)?;
-    let end = header.geometry.round_up(length);
     finish(storage, &header, &mut sector, kept.unwrap_or_default(), &mut found.counts, end)?;
     Ok(before)
 }
 
 /// Gives every table and every data cluster with one owner its COPIED bit, and takes it from those with several.
-fn set_copied_bits(storage: &dyn Storage, header: &Header, counts: &Counts) -> Result<()> {
+pub(crate) fn set_copied_bits(storage: &dyn Storage, header: &Header, counts: &Counts) -> Result<()> {
     let geometry = header.geometry;
     let right = |raw: u64, host: u64| {
         let single = counts.load(host / geometry.cluster_size()) == 1;
@@ -80,11 +83,13 @@ fn set_copied_bits(storage: &dyn Storage, header: &Header, counts: &Counts) -> R
     let put =
         |at: u64, raw: u64| storage.write(at, &mut [IoSlice::new(&raw.to_be_bytes())]).map_err(Error::io("write", at));
     let mut table = vec![0; geometry.cluster_size() as usize];
-    for (index, raw) in read_table(storage, header.l1_offset, u64::from(header.l1_entries))?.into_iter().enumerate() {
-        let at = header.l1_offset + index as u64 * ENTRY;
-        let Some((host, _)) = decode_l1(raw, geometry, at)? else { continue };
+    each_entry(storage, header.l1_offset, u64::from(header.l1_entries), |at, raw| {
+        let Some((host, _)) = decode_l1(raw, geometry, at)? else { return Ok(()) };
         if right(raw, host) != raw {
             put(at, right(raw, host))?;
+        }
+        if storage.is_hole(host, geometry.cluster_size()) {
+            return Ok(());
         }
         storage.read(host, &mut table).map_err(Error::io("read", host))?;
         for (index, raw) in entries(&table).enumerate() {
@@ -96,6 +101,6 @@ fn set_copied_bits(storage: &dyn Storage, header: &Header, counts: &Counts) -> R
                 _ => {}
             }
         }
-    }
-    Ok(())
+        Ok(())
+    })
 }

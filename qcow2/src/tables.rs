@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::format::entry::{self, L2Entry};
 use crate::format::header::Header;
 use crate::geometry::{ENTRY, Geometry, SECTOR};
+use crate::l1::L1;
 use crate::references::entries;
 use crate::storage::Storage;
 use crate::sync::{Condvar, Mutex, MutexGuard, lock, wait};
@@ -79,8 +80,7 @@ impl Table {
 
 #[derive(Debug)]
 struct State {
-    /// Host offset of the table of each L1 entry; 0: none.
-    l1: Vec<u64>,
+    l1: L1,
     tables: HashMap<usize, Table>,
     loading: HashSet<usize>,
     clock: u64,
@@ -90,7 +90,7 @@ struct State {
 #[derive(Debug)]
 pub(crate) struct Tables {
     geometry: Geometry,
-    version: u32,
+    header: Header,
     /// Tables kept in memory while they are clean; dirty ones stay whatever their number.
     keep: usize,
     /// Tables that are not clean, so that a request can ask without the lock.
@@ -117,13 +117,13 @@ pub(crate) struct TableClone {
 }
 
 impl Tables {
-    /// `l1` as decoded from disk: host offset of each table, 0 for none.
-    pub(crate) fn new(header: &Header, l1: Vec<u64>, cache_bytes: usize) -> Self {
-        let keep = (cache_bytes / header.geometry.cluster_size() as usize).max(4);
+    /// `l1` as decoded from disk.
+    pub(crate) fn new(header: &Header, l1: L1, cache_bytes: usize) -> Self {
+        let keep = (cache_bytes / header.geometry.cluster_size() as usize).max(2);
         let state = State { l1, tables: HashMap::new(), loading: HashSet::new(), clock: 0 };
         Self {
             geometry: header.geometry,
-            version: header.version,
+            header: header.clone(),
             keep,
             unclean: AtomicUsize::new(0),
             state: Mutex::new(state),
@@ -135,7 +135,7 @@ impl Tables {
     pub(crate) fn view(&self, storage: &dyn Storage, l1_index: usize) -> Result<Option<TableView<'_>>> {
         let mut state = lock(&self.state);
         loop {
-            let host = state.l1.get(l1_index).copied().unwrap_or(0);
+            let host = state.l1.get(l1_index);
             if host == 0 {
                 return Ok(None);
             }
@@ -163,11 +163,9 @@ impl Tables {
     /// The table of an L1 entry, made at `host` when there is none. Returns whether `host` was taken.
     pub(crate) fn make(&self, l1_index: usize, host: u64) -> bool {
         let mut state = lock(&self.state);
-        let Some(slot) = state.l1.get_mut(l1_index) else { return false };
-        if *slot != 0 {
+        if state.l1.get(l1_index) != 0 || !state.l1.set(l1_index, host) {
             return false;
         }
-        *slot = host;
         let entries = vec![0; (self.geometry.cluster_size() / ENTRY) as usize].into();
         let table = self.table(host, entries, false);
         self.unclean.fetch_add(1, Ordering::Relaxed);
@@ -179,11 +177,11 @@ impl Tables {
     /// Makes room for tables up to an L1 of `entries` entries.
     pub(crate) fn grow(&self, entries: usize) {
         let l1 = &mut lock(&self.state).l1;
-        l1.resize(entries.max(l1.len()), 0);
+        l1.resize(entries.max(l1.len()));
     }
 
     pub(crate) fn has(&self, l1_index: usize) -> bool {
-        lock(&self.state).l1.get(l1_index).is_some_and(|host| *host != 0)
+        lock(&self.state).l1.get(l1_index) != 0
     }
 
     /// Whether half of the memory for tables holds changes, so that a flush should make some of it droppable.
@@ -225,11 +223,18 @@ impl Tables {
     fn read(&self, storage: &dyn Storage, host: u64) -> Result<Table> {
         let mut bytes = vec![0; self.geometry.cluster_size() as usize];
         storage.read(host, &mut bytes).map_err(Error::io("read", host))?;
+        let length = storage.length().map_err(Error::io("fstat", 0))?;
         let entries: Box<[u64]> = entries(&bytes).collect();
         let size = self.geometry.l2_entry_size();
         for (index, words) in entries.chunks_exact((size / ENTRY) as usize).enumerate() {
             if words.iter().any(|word| *word != 0) {
-                L2Entry::decode(words, self.geometry, self.version, host + index as u64 * size)?;
+                let at = host + index as u64 * size;
+                L2Entry::decode(words, self.geometry, self.header.version, at)?.refuse_outside(
+                    &self.header,
+                    words,
+                    at,
+                    length,
+                )?;
             }
         }
         Ok(self.table(host, entries, true))
@@ -263,7 +268,7 @@ impl TableView<'_> {
         let (index, words) = (geometry.l2_index(cluster), (geometry.l2_entry_size() / ENTRY) as usize);
         let table = self.table();
         let at = table.host + index as u64 * geometry.l2_entry_size();
-        L2Entry::decode(&table.entries[index * words..(index + 1) * words], geometry, self.tables.version, at)
+        L2Entry::decode(&table.entries[index * words..(index + 1) * words], geometry, self.tables.header.version, at)
     }
 
     /// Whether what this entry says is what the disk says, and will stay so whatever a running flush does.
@@ -287,12 +292,13 @@ impl TableView<'_> {
 }
 
 /// The L1 entries of one sector, encoded, with the sector's offset in the table.
-pub(crate) fn l1_sector(disk_l1: &[u64], l1_index: usize) -> (u64, [u8; SECTOR as usize]) {
+pub(crate) fn l1_sector(disk_l1: &L1, l1_index: usize) -> (u64, [u8; SECTOR as usize]) {
     let per_sector = (SECTOR / ENTRY) as usize;
     let first = l1_index / per_sector * per_sector;
     let mut bytes = [0; SECTOR as usize];
-    for (chunk, host) in bytes.chunks_exact_mut(ENTRY as usize).zip(disk_l1.iter().skip(first)) {
-        let raw = if *host == 0 { entry::UNALLOCATED } else { entry::encode_l1(*host) };
+    for (index, chunk) in (first..).zip(bytes.chunks_exact_mut(ENTRY as usize)) {
+        let host = disk_l1.get(index);
+        let raw = if host == 0 { entry::UNALLOCATED } else { entry::encode_l1(host) };
         chunk.copy_from_slice(&raw.to_be_bytes());
     }
     (first as u64 * ENTRY, bytes)

@@ -1,16 +1,25 @@
 //! Every shape that an image can be created in, as QEMU sees it.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "support/reader.rs"]
+mod reader;
+#[allow(dead_code, reason = "only states are asked for here, not their times")]
+#[path = "support/sim_disk.rs"]
+mod sim_disk;
 mod support;
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use blockyard_qcow2::{
     Access, Backing, BackingFormat, Compression, CreateOptions, Durability, Error, Image, OpenOptions, Preallocation,
-    create, info, repair,
+    create, create_on, info, repair,
 };
+use reader::read_disk;
 use serde_json::Value;
+use sim_disk::{Clock, Content, SimDisk, crash_states, now};
 use support::{KIB, MIB, assert_clean, assert_reads_as, folder, fresh, join, open, over, pattern, succeed, text};
 
 const LATER: Durability = Durability::OnFlush;
@@ -131,7 +140,10 @@ fn preallocated_images_have_every_cluster_in_its_place() {
             assert_reads_as(&path, &bytes);
             drop(image);
 
-            // As far as QEMU's own metadata preallocation: the same clusters.
+            // QEMU's own preallocation makes the same clusters.
+            if preallocation != Preallocation::Metadata {
+                continue;
+            }
             let peer = join(&folder, "peer.qcow2");
             let asked = format!("preallocation=metadata,cluster_size={cluster_size},refcount_bits={refcount_bits}");
             succeed("qemu-img", &["create", "-q", "-f", "qcow2", "-o", &asked, text(&peer), &size.to_string()]);
@@ -153,6 +165,8 @@ fn preallocation_that_cannot_be_is_refused_and_leaves_no_file() {
             CreateOptions { preallocation, ..over("base.qcow2", MIB) },
             // More refcount blocks than a table of 8 MiB names.
             CreateOptions { preallocation, cluster_size: 512, refcount_bits: 64, ..CreateOptions::new(40 << 30) },
+            // Host offsets of more than 56 bits.
+            CreateOptions { preallocation, cluster_size: 2 << 20, refcount_bits: 1, ..CreateOptions::new(1 << 56) },
         ] {
             let refused = create(&path, &options);
             assert!(matches!(refused, Err(Error::InvalidOption { option: "preallocation", .. })), "{refused:?}");
@@ -179,10 +193,9 @@ fn the_largest_disk_of_each_cluster_size_is_created_and_one_sector_more_is_refus
         let options = |size| CreateOptions { cluster_size: cluster as u32, ..CreateOptions::new(size) };
         let refused = create(&path, &options(largest + 512));
         assert!(matches!(refused, Err(Error::InvalidOption { option: "size", .. })), "{refused:?}");
-        for size in [largest, 64 << 40] {
-            if size > largest {
-                continue;
-            }
+        // 64 TiB also where it is not the end: with the smallest clusters that can, and with QEMU's default.
+        let sizes = if [14, 16].contains(&cluster_bits) { vec![largest, 64 << 40] } else { vec![largest] };
+        for size in sizes {
             let image = fresh(&path, &options(size));
             // First, middle and last byte.
             for offset in [0, size / 2 + 1, size - 1] {
@@ -265,5 +278,31 @@ fn a_disk_whose_last_cluster_is_partial_shows_no_byte_more() {
         assert_reads_as(&path, &bytes);
         let map = image.check().unwrap();
         assert_eq!(map.allocated_clusters, size.div_ceil(65536));
+    }
+}
+
+#[test]
+fn a_crash_while_a_preallocated_image_is_made_leaves_no_image_or_a_whole_one() {
+    for preallocation in [Preallocation::Metadata, Preallocation::Falloc, Preallocation::Full] {
+        let clock: Clock = Arc::new(AtomicU64::new(0));
+        let disk = SimDisk::new(clock.clone(), Content::default());
+        let size = 40 * KIB + 512;
+        create_on(&disk, &CreateOptions { cluster_size: 512, preallocation, ..CreateOptions::new(size) }).unwrap();
+        let (mut states, mut whole) = (0, 0);
+        crash_states(&Content::default(), &disk.calls(), now(&clock), 0, |state| {
+            states += 1;
+            let disk = Arc::new(SimDisk::new(clock.clone(), state.content.clone()));
+            match read_disk(&state.content, &[]) {
+                Err(_) => assert!(Image::open_on(disk, Access::ReadOnly, None, 1 << 20).is_err()),
+                Ok(found) => {
+                    whole += 1;
+                    assert!(found.len() as u64 == size && found.iter().all(|byte| *byte == 0));
+                    let image = Image::open_on(disk, Access::ReadWrite, None, 1 << 20).unwrap();
+                    let report = image.check().unwrap();
+                    assert!(report.is_clean() && report.allocated_clusters == 81, "{report:?}");
+                }
+            }
+        });
+        assert!(whole > 0 && whole < states, "{whole} of {states}");
     }
 }

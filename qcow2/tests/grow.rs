@@ -1,15 +1,20 @@
 //! Growing a disk: what the new range reads as, which limits hold, and what QEMU thinks of the result.
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking and tells its figures")]
 
+#[path = "support/faulty.rs"]
+mod faulty;
 mod support;
 
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use blockyard_qcow2::storage::FileStorage;
 use blockyard_qcow2::{
-    Access, AsyncImage, Backing, BackingFormat, CreateOptions, Durability, Error, ExtentKind, Image, ZeroMode, create,
-    info,
+    Access, AsyncImage, Backing, BackingFormat, CreateOptions, Durability, Error, ExtentKind, Image, Layer, ZeroMode,
+    create, info,
 };
+use faulty::{Fault, Faulty, Kind};
 use support::{KIB, MIB, assert_clean, assert_reads_as, folder, fresh, join, open, over, pattern, succeed, text};
 
 const LATER: Durability = Durability::OnFlush;
@@ -294,4 +299,93 @@ async fn an_asynchronous_image_grows_too() {
     assert_eq!(image.size(), 2 * MIB);
     image.close().await.unwrap();
     assert!(image.check().await.unwrap().is_clean());
+}
+
+/// An image of 512-byte clusters over a longer raw base, with flushed data, on storage with a fault; `None` when the fault
+/// came before all that was there.
+fn with_fault(folder: &tempfile::TempDir, fault: Fault) -> Option<(Arc<Faulty>, Image, Vec<u8>)> {
+    let path = join(folder, "image.qcow2");
+    let _ = std::fs::remove_file(&path);
+    let below = pattern(1, 90 << 10);
+    std::fs::write(join(folder, "below"), &below).unwrap();
+    let backing = Some(Backing { name: "below".into(), format: BackingFormat::Raw });
+    create(&path, &CreateOptions { cluster_size: 512, backing, ..CreateOptions::new(OLD) }).unwrap();
+    let file = std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
+    let storage = Arc::new(Faulty::new(Arc::new(FileStorage::new(file)), Some(fault)));
+    let raw = FileStorage::new(std::fs::File::open(join(folder, "below")).unwrap());
+    let layer = Layer::Raw { storage: Arc::new(raw), size: below.len() as u64 };
+    let image = Image::open_on(storage.clone(), Access::ReadWrite, Some(layer), 1 << 20).ok()?;
+    let mut bytes = below[..OLD as usize].to_vec();
+    let data = pattern(2, 1000);
+    image.write(3000, &data, LATER).ok()?;
+    bytes[3000..4000].copy_from_slice(&data);
+    image.flush().ok()?;
+    (!storage.fired()).then_some((storage, image, bytes))
+}
+
+const OLD: u64 = 20 * KIB + 512;
+const NEW: u64 = 130 * KIB;
+
+#[test]
+fn every_failing_write_or_sync_of_a_grow_poisons_and_leaves_a_legal_image() {
+    let folder = folder();
+    let path = join(&folder, "image.qcow2");
+    let mut cases = 0;
+    for (kind, half) in [(Kind::Write, false), (Kind::Write, true), (Kind::Sync, false)] {
+        for call in 1.. {
+            let fault = Fault { kind, call, error: std::io::ErrorKind::Other, for_ever: false, half };
+            let Some((storage, image, mut bytes)) = with_fault(&folder, fault) else { continue };
+            let grown = image.grow(NEW);
+            if !storage.fired() {
+                grown.unwrap();
+                break;
+            }
+            cases += 1;
+            assert!(matches!(grown, Err(Error::Io { .. } | Error::Poisoned { .. })), "{fault:?}: {grown:?}");
+            assert_eq!(image.size(), OLD);
+            assert!(matches!(image.grow(NEW), Err(Error::Poisoned { .. })), "{fault:?}");
+            assert!(image.close().is_err());
+            drop(image);
+            let size = info(&path).unwrap().size;
+            assert!(size == NEW || size == OLD, "{fault:?}: {size}");
+            bytes.resize(size as usize, 0);
+            let image = open(&path, Access::ReadWrite);
+            assert_content(&image, &bytes);
+            image.grow(NEW).unwrap();
+            bytes.resize(NEW as usize, 0);
+            assert_content(&image, &bytes);
+            image.close().unwrap();
+            assert_clean(&path);
+            assert_reads_as(&path, &bytes);
+        }
+    }
+    println!("{cases} failing calls");
+    assert!(cases >= 10, "only {cases} cases");
+}
+
+#[test]
+fn a_full_disk_refuses_a_grow_and_harms_nothing() {
+    let folder = folder();
+    // The first reservation is there; a table for 64 GiB in clusters of 512 bytes needs 16 MiB more.
+    let full =
+        Fault { kind: Kind::Reserve, call: 2, error: std::io::ErrorKind::StorageFull, for_ever: true, half: false };
+    let (storage, image, mut bytes) = with_fault(&folder, full).unwrap();
+    let large = 64 << 30;
+    let refused = image.grow(large);
+    assert!(matches!(refused, Err(Error::NoSpace { .. })), "{refused:?}");
+    assert_content(&image, &bytes);
+    image.write(0, &[7; 512], LATER).unwrap();
+    bytes[..512].fill(7);
+    image.flush().unwrap();
+    storage.heal();
+    image.grow(large).unwrap();
+    image.write(large - 512, &[9; 512], LATER).unwrap();
+    image.close().unwrap();
+    let path = join(&folder, "image.qcow2");
+    assert_clean(&path);
+    let image = open(&path, Access::ReadOnly);
+    let mut found = vec![0; bytes.len() + 512];
+    image.read(0, &mut found).unwrap();
+    bytes.resize(found.len(), 0);
+    assert!(found == bytes, "what lies below shows nowhere past the old end");
 }

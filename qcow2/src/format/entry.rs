@@ -1,5 +1,6 @@
 //! L1 and L2 entries ("Cluster mapping" in the specification).
 
+use super::header::Header;
 use crate::error::{Error, Result};
 use crate::geometry::Geometry;
 
@@ -52,6 +53,25 @@ impl L2Entry {
             [raw, states] => Self::decode_extended(raw, states, geometry, version, at),
             _ => Ok(Self::Unallocated),
         }
+    }
+
+    /// Refuses an entry that leads out of a file of `file_length` bytes, or to the structures that its header names. The
+    /// last cluster of a file may be cut short.
+    pub(crate) fn refuse_outside(self, header: &Header, words: &[u64], at: u64, file_length: u64) -> Result<()> {
+        let (host, bytes) = match self {
+            Self::Data { host, .. } | Self::Subclusters { host: Some(host), .. } => (host, 1),
+            Self::Compressed { host, length } => (host, length),
+            _ => return Ok(()),
+        };
+        let raw = words.first().copied().unwrap_or(0);
+        let last = (host + bytes - 1) / header.geometry.cluster_size() * header.geometry.cluster_size();
+        if last >= file_length {
+            return Err(Error::corrupt("L2 entry", at, raw, "must lead to a cluster of the file"));
+        }
+        if header.is_structure(host) || header.is_structure(last) {
+            return Err(Error::corrupt("L2 entry", at, raw, "data must not lie in the file's own structures"));
+        }
+        Ok(())
     }
 
     fn decode_extended(raw: u64, states: u64, geometry: Geometry, version: u32, at: u64) -> Result<Self> {

@@ -1,5 +1,8 @@
 //! The header cluster: fixed fields, extensions and the backing file name ("Header", "Header extensions").
 
+pub use super::backing::{Backing, BackingFormat};
+use super::backing::{NAME_MAX, backing, backing_name};
+use super::feature_names::feature_names;
 use super::refcount::Width;
 use super::{be32, be64};
 use crate::error::{Error, Result};
@@ -25,10 +28,14 @@ const EXTENSION_FEATURE_NAMES: u32 = 0x6803_f857;
 const EXTENSION_BITMAPS: u32 = 0x2385_2875;
 const EXTENSION_ENCRYPTION: u32 = 0x0537_be77;
 const EXTENSION_DATA_FILE: u32 = 0x4441_5441;
+const KNOWN_EXTENSIONS: [u32; 5] =
+    [EXTENSION_BACKING_FORMAT, EXTENSION_FEATURE_NAMES, EXTENSION_BITMAPS, EXTENSION_ENCRYPTION, EXTENSION_DATA_FILE];
 /// Compatible bit 0: QEMU may postpone updates of the refcounts.
 pub(crate) const LAZY_REFCOUNTS: u64 = 1 << 0;
 /// Autoclear bit 0: the bitmaps extension is valid.
 pub(crate) const AUTOCLEAR_BITMAPS: u64 = 1 << 0;
+/// Autoclear bit 1: the external data file can be read as a raw image.
+const RAW_EXTERNAL_DATA: u64 = 1 << 1;
 /// What a bitmaps extension is renamed to before the first write: an unknown type, ignored by every reader.
 pub(crate) const EXTENSION_RETIRED_BITMAPS: u32 = 0x6279_6e6f;
 
@@ -54,34 +61,6 @@ pub(crate) mod field {
 pub(crate) const L1_BYTES_MAX: u64 = 32 << 20;
 pub(crate) const REFCOUNT_TABLE_BYTES_MAX: u64 = 8 << 20;
 const EXTENSIONS_MAX: usize = 64;
-const BACKING_NAME_MAX: usize = 1023;
-
-/// How the bytes of a backing file are to be read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BackingFormat {
-    /// A qcow2 image.
-    Qcow2,
-    /// The bytes of the disk themselves.
-    Raw,
-}
-
-impl BackingFormat {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Qcow2 => "qcow2",
-            Self::Raw => "raw",
-        }
-    }
-}
-
-/// The backing file as the header names it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Backing {
-    /// The name, relative to the folder of the image that holds it; at most 1023 bytes.
-    pub name: String,
-    /// Never guessed from the file's content.
-    pub format: BackingFormat,
-}
 
 /// The decoded header of an image that this engine can read.
 #[derive(Clone, Debug)]
@@ -139,6 +118,11 @@ impl Header {
         let compression_type = if header_length > 104 { bytes.get(104).copied().ok_or_else(truncated)? } else { 0 };
         refuse_unsupported(u32_at(32)?, incompatible, compression_type)?;
 
+        if autoclear & RAW_EXTERNAL_DATA != 0 {
+            let rule = "raw external data needs an external data file";
+            return Err(Error::corrupt("header field autoclear_features", 88, autoclear, rule));
+        }
+
         let extended = incompatible & EXTENDED_L2 != 0;
         if extended && cluster_size < 16384 {
             let rule = "extended L2 entries need clusters of at least 16 KiB";
@@ -195,6 +179,12 @@ impl Header {
             let value = u64::from(self.refcount_table_clusters);
             return corrupt("header field refcount_table_clusters", 56, value, "must be 1 cluster to 8 MiB");
         }
+        // QEMU opens no image that breaks this, with snapshots or without.
+        let offset = self.snapshots_offset;
+        if !offset.is_multiple_of(cluster_size) || offset > i64::MAX as u64 || (self.snapshots > 0 && offset == 0) {
+            let rule = "must be a multiple of the cluster size below 2^63, behind the header if there are snapshots";
+            return corrupt("header field snapshots_offset", 64, self.snapshots_offset, rule);
+        }
         if !inside(self.refcount_table_offset, table_bytes) {
             let rule = "must be a multiple of the cluster size, behind the header and inside the file";
             return corrupt("header field refcount_table_offset", 48, self.refcount_table_offset, rule);
@@ -205,6 +195,10 @@ impl Header {
     fn with_extensions(mut self, bytes: &[u8], start: usize, name_at: u64, name_length: u32) -> Result<Self> {
         let cluster_size = self.geometry.cluster_size();
         let name = backing_name(bytes, name_at, name_length, cluster_size)?;
+        if name.is_some() && name_at < start as u64 {
+            let rule = "must lie behind the header";
+            return Err(Error::corrupt("backing file name", name_at, u64::from(name_length), rule));
+        }
         let end = if name_at == 0 { cluster_size } else { name_at }.min(bytes.len() as u64) as usize;
         let mut format = None;
         let mut seen = Vec::new();
@@ -217,15 +211,18 @@ impl Header {
             if seen.len() == EXTENSIONS_MAX {
                 return corrupt("an image has at most 64 extensions");
             }
-            if seen.contains(&kind) {
-                return corrupt("an extension must not occur twice");
+            // Of unknown ones there may be several: bitmaps that were retired twice, for instance.
+            if KNOWN_EXTENSIONS.contains(&kind) && seen.contains(&kind) {
+                return corrupt("a known extension must not occur twice");
             }
             let data_end = at + 8 + length as usize;
             let Some(data) = bytes.get(at + 8..data_end).filter(|_| data_end <= end) else {
                 return corrupt("an extension must end before the backing file name and inside the first cluster");
             };
             match kind {
+                EXTENSION_BACKING_FORMAT if length > 15 => return corrupt("no backing format has more than 15 bytes"),
                 EXTENSION_BACKING_FORMAT => format = Some(data.to_vec()),
+                EXTENSION_BITMAPS if length != 24 => return corrupt("the bitmaps extension has 24 bytes"),
                 EXTENSION_BITMAPS => self.bitmaps_extension = Some(at),
                 EXTENSION_ENCRYPTION => return Err(Error::unsupported("encrypted images")),
                 EXTENSION_DATA_FILE => return Err(Error::unsupported("images with an external data file")),
@@ -240,6 +237,14 @@ impl Header {
 
     pub(crate) fn is_dirty(&self) -> bool {
         self.incompatible & DIRTY != 0
+    }
+
+    /// Whether a host offset lies in the header or the L1 table. Where the refcounts are does not matter to a reader, who
+    /// must be able to get at the data when they are what is broken.
+    pub(crate) fn is_structure(&self, host: u64) -> bool {
+        let cluster_size = self.geometry.cluster_size();
+        let l1_bytes = (u64::from(self.l1_entries) * ENTRY).next_multiple_of(cluster_size);
+        host < cluster_size || (host >= self.l1_offset && host - self.l1_offset < l1_bytes)
     }
 
     /// Encodes a version 3 header cluster. The caller has bounded cluster size, table sizes and the backing name.
@@ -272,7 +277,7 @@ impl Header {
         push64(&mut out, u64::from(self.compression_type) << 56); // one byte, then padding
         out.extend_from_slice(&extensions);
         out.extend_from_slice(name.as_bytes());
-        if name.len() > BACKING_NAME_MAX || out.len() as u64 > self.geometry.cluster_size() {
+        if name.len() > NAME_MAX || out.len() as u64 > self.geometry.cluster_size() {
             return Err(Error::InvalidOption {
                 option: "backing",
                 reason: "the name must fit into the first cluster, and into 1023 bytes".into(),
@@ -319,61 +324,6 @@ fn refuse_unsupported(crypt_method: u32, incompatible: u64, compression_type: u8
         return Err(Error::unsupported(format!("compression type {compression_type}")));
     }
     Ok(())
-}
-
-fn backing_name(bytes: &[u8], at: u64, length: u32, cluster_size: u64) -> Result<Option<String>> {
-    if at == 0 {
-        return Ok(None);
-    }
-    let corrupt = |rule| Err(Error::corrupt("backing file name", at, u64::from(length), rule));
-    if length as usize > BACKING_NAME_MAX || at.checked_add(u64::from(length)).is_none_or(|end| end > cluster_size) {
-        return corrupt("must be at most 1023 bytes, inside the first cluster");
-    }
-    let Some(name) = bytes.get(at as usize..at as usize + length as usize) else {
-        return corrupt("must be inside the file");
-    };
-    match str::from_utf8(name) {
-        Ok(name) if !name.is_empty() && !name.contains('\0') => Ok(Some(name.to_owned())),
-        _ => corrupt("must be text without NUL"),
-    }
-}
-
-fn backing(name: String, format: Option<&[u8]>) -> Result<Backing> {
-    let format = match format {
-        Some(b"qcow2") => BackingFormat::Qcow2,
-        Some(b"raw") => BackingFormat::Raw,
-        Some(other) => {
-            let reason = format!("unsupported format '{}'", String::from_utf8_lossy(other));
-            return Err(Error::Backing { name, reason });
-        }
-        None => {
-            let reason = "the image does not say which format it has, and formats are never guessed".into();
-            return Err(Error::Backing { name, reason });
-        }
-    };
-    Ok(Backing { name, format })
-}
-
-/// The names of the feature bits, for tools that meet one they do not know.
-fn feature_names() -> Vec<u8> {
-    const NAMES: [(u8, u8, &str); 8] = [
-        (0, 0, "dirty bit"),
-        (0, 1, "corrupt bit"),
-        (0, 2, "external data file"),
-        (0, 3, "compression type"),
-        (0, 4, "extended L2 entries"),
-        (1, 0, "lazy refcounts"),
-        (2, 0, "bitmaps"),
-        (2, 1, "raw external data"),
-    ];
-    let mut out = Vec::with_capacity(NAMES.len() * 48);
-    for (kind, bit, name) in NAMES {
-        let start = out.len();
-        out.extend_from_slice(&[kind, bit]);
-        out.extend_from_slice(name.as_bytes());
-        out.resize(start + 48, 0);
-    }
-    out
 }
 
 #[cfg(test)]

@@ -3,7 +3,9 @@
 //! Section numbers in this folder are those of the published specification (QEMU's `docs/interop/qcow2.rst`).
 #![cfg_attr(not(test), deny(clippy::indexing_slicing))]
 
+pub(crate) mod backing;
 pub(crate) mod entry;
+mod feature_names;
 pub(crate) mod header;
 pub(crate) mod refcount;
 

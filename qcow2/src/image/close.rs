@@ -10,6 +10,7 @@ use crate::finish::finish;
 use crate::lock::Access;
 use crate::refcounts::RefcountTable;
 use crate::references;
+use crate::repair;
 use crate::sync::{lock, write};
 
 impl Image {
@@ -32,7 +33,7 @@ impl Image {
 
     /// Checks the image as it is on disk, also after the close, through the same open file.
     pub fn check(&self) -> Result<CheckReport> {
-        check::check_storage(&*self.storage)
+        check::check_on(&*self.storage)
     }
 
     fn unlock(&self) {
@@ -60,7 +61,12 @@ impl Image {
         // After a crash the old structures may say anything; new ones are made, and the old ones become free space.
         let table = if rebuild { None } else { Some(RefcountTable::load(storage, &header)?) };
         let mut found = references::count(storage, &header, table.as_ref())?;
+        let needs_copied_bits = found.lacks_copied_bits();
         found.faults.refuse()?;
+        if needs_copied_bits {
+            // Entries shared a cluster, and one of them was given another: what is left to the last owner is its own.
+            repair::set_copied_bits(storage, &header, &found.counts)?;
+        }
         let (table, end) = (table.unwrap_or_default(), self.allocator.end());
         finish(storage, &header, &mut lock(&self.session.sector), table, &mut found.counts, end)
     }

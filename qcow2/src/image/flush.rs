@@ -5,6 +5,7 @@ use std::io::IoSlice;
 
 use super::Image;
 use crate::error::Result;
+use crate::l1::L1;
 use crate::sync::lock;
 use crate::tables::{TableClone, l1_sector};
 
@@ -24,14 +25,14 @@ pub(super) struct FlushState {
     pub(super) l1_offset: u64,
     /// Entries of the L1 on disk.
     pub(super) l1_entries: usize,
-    /// The L1 as it is on disk: host offset of each table, 0 for none. Entries past `l1_entries` wait for a larger L1.
-    pub(super) disk_l1: Vec<u64>,
+    /// The L1 as it is on disk. Entries past `l1_entries` wait for a larger L1.
+    pub(super) disk_l1: L1,
     /// `Image::changes` as of the last completed flush: `0 <= covered <= changes`.
     covered: u64,
 }
 
 impl FlushState {
-    pub(super) fn new(l1_offset: u64, disk_l1: Vec<u64>) -> Self {
+    pub(super) fn new(l1_offset: u64, disk_l1: L1) -> Self {
         Self { l1_offset, l1_entries: disk_l1.len(), disk_l1, covered: 0 }
     }
 }
@@ -90,7 +91,7 @@ impl Image {
         }
         let mut sectors = Vec::new();
         for clone in clones.iter().filter(|clone| !clone.linked) {
-            state.disk_l1[clone.l1_index] = clone.host;
+            state.disk_l1.set(clone.l1_index, clone.host);
             // Tables past the L1 on disk are linked by the larger one that growing is about to write.
             if clone.l1_index < state.l1_entries {
                 sectors.push(l1_sector(&state.disk_l1, clone.l1_index).0);

@@ -54,7 +54,7 @@ impl Image {
         let entries = needed.max(state.disk_l1.len());
         let clusters = geometry.round_up(entries as u64 * ENTRY) / geometry.cluster_size();
         let host = self.allocator.allocate(&*self.storage, clusters)?;
-        state.disk_l1.resize(entries, 0);
+        state.disk_l1.resize(entries);
         self.tables.grow(entries);
         Ok(Some(host))
     }
@@ -122,8 +122,9 @@ impl Image {
         let mut grown = *sector;
         put64(&mut grown, field::SIZE, geometry.size);
         if let Some(host) = l1_host {
-            let encode = |host: &u64| if *host == 0 { entry::UNALLOCATED } else { entry::encode_l1(*host) };
-            let bytes: Vec<u8> = state.disk_l1.iter().flat_map(|host| encode(host).to_be_bytes()).collect();
+            let encode = |host: u64| if host == 0 { entry::UNALLOCATED } else { entry::encode_l1(host) };
+            let hosts = (0..state.disk_l1.len()).map(|index| state.disk_l1.get(index));
+            let bytes: Vec<u8> = hosts.flat_map(|host| encode(host).to_be_bytes()).collect();
             self.store(host, &mut [IoSlice::new(&bytes)])?;
             // Nothing may point at the new L1 before it is whole.
             if !mutant!("grow_no_l1_sync") {

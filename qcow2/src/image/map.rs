@@ -8,6 +8,9 @@ use crate::backing::Layer;
 use crate::error::{Error, Result};
 use crate::storage::Storage;
 
+/// Units of the mapping looked at in one go, a bound on the memory for their runs.
+const RUNS_AT_ONCE: u64 = 8192;
+
 /// How a run of guest bytes is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ExtentKind {
@@ -57,22 +60,33 @@ impl Image {
     }
 
     fn collect(&self, offset: u64, length: u64, depth: u32, extents: &mut Extents) -> Result<()> {
+        // A table of the largest clusters has millions of subclusters: not all of their runs at once.
+        let step = self.geometry().unit() * RUNS_AT_ONCE;
         for (start, piece) in self.geometry().by_table(offset, length) {
-            for run in self.runs(start, piece)? {
-                let kind = match run.source {
-                    Source::Host(_) | Source::Compressed { .. } => ExtentKind::Data,
-                    Source::Zero { allocated: true } => ExtentKind::ZeroAllocated,
-                    Source::Zero { allocated: false } => ExtentKind::Zero,
-                    Source::Below => {
-                        self.collect_below(run.offset, run.length, depth + 1, extents)?;
-                        continue;
-                    }
-                };
-                extents.push(Extent { offset: run.offset, length: run.length, kind, depth });
+            for start_of_step in (start..start + piece).step_by(step as usize) {
+                let part = step.min(start + piece - start_of_step);
+                self.collect_part(start_of_step, part, depth, extents)?;
+                if extents.is_full() {
+                    return Ok(());
+                }
             }
-            if extents.is_full() {
-                return Ok(());
-            }
+        }
+        Ok(())
+    }
+
+    /// The extents of a range within one L2 table.
+    fn collect_part(&self, offset: u64, length: u64, depth: u32, extents: &mut Extents) -> Result<()> {
+        for run in self.runs(offset, length)? {
+            let kind = match run.source {
+                Source::Host(_) | Source::Compressed { .. } => ExtentKind::Data,
+                Source::Zero { allocated: true } => ExtentKind::ZeroAllocated,
+                Source::Zero { allocated: false } => ExtentKind::Zero,
+                Source::Below => {
+                    self.collect_below(run.offset, run.length, depth + 1, extents)?;
+                    continue;
+                }
+            };
+            extents.push(Extent { offset: run.offset, length: run.length, kind, depth });
         }
         Ok(())
     }

@@ -2,10 +2,7 @@
 
 use crate::sync::atomic::{AtomicBool, AtomicU64};
 use std::fs::File;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-
-use rustix::fs::OFlags;
 
 use super::Image;
 use super::flush::FlushState;
@@ -20,15 +17,20 @@ use crate::finish::HeaderSector;
 use crate::format::entry::decode_l1;
 use crate::format::header::{self, Backing, CORRUPT, Header};
 use crate::geometry::{ENTRY, SECTOR};
+use crate::l1::L1;
 use crate::lock::{self, Access};
 use crate::packing::Packing;
 use crate::poison::Poison;
-use crate::refcounts::RefcountTable;
-use crate::references::{self, read_table};
+use crate::refcounts::{self, RefcountTable};
+use crate::references::{self, each_entry};
+use crate::regular_file;
 use crate::storage::{FileStorage, Storage};
 use crate::sync::{Arc, Mutex, RwLock};
 use crate::tables::Tables;
 use crate::write_behind::WriteBehind;
+
+/// What an image far down a chain has for its L2 tables.
+const CACHE_BYTES_MIN: usize = 1 << 20;
 
 /// How an image is opened.
 #[derive(Clone, Debug)]
@@ -37,7 +39,7 @@ pub struct OpenOptions {
     pub access: Access,
     /// The folder that backing files must be in, or beneath; `None`: the image's own folder.
     pub backing_root: Option<PathBuf>,
-    /// Memory for L2 tables in bytes, for each image of the chain. When half of it holds changes, the engine flushes by
+    /// Memory for L2 tables in bytes; each layer below gets half of what the one above has. When half of it holds changes, the engine flushes by
     /// itself; one table of 64 KiB maps 512 MiB of disk.
     pub cache_bytes: usize,
     /// Compresses written clusters where that saves space: whole clusters that have none of their own yet, as in a full
@@ -63,12 +65,7 @@ impl Image {
     /// For writing, every table is read and checked first: an image whose tree breaks a rule is refused, one that was not
     /// closed (dirty) is accepted, and its refcounts are rebuilt when it is closed.
     pub fn open(path: &Path, options: &OpenOptions) -> Result<Self> {
-        let file = std::fs::OpenOptions::new()
-            .read(true)
-            .write(options.access == Access::ReadWrite)
-            .custom_flags(OFlags::NONBLOCK.bits() as i32)
-            .open(path)
-            .map_err(|source| Error::Open { path: path.to_owned(), source })?;
+        let file = regular_file::open(path, options.access)?;
         let own_folder = || path.parent().unwrap_or(Path::new("")).to_owned();
         let root = options.backing_root.clone().unwrap_or_else(own_folder);
         let mut chain = Chain { root, seen: Vec::new() };
@@ -79,7 +76,8 @@ impl Image {
 
     /// Opens a file that is locked already.
     pub(crate) fn open_file(file: File, path: &Path, access: Access, chain: Chain, cache_bytes: usize) -> Result<Self> {
-        let below = |backing: &Backing| Layer::open(backing, path, chain, cache_bytes);
+        // Half for each layer further down, so that the memory of a long chain has a bound.
+        let below = |backing: &Backing| Layer::open(backing, path, chain, (cache_bytes / 2).max(CACHE_BYTES_MIN));
         Self::open_layers(Arc::new(FileStorage::new(file)), path, access, below, cache_bytes)
     }
 
@@ -133,12 +131,16 @@ impl Image {
         let length = storage.length().map_err(Error::io("fstat", 0))?;
         let geometry = header.geometry;
         let poison = Arc::new(Poison::default());
+        let allocator = Allocator::new(geometry, header.refcount_width, geometry.round_up(length), blocks);
+        if access == Access::ReadWrite && !allocator.can_finish() {
+            return Err(Error::unsupported("writing to a file so long that its refcount table would pass 8 MiB"));
+        }
         Ok(Self {
             path: path.to_owned(),
             access,
             backing,
             tables: Tables::new(&header, l1.clone(), cache_bytes),
-            allocator: Allocator::new(geometry, header.refcount_width, geometry.round_up(length), blocks),
+            allocator,
             packing: Packing::default(),
             compress: None,
             identical: Identical::Write,
@@ -189,14 +191,23 @@ fn validate(storage: &dyn Storage, header: &Header) -> Result<u64> {
     let table = if header.is_dirty() { None } else { Some(RefcountTable::load(storage, header)?) };
     let found = references::count(storage, header, table.as_ref())?;
     found.faults.refuse()?;
+    // What the close could not write down must not be begun.
+    refcounts::refuse_too_many(header.refcount_width, &found.counts)?;
     Ok(found.counts.groups(header.refcount_width.entries(header.geometry.cluster_size())).len() as u64)
 }
 
-fn read_l1(storage: &dyn Storage, header: &Header) -> Result<Vec<u64>> {
-    let raw = read_table(storage, header.l1_offset, u64::from(header.l1_entries))?;
-    let decode = |(index, raw): (usize, &u64)| {
-        let at = header.l1_offset + index as u64 * ENTRY;
-        Ok(decode_l1(*raw, header.geometry, at)?.map_or(0, |(host, _)| host))
-    };
-    raw.iter().enumerate().map(decode).collect()
+fn read_l1(storage: &dyn Storage, header: &Header) -> Result<L1> {
+    let length = storage.length().map_err(Error::io("fstat", 0))?;
+    let entries = u64::from(header.l1_entries);
+    L1::load(entries as usize, |table| {
+        each_entry(storage, header.l1_offset, entries, |at, raw| {
+            let Some((host, _)) = decode_l1(raw, header.geometry, at)? else { return Ok(()) };
+            if host >= length || header.is_structure(host) {
+                let rule = "the table must be inside the file, and not in one of its other structures";
+                return Err(Error::corrupt("L1 entry", at, raw, rule));
+            }
+            table.set(((at - header.l1_offset) / ENTRY) as usize, host);
+            Ok(())
+        })
+    })
 }

@@ -148,6 +148,14 @@ impl Storage for FileStorage {
         Ok(rustix::fs::fadvise(&self.file, 0, None, Advice::DontNeed)?)
     }
 
+    fn is_hole(&self, offset: u64, length: u64) -> bool {
+        // Moves the cursor of the description, which nobody uses.
+        match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
+            Ok(data) => data >= offset.saturating_add(length),
+            Err(errno) => errno == rustix::io::Errno::NXIO,
+        }
+    }
+
     fn unlock(&self) {
         crate::lock::unlock(&self.file);
     }

@@ -4,11 +4,13 @@
 //! [`Storage::write_durable`].
 
 mod file;
+mod memory;
 
 use std::fmt::Debug;
 use std::io::{self, IoSlice};
 
 pub use file::FileStorage;
+pub use memory::MemoryStorage;
 
 use crate::geometry::SECTOR;
 
@@ -65,6 +67,11 @@ pub trait Storage: Send + Sync + Debug {
     /// at once.
     fn block_size(&self) -> u64 {
         SECTOR
+    }
+
+    /// Whether a range is known to hold no data, and to read as zeroes, without reading it. `false` is always right.
+    fn is_hole(&self, _offset: u64, _length: u64) -> bool {
+        false
     }
 
     /// Releases the locks held on the file.

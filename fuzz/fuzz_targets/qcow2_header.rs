@@ -1,0 +1,7 @@
+//! Bytes as the header of an image. What is asserted, and why, stands with the function, which an ordinary test calls for the corpus.
+#![no_main]
+
+#[path = "../../qcow2/tests/support/fuzzed.rs"]
+mod fuzzed;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| fuzzed::header(bytes));
