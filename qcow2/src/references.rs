@@ -50,6 +50,22 @@ pub(crate) struct MappedClusters {
     pub(crate) compressed: u64,
     /// Clusters that do not follow in the file on the one before them in their table, and all compressed ones.
     pub(crate) fragmented: u64,
+    /// Where the next one would lie that follows on the last one of this table.
+    next: Option<u64>,
+}
+
+impl MappedClusters {
+    fn add(&mut self, times: u64, host: u64, cluster_size: u64) {
+        self.allocated += times;
+        self.fragmented += times * u64::from(self.next.is_some_and(|next| next != host));
+        self.next = Some(host + cluster_size);
+    }
+
+    fn add_compressed(&mut self, times: u64) {
+        self.allocated += times;
+        self.compressed += times;
+        self.fragmented += times;
+    }
 }
 
 /// Broken rules: all are counted, the first ones are kept, so that no image can fill the memory with its faults.
@@ -273,19 +289,19 @@ impl Walk<'_> {
         let mut table = vec![0; cluster_size as usize];
         self.storage.read(table_host, &mut table).map_err(Error::io("read", table_host))?;
         let size = geometry.l2_entry_size();
-        let mut next = None;
+        found.mapped.next = None;
         for (index, bytes) in table.chunks_exact(size as usize).enumerate() {
             let words = [be64(bytes, 0).unwrap_or(0), be64(bytes, ENTRY as usize).unwrap_or(0)];
             if words == [0, 0] {
                 continue;
             }
             let words = words.get(..(size / ENTRY) as usize).unwrap_or_default();
-            self.l2_entry(found, uses, &mut next, words, table_host + index as u64 * size);
+            self.l2_entry(found, uses, words, table_host + index as u64 * size);
         }
         Ok(())
     }
 
-    fn l2_entry(&self, found: &mut References, uses: Uses, next: &mut Option<u64>, words: &[u64], at: u64) {
+    fn l2_entry(&self, found: &mut References, uses: Uses, words: &[u64], at: u64) {
         let cluster_size = self.header.geometry.cluster_size();
         let raw = words.first().copied().unwrap_or(0);
         let fault = |rule| Error::corrupt("L2 entry", at, raw, rule);
@@ -294,9 +310,6 @@ impl Walk<'_> {
                 return;
             }
             Ok(L2Entry::Compressed { host, length }) => {
-                found.mapped.allocated += uses.active;
-                found.mapped.compressed += uses.active;
-                found.mapped.fragmented += uses.active;
                 self.compressed(found, uses, host, length, fault);
                 return;
             }
@@ -310,9 +323,7 @@ impl Walk<'_> {
                 return;
             }
         };
-        found.mapped.allocated += uses.active;
-        found.mapped.fragmented += if next.is_some_and(|next| next != host) { uses.active } else { 0 };
-        *next = Some(host.saturating_add(cluster_size));
+        found.mapped.add(uses.active, host, cluster_size);
         if host >= self.length {
             found.faults.push(fault("the cluster must be inside the file"));
             return;
@@ -330,6 +341,7 @@ impl Walk<'_> {
         fault: impl Fn(&'static str) -> Error,
     ) {
         let cluster_size = self.header.geometry.cluster_size();
+        found.mapped.add_compressed(uses.active);
         let last = (host + bytes - 1) / cluster_size;
         if last * cluster_size >= self.length {
             found.faults.push(fault("compressed data must end in a cluster of the file"));
