@@ -102,11 +102,13 @@ impl Layer {
     }
 }
 
-/// Virtual size in bytes of what an overlay at `overlay` would have below it. Its own folder bounds where that may be.
+/// Virtual size in bytes of what an overlay at `overlay` would have below it. Where that may be is bounded by `backing_root`,
+/// or, without one, by the overlay's own folder.
 ///
 /// Refuses an image that was not closed: other tools would write to it without repairing it first, once it is a base.
-pub fn backing_size(backing: &Backing, overlay: &Path) -> Result<u64> {
-    let chain = Chain { root: overlay.parent().unwrap_or(Path::new("")).to_owned(), seen: Vec::new() };
+pub fn backing_size(backing: &Backing, overlay: &Path, backing_root: Option<&Path>) -> Result<u64> {
+    let root = backing_root.or(overlay.parent()).unwrap_or(Path::new("")).to_owned();
+    let chain = Chain { root, seen: Vec::new() };
     let layer = Layer::open(backing, overlay, chain, 0)?;
     match &layer {
         Layer::Image(image) if image.is_dirty() => Err(not_closed(backing)),

@@ -76,20 +76,24 @@ pub enum Preallocation {
 pub fn create(path: &Path, options: &CreateOptions) -> Result<()> {
     let header = plan(options)?;
     options.backing.as_ref().map(|backing| refuse_dirty_base(backing, path)).transpose()?;
-    let open = |source| Error::Open { path: path.to_owned(), source };
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .custom_flags(rustix::fs::OFlags::NOFOLLOW.bits() as i32)
-        .open(path)
-        .map_err(open)?;
+    let file = create_file(path)?;
     let created = write_image(&FileStorage::new(file), header, options.preallocation).and_then(|()| sync_parent(path));
     if created.is_err() {
         // The error that is reported is the first one; a file that cannot even be removed is not an image either.
         let _ = std::fs::remove_file(path);
     }
     created
+}
+
+/// A new, empty file for reading and writing; one that exists, or a link in its place, is refused.
+pub(crate) fn create_file(path: &Path) -> Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .custom_flags(rustix::fs::OFlags::NOFOLLOW.bits() as i32)
+        .open(path)
+        .map_err(|source| Error::Open { path: path.to_owned(), source })
 }
 
 /// As [`create`], on storage that is empty so far. That a backing image was closed is the caller's business.
@@ -182,7 +186,8 @@ fn write_image(storage: &dyn Storage, mut header: Header, preallocation: Preallo
     storage.sync_data().map_err(Error::io("fdatasync", 0))
 }
 
-fn sync_parent(path: &Path) -> Result<()> {
+/// Makes the name of a file durable.
+pub(crate) fn sync_parent(path: &Path) -> Result<()> {
     let parent = match path.parent() {
         Some(parent) if parent != Path::new("") => parent,
         _ => Path::new("."),

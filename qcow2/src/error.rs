@@ -111,6 +111,29 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+    /// A range of a disk that was being copied or compared cannot be read.
+    #[error("bytes {offset}+{length} of the disk cannot be read: {source}")]
+    Unreadable {
+        /// First guest byte of the range.
+        offset: u64,
+        /// Bytes that were read in one go.
+        length: u64,
+        /// What went wrong in the file.
+        source: Box<Error>,
+    },
+    /// The caller asked for an end.
+    #[error("cancelled")]
+    Cancelled,
+    /// A file that was just written does not pass the check. It was removed.
+    #[error("the new image does not pass its check ({errors} errors, {leaks} leaks): {detail}")]
+    Unclean {
+        /// Broken rules, and refcounts that are too low.
+        errors: u64,
+        /// Refcounts that are too high.
+        leaks: u64,
+        /// The first broken rule.
+        detail: String,
+    },
     /// A bug in the engine ended the operation; the image is poisoned.
     #[error("the operation ended by a panic; the image is poisoned")]
     Panicked,
@@ -132,6 +155,7 @@ impl Error {
     /// Whether the cause is a full disk (or quota), be it found early or by a failed write.
     pub fn is_no_space(&self) -> bool {
         match self {
+            Self::Unreadable { source, .. } => source.is_no_space(),
             Self::NoSpace { .. } | Self::Poisoned { no_space: true, .. } => true,
             Self::Io { source, .. } | Self::Open { source, .. } => matches!(
                 source.kind(),

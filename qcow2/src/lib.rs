@@ -5,7 +5,8 @@
 //! How: host space only grows within a session, data is written before anything points at it, a flush has two barriers, and
 //! the dirty bit is durable before the first change. Payload is acknowledged when it is in memory and written behind.
 //!
-//! Start at [`Image`] (blocking) or [`AsyncImage`]; [`create`], [`check`], [`repair`] and [`info`] work on paths.
+//! Start at [`Image`] (blocking) or [`AsyncImage`]; [`create`], [`check`], [`repair`] and [`info`] work on paths;
+//! [`flatten`] and [`compare`] on a [`Disk`].
 //!
 //! Inside, from the top down: `image` (one file per operation) uses `tables` (the mapping in memory), `allocate` (host
 //! space), `write_behind` (payload on its way), `references` and `refcounts` (who owns what), `backing` (the layers below),
@@ -33,11 +34,14 @@ mod bitmaps;
 mod buffer;
 mod check;
 mod cluster_lock;
+mod compare;
 mod compressed;
 mod counts;
 mod create;
+mod disk;
 mod error;
 mod finish;
+mod flatten;
 mod format;
 mod geometry;
 mod image;
@@ -50,6 +54,7 @@ mod packing;
 mod payload;
 mod poison;
 mod preallocate;
+mod progress;
 mod refcounts;
 mod references;
 mod regular_file;
@@ -64,11 +69,15 @@ pub use async_image::AsyncImage;
 pub use backing::{Layer, backing_size};
 pub use buffer::{Buffer, BufferPool};
 pub use check::{CheckReport, check, check_on};
+pub use compare::{Comparison, Difference, compare};
 pub use compressed::{Compression, CompressionLevel};
 pub use create::{CreateOptions, Preallocation, create, create_on};
+pub use disk::Disk;
 pub use error::{Error, Result};
+pub use flatten::{Flattened, Target, flatten};
 pub use format::header::{Backing, BackingFormat};
 pub use image::{Durability, Extent, ExtentKind, Identical, Image, OpenOptions, ZeroMode};
 pub use info::{ImageInfo, info, info_on};
 pub use lock::Access;
+pub use progress::{Progress, Watch};
 pub use repair::{repair, repair_on};

@@ -154,6 +154,8 @@ pub(crate) struct Differences {
     pub(crate) too_low: u64,
     /// Clusters whose refcount is above their references: leaks.
     pub(crate) too_high: u64,
+    /// End of the last cluster that has a refcount or a reference, in clusters.
+    pub(crate) end: u64,
     /// Entries whose COPIED bit does not fit the refcount: a writer would be misled.
     pub(crate) wrong_copied_bits: u64,
 }
@@ -212,6 +214,9 @@ impl Differences {
     }
 
     fn note(&mut self, found: &References, cluster: u64, stored: u64, counted: u64) {
+        if stored > 0 || counted > 0 {
+            self.end = self.end.max(cluster + 1);
+        }
         self.too_low += u64::from(stored < counted);
         self.too_high += u64::from(stored > counted);
         if counted > 0 {

@@ -34,15 +34,38 @@ pub(crate) struct References {
     tables: Clusters,
     /// Refcount table entries that lead nowhere, in order: their blocks count as absent.
     pub(crate) bad_blocks: Vec<usize>,
-    /// Data clusters, compressed ones included; kept zero clusters not.
-    pub(crate) data_clusters: u64,
-    pub(crate) compressed_clusters: u64,
+    /// What the active tables map.
+    pub(crate) mapped: MappedClusters,
     /// Rules broken, in the order in which they were met.
     pub(crate) faults: Faults,
     /// Faults that are no more than a COPIED bit missing from an L1 entry.
     pub(crate) not_copied: u64,
-    /// Highest used host byte plus one.
-    pub(crate) end: u64,
+}
+
+/// Guest clusters with a host cluster, and how they lie.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct MappedClusters {
+    /// All of them: data, compressed data, kept zero clusters.
+    pub(crate) allocated: u64,
+    pub(crate) compressed: u64,
+    /// Clusters that do not follow in the file on the one before them in their table, and all compressed ones.
+    pub(crate) fragmented: u64,
+    /// Where the next one would lie that follows on the last one of this table.
+    next: Option<u64>,
+}
+
+impl MappedClusters {
+    fn add(&mut self, times: u64, host: u64, cluster_size: u64) {
+        self.allocated += times;
+        self.fragmented += times * u64::from(self.next.is_some_and(|next| next != host));
+        self.next = Some(host + cluster_size);
+    }
+
+    fn add_compressed(&mut self, times: u64) {
+        self.allocated += times;
+        self.compressed += times;
+        self.fragmented += times;
+    }
 }
 
 /// Broken rules: all are counted, the first ones are kept, so that no image can fill the memory with its faults.
@@ -95,7 +118,6 @@ impl References {
         let before = self.faults.count;
         for host in (offset..offset + bytes).step_by(cluster_size as usize) {
             self.claim(host / cluster_size, || Error::corrupt(structure, offset, host, ONE_OWNER));
-            self.end = self.end.max(host + cluster_size);
         }
         self.faults.count == before
     }
@@ -145,7 +167,7 @@ pub(crate) fn count(storage: &dyn Storage, header: &Header, refcounts: Option<&R
     let geometry = header.geometry;
     let cluster_size = geometry.cluster_size();
     let length = storage.length().map_err(Error::io("fstat", 0))?;
-    let mut found = References { end: cluster_size, ..References::default() };
+    let mut found = References::default();
     found.claim_all("header", 0, cluster_size, cluster_size);
     found.claim_all("L1 table", header.l1_offset, u64::from(header.l1_entries) * ENTRY, cluster_size);
     if let Some(table) = refcounts {
@@ -194,7 +216,6 @@ impl References {
                 self.faults.push(fault("must be a multiple of the cluster size, inside the file, reserved bits zero"));
                 false
             } else {
-                self.end = self.end.max(host + cluster_size);
                 self.claim(host / cluster_size, || fault(ONE_OWNER))
             };
             if !sound {
@@ -255,7 +276,6 @@ impl Walk<'_> {
             }
             let sound = found.claim_table(uses, host / cluster_size, with_snapshots, || fault(ONE_OWNER));
             found.note_copied(uses, host / cluster_size, copied);
-            found.end = found.end.max(host + cluster_size);
             if sound { each(found, host, uses) } else { Ok(()) }
         })
     }
@@ -269,6 +289,7 @@ impl Walk<'_> {
         let mut table = vec![0; cluster_size as usize];
         self.storage.read(table_host, &mut table).map_err(Error::io("read", table_host))?;
         let size = geometry.l2_entry_size();
+        found.mapped.next = None;
         for (index, bytes) in table.chunks_exact(size as usize).enumerate() {
             let words = [be64(bytes, 0).unwrap_or(0), be64(bytes, ENTRY as usize).unwrap_or(0)];
             if words == [0, 0] {
@@ -292,23 +313,23 @@ impl Walk<'_> {
                 self.compressed(found, uses, host, length, fault);
                 return;
             }
-            Ok(L2Entry::Data { host, copied } | L2Entry::Subclusters { host: Some(host), copied, .. }) => {
-                found.data_clusters += uses.active;
-                (host, copied)
-            }
-            Ok(L2Entry::Zero { host: Some(host), copied }) => (host, copied),
+            Ok(
+                L2Entry::Data { host, copied }
+                | L2Entry::Zero { host: Some(host), copied }
+                | L2Entry::Subclusters { host: Some(host), copied, .. },
+            ) => (host, copied),
             Err(error) => {
                 found.faults.push(error);
                 return;
             }
         };
+        found.mapped.add(uses.active, host, cluster_size);
         if host >= self.length {
             found.faults.push(fault("the cluster must be inside the file"));
             return;
         }
         found.note_copied(uses, host / cluster_size, copied);
         found.count_payload(uses, host / cluster_size, fault, "a cluster with the COPIED bit has one owner");
-        found.end = found.end.max(host + cluster_size);
     }
 
     fn compressed(
@@ -320,8 +341,7 @@ impl Walk<'_> {
         fault: impl Fn(&'static str) -> Error,
     ) {
         let cluster_size = self.header.geometry.cluster_size();
-        found.data_clusters += uses.active;
-        found.compressed_clusters += uses.active;
+        found.mapped.add_compressed(uses.active);
         let last = (host + bytes - 1) / cluster_size;
         if last * cluster_size >= self.length {
             found.faults.push(fault("compressed data must end in a cluster of the file"));
@@ -331,7 +351,6 @@ impl Walk<'_> {
             let rule = "compressed data must not share a cluster that has the COPIED bit";
             found.count_payload(uses, cluster, &fault, rule);
         }
-        found.end = found.end.max((last + 1) * cluster_size);
     }
 }
 

@@ -233,11 +233,11 @@ fn a_full_disk_is_met_before_anything_changes() {
     let fault = faulty::Fault {
         kind: faulty::Kind::Reserve,
         call: 2,
-        error: std::io::ErrorKind::StorageFull,
+        errno: nix::errno::Errno::ENOSPC,
         for_ever: true,
-        half: false,
+        short: false,
     };
-    let storage = Arc::new(faulty::Faulty::new(disk, Some(fault)));
+    let storage = Arc::new(faulty::Faulty::new(disk, &[fault]));
     let image = Image::open_on_with(storage.clone(), None, &compressing(CompressionLevel::Fast)).unwrap();
     let mut bytes = vec![0; 16 << 20];
     let mut refused = 0;

@@ -12,7 +12,7 @@
 
 #[path = "support/explore.rs"]
 mod explore;
-#[path = "support/guest.rs"]
+#[path = "support/recorded_guest.rs"]
 mod guest;
 #[path = "support/history.rs"]
 mod history;

@@ -1,7 +1,6 @@
 //! Every shape that an image can be created in, as QEMU sees it.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-#[allow(dead_code, reason = "only states are asked for here, not their times")]
 #[path = "support/power_cut.rs"]
 mod power_cut;
 #[path = "support/reader.rs"]

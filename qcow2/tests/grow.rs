@@ -311,7 +311,7 @@ fn with_fault(folder: &tempfile::TempDir, fault: Fault) -> Option<(Arc<Faulty>, 
     let backing = Some(Backing { name: "below".into(), format: BackingFormat::Raw });
     create(&path, &CreateOptions { cluster_size: 512, backing, ..CreateOptions::new(OLD) }).unwrap();
     let file = std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
-    let storage = Arc::new(Faulty::new(Arc::new(FileStorage::new(file)), Some(fault)));
+    let storage = Arc::new(Faulty::new(Arc::new(FileStorage::new(file)), &[fault]));
     let raw = FileStorage::new(std::fs::File::open(join(folder, "below")).unwrap());
     let layer = Layer::Raw { storage: Arc::new(raw), size: below.len() as u64 };
     let image = Image::open_on(storage.clone(), Access::ReadWrite, Some(layer), 1 << 20).ok()?;
@@ -320,7 +320,7 @@ fn with_fault(folder: &tempfile::TempDir, fault: Fault) -> Option<(Arc<Faulty>, 
     image.write(3000, &data, LATER).ok()?;
     bytes[3000..4000].copy_from_slice(&data);
     image.flush().ok()?;
-    (!storage.fired()).then_some((storage, image, bytes))
+    storage.failures().is_empty().then_some((storage, image, bytes))
 }
 
 const OLD: u64 = 20 * KIB + 512;
@@ -333,10 +333,10 @@ fn every_failing_write_or_sync_of_a_grow_poisons_and_leaves_a_legal_image() {
     let mut cases = 0;
     for (kind, half) in [(Kind::Write, false), (Kind::Write, true), (Kind::Sync, false)] {
         for call in 1.. {
-            let fault = Fault { kind, call, error: std::io::ErrorKind::Other, for_ever: false, half };
+            let fault = Fault { kind, call, errno: nix::errno::Errno::EIO, for_ever: false, short: half };
             let Some((storage, image, mut bytes)) = with_fault(&folder, fault) else { continue };
             let grown = image.grow(NEW);
-            if !storage.fired() {
+            if storage.failures().is_empty() {
                 grown.unwrap();
                 break;
             }
@@ -367,8 +367,7 @@ fn every_failing_write_or_sync_of_a_grow_poisons_and_leaves_a_legal_image() {
 fn a_full_disk_refuses_a_grow_and_harms_nothing() {
     let folder = folder();
     // The first reservation is there; a table for 64 GiB in clusters of 512 bytes needs 16 MiB more.
-    let full =
-        Fault { kind: Kind::Reserve, call: 2, error: std::io::ErrorKind::StorageFull, for_ever: true, half: false };
+    let full = Fault { kind: Kind::Reserve, call: 2, errno: nix::errno::Errno::ENOSPC, for_ever: true, short: false };
     let (storage, image, mut bytes) = with_fault(&folder, full).unwrap();
     let large = 64 << 30;
     let refused = image.grow(large);

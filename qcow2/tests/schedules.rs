@@ -11,7 +11,7 @@
 
 #[path = "support/explore.rs"]
 mod explore;
-#[path = "support/guest.rs"]
+#[path = "support/recorded_guest.rs"]
 mod guest;
 #[path = "support/history.rs"]
 mod history;

@@ -16,9 +16,9 @@ pub enum Exit {
     Ok = 0,
     /// It failed.
     Failed = 1,
-    /// The command line or the configuration is wrong.
+    /// The command line or the configuration is wrong. Of `image check`, as of `qemu-img check`: the image has errors.
     Usage = 2,
-    /// Done, with warnings.
+    /// Done, with warnings. Of `image check`, as of `qemu-img check`: the image has leaks, or was not closed.
     Warnings = 3,
     /// What was named does not exist.
     NotFound = 4,
@@ -91,6 +91,12 @@ pub enum CliError {
     /// An image cannot be made, opened or used.
     #[error(transparent)]
     Image(#[from] blockyard_qcow2::Error),
+    /// Two disks cannot be compared to the end.
+    #[error(transparent)]
+    NotCompared {
+        /// What came in between.
+        source: blockyard_qcow2::Error,
+    },
     /// An address cannot be listened on.
     #[error("cannot listen on {address}: is it in use?")]
     Bind {
@@ -142,6 +148,11 @@ impl CliError {
             Self::NotFound { .. } => Exit::NotFound,
             Self::Client(error) => error.exit(),
             Self::Image(error) => image_exit(error),
+            // 1 is the answer "different", which nobody can give here.
+            Self::NotCompared { source } => match image_exit(source) {
+                Exit::Failed => Exit::Usage,
+                exit => exit,
+            },
             Self::Demo(error) => error.exit(),
             Self::Start(_) | Self::Runtime { .. } | Self::Output { .. } | Self::Signals { .. } => Exit::Failed,
         }
@@ -155,7 +166,9 @@ fn image_exit(error: &blockyard_qcow2::Error) -> Exit {
         Error::Open { source, .. } if source.kind() == std::io::ErrorKind::NotFound => Exit::NotFound,
         Error::Open { source, .. } if source.kind() == std::io::ErrorKind::AlreadyExists => Exit::Conflict,
         Error::Locked { .. } => Exit::Conflict,
-        Error::InvalidOption { .. } => Exit::Usage,
+        Error::InvalidOption { .. } | Error::WouldShrink { .. } => Exit::Usage,
+        Error::Unreadable { source, .. } => image_exit(source),
+        Error::Cancelled => Exit::Interrupted,
         Error::Corrupt { .. } | Error::NotQcow2 => Exit::Damaged,
         _ => Exit::Failed,
     }

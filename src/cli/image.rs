@@ -1,137 +1,132 @@
-//! `blockyard image`: qcow2 images without a service, in the spirit of `qemu-img`.
+//! `blockyard image`: qcow2 images without a service, in the spirit of `qemu-img`, one file per command.
 
-use std::path::PathBuf;
+mod check;
+mod compare;
+mod create;
+mod flatten;
+mod grow;
+mod info;
+mod map;
+mod work;
 
-use blockyard_qcow2::{self as qcow2, Backing, BackingFormat, CreateOptions};
+use std::path::{Path, PathBuf};
+
+use blockyard_qcow2::{self as qcow2, Access, BackingFormat, Disk, OpenOptions};
 use clap::{Args, Subcommand, ValueEnum};
-use serde_json::{Value, json};
 
-use super::size::{Size, readable};
 use super::{CliError, Exit, Output};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
     /// Create an empty image. An existing file is never overwritten.
-    Create(Create),
+    Create(create::Create),
     /// Show what an image says about itself, also one that is in use.
-    Info(Info),
+    Info(info::Info),
+    /// Look for errors and leaks; nothing is changed.
+    ///
+    /// Exits with 0 when the image is clean, 2 when it has errors, 3 when it has leaks only or was not closed, and otherwise
+    /// when it cannot be checked.
+    Check(check::Check),
+    /// Set right what follows from the tables: refcounts, leaks, an image that was not closed. Nothing is guessed, and the
+    /// disk's content does not change.
+    Repair(check::Repair),
+    /// Show where each part of the disk comes from.
+    Map(map::Map),
+    /// Compare two disks byte by byte. What the longer one has more must be zeroes.
+    ///
+    /// Exits with 0 when they are equal, 1 when they differ, and 2 or more when they cannot be compared.
+    Compare(compare::Compare),
+    /// Merge an image and all that lies below it into one new file. An existing file is never overwritten.
+    ///
+    /// While it is being made the file is called TARGET.partial; an error or Ctrl-C removes it.
+    Flatten(flatten::Flatten),
+    /// Make the disk of an image larger.
+    Grow(grow::Grow),
 }
 
-#[derive(Debug, Args)]
-pub(super) struct Create {
-    /// The file to create.
-    image: PathBuf,
-    /// Virtual size, such as 40G: a multiple of 512 bytes. Left out for an overlay: the size of what lies below.
-    #[arg(long, required_unless_present = "backing")]
-    size: Option<Size>,
-    /// Cluster size: a power of two from 512 to 2M.
-    #[arg(long, default_value = "64K")]
-    cluster_size: Size,
-    /// Make an overlay over this file. The name is stored as it is, relative to the folder of the new image.
-    #[arg(long, value_name = "NAME")]
-    backing: Option<String>,
-    /// Format of the backing file; it is never guessed.
-    #[arg(long, value_enum, default_value_t = Below::Qcow2)]
-    backing_format: Below,
-}
-
-/// Formats that may lie below an overlay.
+/// Formats of a disk; they are never guessed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Below {
+enum Format {
     Qcow2,
     Raw,
 }
 
+impl Format {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Qcow2 => "qcow2",
+            Self::Raw => "raw",
+        }
+    }
+}
+
+impl From<Format> for BackingFormat {
+    fn from(format: Format) -> Self {
+        match format {
+            Format::Qcow2 => Self::Qcow2,
+            Format::Raw => Self::Raw,
+        }
+    }
+}
+
+impl From<BackingFormat> for Format {
+    fn from(format: BackingFormat) -> Self {
+        match format {
+            BackingFormat::Qcow2 => Self::Qcow2,
+            BackingFormat::Raw => Self::Raw,
+        }
+    }
+}
+
+const NOT_CLOSED: &str = "the image was not closed: this is what was flushed";
+
+/// Where what lies below an image may be.
 #[derive(Debug, Args)]
-pub(super) struct Info {
-    /// The image.
-    image: PathBuf,
+struct Below {
+    /// Folder that backing files must be in, or beneath; the image's own when left out.
+    #[arg(long, value_name = "DIR")]
+    backing_root: Option<PathBuf>,
+}
+
+impl Below {
+    /// The path to open an image by, and the folder for its backing files: beneath is a matter of names, so both begin at
+    /// the same place.
+    fn paths(&self, image: &Path) -> Result<(PathBuf, Option<PathBuf>), qcow2::Error> {
+        let Some(root) = &self.backing_root else { return Ok((image.to_owned(), None)) };
+        let absolute = |path: &Path| {
+            std::path::absolute(path).map_err(|source| qcow2::Error::Open { path: path.to_owned(), source })
+        };
+        Ok((absolute(image)?, Some(absolute(root)?)))
+    }
+
+    /// How to open an image, and by which path.
+    fn options(&self, image: &Path, access: Access) -> Result<(PathBuf, OpenOptions), qcow2::Error> {
+        let (path, backing_root) = self.paths(image)?;
+        Ok((path, OpenOptions { backing_root, ..OpenOptions::new(access) }))
+    }
+
+    /// Opens a whole disk for reading.
+    fn disk(&self, image: &Path, format: Format, output: &Output) -> Result<Disk, qcow2::Error> {
+        let (path, options) = self.options(image, Access::ReadOnly)?;
+        let disk = Disk::open(&path, format.into(), &options)?;
+        if disk.is_dirty() {
+            output.note(&format!("{}: {NOT_CLOSED}", image.display()));
+        }
+        Ok(disk)
+    }
 }
 
 pub(super) async fn run(command: Command, output: &Output) -> Result<Exit, CliError> {
-    // Short work on local files: nothing else runs beside it in this process.
     match command {
-        Command::Create(create) => run_create(&create, output),
-        Command::Info(info) => run_info(&info, output),
+        // Short work on local files: nothing else runs beside it in this process.
+        Command::Create(create) => create::run(&create, output),
+        Command::Info(info) => info::run(&info, output),
+        Command::Check(check) => check::run(&check, output),
+        Command::Repair(repair) => check::run_repair(&repair, output),
+        Command::Map(map) => map::run(&map, output),
+        Command::Grow(grow) => grow::run(&grow, output),
+        // As long as the disks are large.
+        Command::Compare(compare) => compare::run(compare, output).await,
+        Command::Flatten(flatten) => flatten::run(flatten, output).await,
     }
-}
-
-fn run_create(create: &Create, output: &Output) -> Result<Exit, CliError> {
-    let backing = create.backing.as_ref().map(|name| {
-        let format = match create.backing_format {
-            Below::Qcow2 => BackingFormat::Qcow2,
-            Below::Raw => BackingFormat::Raw,
-        };
-        Backing { name: name.clone(), format }
-    });
-    let below = backing.as_ref().map(|backing| qcow2::backing_size(backing, &create.image)).transpose()?;
-    let options = CreateOptions {
-        // More than 32 bits is more than any cluster size; the engine says which ones there are.
-        cluster_size: u32::try_from(create.cluster_size.0).unwrap_or(u32::MAX),
-        backing,
-        ..CreateOptions::new(create.size.map(|size| size.0).or(below).unwrap_or(0))
-    };
-    qcow2::create(&create.image, &options)?;
-    let document = json!({
-        "image": create.image, "size_bytes": options.size, "cluster_bytes": options.cluster_size,
-        "backing": create.backing,
-    });
-    output.done(&document, |_| format!("created {} ({})", create.image.display(), readable(options.size)))?;
-    Ok(Exit::Ok)
-}
-
-fn run_info(info: &Info, output: &Output) -> Result<Exit, CliError> {
-    let facts = qcow2::info(&info.image)?;
-    let format = |format| match format {
-        BackingFormat::Qcow2 => "qcow2",
-        BackingFormat::Raw => "raw",
-    };
-    let document = json!({
-        "image": info.image,
-        "format": "qcow2",
-        "version": facts.version,
-        "size_bytes": facts.size,
-        "cluster_bytes": facts.cluster_size,
-        "refcount_bits": facts.refcount_bits,
-        "file_bytes": facts.file_length,
-        "disk_bytes": facts.disk_bytes,
-        "backing": facts.backing.as_ref().map(|backing| &backing.name),
-        "backing_format": facts.backing.as_ref().map(|backing| format(backing.format)),
-        "compression": if facts.zstd { "zstd" } else { "zlib" },
-        "lazy_refcounts": facts.lazy_refcounts,
-        "snapshots": facts.snapshots,
-        "dirty": facts.dirty,
-        "corrupt": facts.corrupt,
-    });
-    output.answer(&document, describe)?;
-    Ok(Exit::Ok)
-}
-
-/// One fact a line, in the order in which people ask.
-fn describe(facts: &Value) -> String {
-    let bytes = |name: &str| {
-        let bytes = facts[name].as_u64().unwrap_or(0);
-        format!("{} ({bytes} bytes)", readable(bytes))
-    };
-    let mut lines = vec![
-        format!("image:         {}", facts["image"].as_str().unwrap_or_default()),
-        format!("format:        qcow2 version {}", facts["version"]),
-        format!("virtual size:  {}", bytes("size_bytes")),
-        format!("on disk:       {}", bytes("disk_bytes")),
-        format!("cluster size:  {}", bytes("cluster_bytes")),
-        format!("refcounts:     {} bits", facts["refcount_bits"]),
-    ];
-    if let (Some(name), Some(format)) = (facts["backing"].as_str(), facts["backing_format"].as_str()) {
-        lines.push(format!("backing file:  {name} ({format})"));
-    }
-    if facts["snapshots"].as_u64().is_some_and(|snapshots| snapshots > 0) {
-        lines.push(format!("snapshots:     {}", facts["snapshots"]));
-    }
-    if facts["dirty"] == true {
-        lines.push("state:         dirty: in use, or not closed; what was flushed is intact".into());
-    }
-    if facts["corrupt"] == true {
-        lines.push("state:         marked as corrupt".into());
-    }
-    lines.join("\n")
 }

@@ -4,6 +4,7 @@
 
 mod clients;
 mod command;
+mod disks;
 mod ending;
 #[path = "../support/process.rs"]
 #[allow(dead_code, reason = "every test binary uses its own part")]

@@ -105,7 +105,7 @@ impl Image {
         sectors.sort_unstable();
         sectors.dedup();
         for sector in sectors {
-            let live = if mutant!("live_l1") { Some(self.tables.live_l1()) } else { None };
+            let live = mutant!("live_l1").then(|| self.tables.live_l1());
             let (offset, bytes) = l1_sector(live.as_ref().unwrap_or(&state.disk_l1), (sector / 8) as usize);
             self.store(state.l1_offset + offset, &mut [IoSlice::new(&bytes)])?;
         }

@@ -1,9 +1,12 @@
 //! What lies where: extents of equal state through the whole chain ("block status").
 
+use std::path::{Path, PathBuf};
+
 use super::Image;
 use super::read::Source;
 use crate::backing::Layer;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::storage::Storage;
 
 /// Units of the mapping looked at in one go, a bound on the memory for their runs.
 const RUNS_AT_ONCE: u64 = 8192;
@@ -41,6 +44,19 @@ impl Image {
         let mut extents = Extents { list: Vec::new(), max };
         self.collect(offset, length, 1, &mut extents)?;
         Ok(extents.list)
+    }
+
+    /// The files of the chain, this image first: the one at index `n` has depth `n + 1` in a map.
+    pub fn chain(&self) -> Vec<PathBuf> {
+        let mut files = vec![self.path.clone()];
+        match (&self.backing, &self.header.backing) {
+            (Some(Layer::Image(image)), _) => files.extend(image.chain()),
+            (Some(Layer::Raw { .. }), Some(backing)) => {
+                files.push(self.path.parent().unwrap_or(Path::new("")).join(&backing.name));
+            }
+            _ => {}
+        }
+        files
     }
 
     fn collect(&self, offset: u64, length: u64, depth: u32, extents: &mut Extents) -> Result<()> {
@@ -81,7 +97,8 @@ impl Image {
         if inside > 0 {
             match &self.backing {
                 Some(Layer::Image(image)) => image.collect(offset, inside, depth, extents)?,
-                _ => extents.push(Extent { offset, length: inside, kind: ExtentKind::Data, depth }),
+                Some(Layer::Raw { storage, .. }) => collect_raw(&**storage, offset, inside, depth, extents)?,
+                None => {}
             }
         }
         if length > inside {
@@ -104,6 +121,22 @@ impl Image {
         self.collect_below(offset, length, 1, &mut extents)?;
         Ok(extents.list.iter().all(|extent| extent.kind != ExtentKind::Data))
     }
+}
+
+/// Raw bytes are data, but for the holes that the file system knows of.
+fn collect_raw(storage: &dyn Storage, offset: u64, length: u64, depth: u32, extents: &mut Extents) -> Result<()> {
+    let end = offset + length;
+    let mut at = offset;
+    while at < end && !extents.is_full() {
+        let (start, length) = storage.data_run(at, end).map_err(Error::io("lseek", at))?.unwrap_or((end, 0));
+        for (offset, length, kind) in [(at, start - at, ExtentKind::Zero), (start, length, ExtentKind::Data)] {
+            if length > 0 {
+                extents.push(Extent { offset, length, kind, depth });
+            }
+        }
+        at = start + length;
+    }
+    Ok(())
 }
 
 struct Extents {

@@ -1,4 +1,4 @@
-//! A real file, through the page cache.
+//! A real file, through the page cache or around it.
 
 use std::fs::File;
 use std::io::{self, IoSlice};
@@ -7,25 +7,52 @@ use std::os::unix::fs::FileExt;
 use rustix::fs::{Advice, FallocateFlags, SeekFrom};
 use rustix::io::ReadWriteFlags;
 
+use super::direct::{self, Direct};
 use super::{Reservation, Storage};
+use crate::geometry::SECTOR;
+use crate::sync::atomic::{AtomicBool, Ordering};
 
 /// One open file description for the whole session: locks, writes and syncs all go through it, because the kernel
 /// reports a failed writeback to each description once.
 #[derive(Debug)]
 pub struct FileStorage {
     file: File,
+    direct: Option<Direct>,
+    /// A direct write was refused: the page cache serves from then on.
+    is_refused: AtomicBool,
 }
 
 impl FileStorage {
-    /// Uses a file that is open for what will be asked of it. Locks are the caller's business, until the end: they are
-    /// given up with the storage.
+    /// Uses a file that is open for what will be asked of it, through the page cache. Locks are the caller's business,
+    /// until the end: they are given up with the storage.
     pub fn new(file: File) -> Self {
-        Self { file }
+        Self { file, direct: None, is_refused: AtomicBool::new(false) }
+    }
+
+    /// As [`FileStorage::new`], around the page cache where the file system takes part. What does not begin and end at the
+    /// blocks of the device, or does not lie so in memory, makes a detour through aligned memory; a write that ends inside
+    /// a block extends the file to the end of that block.
+    pub fn direct(file: File) -> Self {
+        let direct = Direct::begin(&file);
+        Self { file, direct, is_refused: AtomicBool::new(false) }
+    }
+
+    /// Whether transfers go around the page cache.
+    pub fn is_direct(&self) -> bool {
+        self.active().is_some()
+    }
+
+    fn active(&self) -> Option<&Direct> {
+        self.direct.as_ref().filter(|_| !self.is_refused.load(Ordering::Acquire))
     }
 
     fn write_with(&self, mut offset: u64, mut slices: &mut [IoSlice<'_>], flags: ReadWriteFlags) -> io::Result<()> {
         IoSlice::advance_slices(&mut slices, 0); // drops leading empty slices
         while !slices.is_empty() {
+            if let Some(direct) = self.active().filter(|direct| !direct.all_fit(offset, slices)) {
+                let (start, blocks) = direct.gather(offset, slices, |at, block| self.read(at, block))?;
+                return self.write_with(start, &mut [IoSlice::new(blocks.as_ref())], flags);
+            }
             // The kernel takes at most 1024 slices in one call.
             let batch = slices.get(..1024).unwrap_or(slices);
             match rustix::io::pwritev2(&self.file, batch, offset, flags) {
@@ -35,7 +62,36 @@ impl FileStorage {
                     IoSlice::advance_slices(&mut slices, written);
                 }
                 Err(rustix::io::Errno::INTR) => {}
+                // Some network file systems say only now that they take no part.
+                Err(rustix::io::Errno::INVAL) if self.is_direct() => {
+                    direct::end(&self.file)?;
+                    self.is_refused.store(true, Ordering::Release);
+                }
                 Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Whole blocks into memory that fits, or anything through the page cache.
+    fn read_blocks(&self, mut offset: u64, mut buffer: &mut [u8]) -> io::Result<()> {
+        while !buffer.is_empty() {
+            match self.file.read_at(buffer, offset) {
+                Ok(0) => {
+                    buffer.fill(0);
+                    return Ok(());
+                }
+                Ok(read) => {
+                    offset += read as u64;
+                    buffer = buffer.split_at_mut(read).1;
+                    if self.active().is_some_and(|direct| !offset.is_multiple_of(direct.block_size)) {
+                        // The file ends inside a block.
+                        buffer.fill(0);
+                        return Ok(());
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
             }
         }
         Ok(())
@@ -51,22 +107,17 @@ impl Drop for FileStorage {
 }
 
 impl Storage for FileStorage {
-    fn read(&self, mut offset: u64, mut buffer: &mut [u8]) -> io::Result<()> {
-        while !buffer.is_empty() {
-            match self.file.read_at(buffer, offset) {
-                Ok(0) => {
-                    buffer.fill(0);
-                    return Ok(());
-                }
-                Ok(read) => {
-                    offset += read as u64;
-                    buffer = buffer.split_at_mut(read).1;
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        match self.active().filter(|direct| !direct.fits(offset, buffer)) {
+            None => self.read_blocks(offset, buffer),
+            Some(direct) => {
+                let (start, mut blocks) = direct.around(offset, buffer.len() as u64);
+                self.read_blocks(start, blocks.as_mut())?;
+                let skipped = (offset - start) as usize;
+                buffer.copy_from_slice(&blocks.as_ref()[skipped..skipped + buffer.len()]);
+                Ok(())
             }
         }
-        Ok(())
     }
 
     fn write(&self, offset: u64, slices: &mut [IoSlice<'_>]) -> io::Result<()> {
@@ -112,6 +163,38 @@ impl Storage for FileStorage {
         Ok(rustix::fs::fallocate(&self.file, flags, offset, length)?)
     }
 
+    fn data_run(&self, offset: u64, end: u64) -> io::Result<Option<(u64, u64)>> {
+        use rustix::io::Errno;
+        if offset >= end {
+            return Ok(None);
+        }
+        // Moves the cursor of the file, which nothing here uses.
+        let seek = |to| loop {
+            match rustix::fs::seek(&self.file, to) {
+                Err(Errno::INTR) => {}
+                result => return result,
+            }
+        };
+        let start = match seek(SeekFrom::Data(offset)) {
+            Ok(start) => start.max(offset),
+            // Nothing but holes up to the end of the file.
+            Err(Errno::NXIO) => return Ok(None),
+            // A file system that does not know.
+            Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS) => return Ok(Some((offset, end - offset))),
+            Err(errno) => return Err(errno.into()),
+        };
+        if start >= end {
+            return Ok(None);
+        }
+        let stop = match seek(SeekFrom::Hole(start)) {
+            Ok(stop) if stop > start => stop.min(end),
+            // Cut short meanwhile, or not known: reading tells.
+            Ok(_) | Err(Errno::NXIO | Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS) => end,
+            Err(errno) => return Err(errno.into()),
+        };
+        Ok(Some((start, stop - start)))
+    }
+
     fn drop_cache(&self) -> io::Result<()> {
         Ok(rustix::fs::fadvise(&self.file, 0, None, Advice::DontNeed)?)
     }
@@ -122,6 +205,10 @@ impl Storage for FileStorage {
             Ok(data) => data >= offset.saturating_add(length),
             Err(errno) => errno == rustix::io::Errno::NXIO,
         }
+    }
+
+    fn block_size(&self) -> u64 {
+        self.direct.as_ref().map_or(SECTOR, |direct| direct.block_size)
     }
 
     fn unlock(&self) {

@@ -3,6 +3,7 @@
 //! No cursor, no seek. A write is durable after a later successful sync that began after the write ended, or at once with
 //! [`Storage::write_durable`].
 
+mod direct;
 mod file;
 mod memory;
 
@@ -51,6 +52,14 @@ pub trait Storage: Send + Sync + Debug {
 
     /// Gives the space of a range back to the file system where it can; the range then reads as zeroes.
     fn punch(&self, offset: u64, length: u64) -> io::Result<()>;
+
+    /// The first bytes of `[offset, end)` that may be something else than zeroes, as offset and length; `None` when all are
+    /// known to be zeroes without reading them.
+    ///
+    /// Storage that knows no holes holds data everywhere.
+    fn data_run(&self, offset: u64, end: u64) -> io::Result<Option<(u64, u64)>> {
+        Ok((offset < end).then(|| (offset, end - offset)))
+    }
 
     /// Drops cached pages, so that the next read shows what the disk holds.
     fn drop_cache(&self) -> io::Result<()>;

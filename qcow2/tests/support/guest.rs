@@ -1,216 +1,279 @@
-//! The guest of one image: what it asks is recorded with the times of question and answer, and judged at the end.
-
-#![allow(unreachable_pub, dead_code, reason = "part of the tests that include it")]
+//! What a guest asked of an image and was told, sector by sector: from that follows what the image may hold after a
+//! failure or a power cut.
+#![allow(unreachable_pub, reason = "part of the tests that include it")]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::io::IoSlice;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::ops::Range;
+use std::sync::Arc;
 
 use blockyard_qcow2::storage::Storage;
-use blockyard_qcow2::{Access, CreateOptions, Durability, Error, Image, Layer, Result, ZeroMode, create_on};
+use blockyard_qcow2::{Access, CompressionLevel, Durability, Error, Image, Layer, OpenOptions, Result, ZeroMode};
 
-use super::history::{Event, Flush, History, Read, SECTOR, Value, mark, sector_of, value_of};
-use super::reader::read_disk;
-use super::registers::Registers;
-use super::sim_disk::{Clock, Content, SimDisk, now};
-use super::support::over;
+use super::faulty::{Faulty, Kind};
+use super::support::pattern;
 
-/// So few tables stay in memory that those of 512-byte clusters come and go.
-const CACHE: usize = 0;
-/// The marks of the backing file and of what a reopened image held.
-const BELOW: u64 = 1 << 20;
-const BEFORE: u64 = 2 << 20;
+const SECTOR: usize = 512;
+/// Two tables of 512-byte clusters: tables come, go and come again.
+const CACHE_BYTES: usize = 1024;
 
-/// What a run works on.
-#[derive(Debug)]
-pub struct Shape {
-    /// Bytes.
-    pub cluster: usize,
-    /// Sectors of the disk, and of the backing file; 0: none.
-    pub sectors: usize,
-    pub below: usize,
-    /// Whether the image was written to and closed before.
-    pub is_reopened: bool,
-    /// Where writers meet: first sectors of small regions.
-    pub spots: &'static [usize],
+/// What each sector may read as: its value at the last flush, or anything asked for since.
+#[derive(Clone)]
+pub struct Allowed {
+    /// Of each sector, oldest first; never empty.
+    values: Vec<Vec<Vec<u8>>>,
 }
 
-impl Shape {
-    fn below_values(&self) -> Vec<Value> {
-        (0..self.below).map(|sector| mark(BELOW, sector)).collect()
+impl Allowed {
+    pub fn new(content: &[u8]) -> Self {
+        Self { values: content.chunks(SECTOR).map(|sector| vec![sector.to_vec()]).collect() }
     }
 
-    fn layer(&self, clock: &Clock) -> Option<Layer> {
-        let bytes: Vec<u8> = self.below_values().into_iter().flat_map(sector_of).collect();
-        if bytes.is_empty() {
-            return None;
+    /// What the disk reads as if nothing fails.
+    pub fn newest(&self) -> Vec<u8> {
+        self.values.iter().flat_map(|values| values.last().unwrap().iter().copied()).collect()
+    }
+
+    pub fn attempt(&mut self, offset: usize, bytes: &[u8]) {
+        let mut done = 0;
+        while done < bytes.len() {
+            let at = offset + done;
+            let piece = (SECTOR - at % SECTOR).min(bytes.len() - done);
+            let values = &mut self.values[at / SECTOR];
+            let mut next = values.last().unwrap().clone();
+            next[at % SECTOR..at % SECTOR + piece].copy_from_slice(&bytes[done..done + piece]);
+            values.push(next);
+            done += piece;
         }
-        let raw = SimDisk::new(clock.clone(), Content::default()).quiet();
-        raw.write(0, &mut [IoSlice::new(&bytes)]).unwrap();
-        Some(Layer::Raw { storage: Arc::new(raw), size: bytes.len() as u64 })
     }
 
-    /// A new image, or one that was written to and closed.
-    pub fn first_content(&self, clock: &Clock) -> Content {
-        let disk = Arc::new(SimDisk::new(clock.clone(), Content::default()).quiet());
-        let (size, cluster_size) = ((self.sectors * SECTOR) as u64, self.cluster as u32);
-        let plain = if self.below > 0 { over("below.qcow2", size) } else { CreateOptions::new(size) };
-        create_on(&*disk, &CreateOptions { cluster_size, ..plain }).unwrap();
-        if self.is_reopened {
-            let image = Image::open_on(disk.clone(), Access::ReadWrite, self.layer(clock), CACHE).unwrap();
-            for sector in self.spots.iter().flat_map(|spot| *spot..(spot + 4).min(self.sectors)) {
-                let bytes = sector_of(mark(BEFORE, sector));
-                image.write((sector * SECTOR) as u64, &bytes, Durability::OnFlush).unwrap();
-            }
-            image.close().unwrap();
+    /// The newest value of these sectors is on stable storage.
+    fn durable(&mut self, sectors: Range<usize>) {
+        for values in &mut self.values[sectors] {
+            values.drain(..values.len() - 1);
         }
-        disk.content()
     }
 
-    pub fn values_of(&self, content: &Content) -> std::result::Result<Vec<Value>, String> {
-        let below: Vec<u8> = self.below_values().into_iter().flat_map(sector_of).collect();
-        Ok(read_disk(content, &below)?.chunks(SECTOR).map(value_of).collect())
+    fn all_durable(&mut self) {
+        self.durable(0..self.values.len());
+    }
+
+    pub fn allows(&self, sector: usize, found: &[u8]) -> bool {
+        self.values[sector].iter().any(|value| value == found)
+    }
+
+    /// Whether nothing was asked of a sector since it was flushed.
+    fn is_settled(&self, sector: usize) -> bool {
+        self.values[sector].len() == 1
+    }
+
+    pub fn assert_allows(&self, disk: &[u8], context: &str) {
+        assert_eq!(disk.len(), self.newest().len(), "{context}");
+        for (sector, found) in disk.chunks(SECTOR).enumerate() {
+            assert!(self.allows(sector, found), "{context}: sector {sector} was lost or changed");
+        }
     }
 }
 
-/// One session on one disk, shared by its threads.
+/// A guest on an image whose storage fails at some point.
 pub struct Guest {
-    pub shape: &'static Shape,
-    pub clock: Clock,
-    pub image: Image,
-    disk: Arc<SimDisk>,
-    base: Content,
-    history: Mutex<History>,
-    next_id: AtomicU64,
+    pub storage: Arc<Faulty>,
+    /// The raw bytes below.
+    pub backing: Option<Arc<dyn Storage>>,
+    pub backing_bytes: u64,
+    pub compress: Option<CompressionLevel>,
+    pub image: Option<Image>,
+    pub allowed: Allowed,
+    is_closed: bool,
+    writes: u64,
 }
 
 impl Guest {
-    /// Opens the image on a disk that holds `base`; writes are numbered from `first_id` on.
-    pub fn new(
-        shape: &'static Shape,
-        clock: &Clock,
-        base: &Content,
-        first_id: u64,
-        slowness: usize,
-    ) -> std::result::Result<Arc<Self>, String> {
-        let initial = shape.values_of(base)?;
-        let mut disk = SimDisk::new(clock.clone(), base.clone());
-        disk.slowness = slowness;
-        let disk = Arc::new(disk);
-        let image = Image::open_on(disk.clone(), Access::ReadWrite, shape.layer(clock), CACHE)
-            .map_err(|error| format!("cannot be opened: {error}"))?;
-        Ok(Arc::new(Self {
-            shape,
-            clock: clock.clone(),
-            image,
-            disk,
-            base: base.clone(),
-            history: Mutex::new(History { initial, ..History::default() }),
-            next_id: AtomicU64::new(first_id),
-        }))
-    }
-
-    /// Runs an operation and records it, unless the image was closed: then nothing happened.
-    fn record(
-        &self,
-        first_sector: usize,
-        sectors: usize,
-        id: Option<u64>,
-        durability: Durability,
-        operation: impl FnOnce() -> Result<()>,
-    ) -> bool {
-        let issued = now(&self.clock);
-        match operation() {
-            Ok(()) => {}
-            Err(Error::Closed) => return false,
-            other => other.unwrap(),
+    pub fn new(storage: Arc<Faulty>, backing: Option<(Arc<dyn Storage>, u64)>, content: &[u8]) -> Self {
+        let (backing, backing_bytes) = backing.unzip();
+        let backing_bytes = backing_bytes.unwrap_or(0);
+        Self {
+            storage,
+            backing,
+            backing_bytes,
+            compress: None,
+            image: None,
+            allowed: Allowed::new(content),
+            is_closed: false,
+            writes: 0,
         }
-        let durable = durability == Durability::BeforeReply;
-        let event = Event { issued, replied: now(&self.clock), first_sector, sectors, id, durable };
-        self.history.lock().unwrap().events.push(event);
-        true
     }
 
-    /// Writes whole sectors; `false`: the image was closed.
-    pub fn write(&self, first: usize, sectors: usize, durability: Durability) -> bool {
-        let id = self.next_id.fetch_add(1, Ordering::SeqCst);
-        let data: Vec<u8> = (first..first + sectors).flat_map(|sector| sector_of(mark(id, sector))).collect();
-        let write = || self.image.write((first * SECTOR) as u64, &data, durability);
-        self.record(first, sectors, Some(id), durability, write)
+    pub fn open_on(&self, storage: Arc<dyn Storage>) -> Result<Image> {
+        let raw = |storage: &Arc<dyn Storage>| Layer::Raw { storage: storage.clone(), size: self.backing_bytes };
+        let access = Access::ReadWrite;
+        let options = OpenOptions { cache_bytes: CACHE_BYTES, compress: self.compress, ..OpenOptions::new(access) };
+        Image::open_on_with(storage, self.backing.as_ref().map(raw), &options)
     }
 
-    pub fn zero(&self, first: usize, sectors: usize, mode: ZeroMode, durability: Durability) -> bool {
-        let (offset, length) = ((first * SECTOR) as u64, (sectors * SECTOR) as u64);
-        self.record(first, sectors, None, durability, || self.image.zero(offset, length, mode, durability))
-    }
-
-    /// Discards; what is promised concerns the whole clusters inside.
-    pub fn discard(&self, first: usize, sectors: usize, durability: Durability) -> bool {
-        let (offset, length) = ((first * SECTOR) as u64, (sectors * SECTOR) as u64);
-        let (per_cluster, end) = (self.shape.cluster / SECTOR, first + sectors);
-        let end = if end == self.shape.sectors { end } else { end / per_cluster * per_cluster };
-        let start = first.next_multiple_of(per_cluster).min(end);
-        self.record(start, end - start, None, durability, || self.image.discard(offset, length, durability))
-    }
-
-    pub fn flush(&self) -> bool {
-        let issued = now(&self.clock);
-        match self.image.flush() {
-            Err(Error::Closed) => return false,
-            other => other.unwrap(),
-        }
-        self.history.lock().unwrap().flushes.push(Flush { issued, replied: now(&self.clock) });
-        true
-    }
-
-    pub fn read(&self, first_sector: usize, sectors: usize) -> bool {
-        let mut bytes = vec![0; sectors * SECTOR];
-        let issued = now(&self.clock);
-        match self.image.read((first_sector * SECTOR) as u64, &mut bytes) {
-            Err(Error::Closed) => return false,
-            other => other.unwrap(),
-        }
-        let values = bytes.chunks(SECTOR).map(value_of).collect();
-        let read = Read { issued, replied: now(&self.clock), first_sector, values };
-        self.history.lock().unwrap().reads.push(read);
-        true
-    }
-
-    /// Closes; the image must then be clean, and read as its history allows.
-    pub fn close(&self) -> std::result::Result<(), String> {
-        let issued = now(&self.clock);
-        self.image.close().map_err(|error| format!("cannot be closed: {error}"))?;
-        let mut history = self.history.lock().unwrap();
-        history.flushes.push(Flush { issued, replied: now(&self.clock) });
-        let report = self.image.check().map_err(|error| error.to_string())?;
-        if !report.is_clean() {
-            return Err(format!("closed, and not clean: {report:?}"));
-        }
-        let values = self.shape.values_of(&self.disk.content())?;
-        history.reads.push(Read { issued: now(&self.clock), replied: now(&self.clock), first_sector: 0, values });
+    pub fn open(&mut self) -> Result<()> {
+        self.image = None;
+        self.image = Some(self.open_on(self.storage.clone())?);
+        self.is_closed = false;
         Ok(())
     }
 
-    pub fn content(&self) -> Content {
-        self.disk.content()
+    /// The image; [`Error::Closed`] when there is none any more.
+    pub fn image(&self) -> Result<&Image> {
+        self.image.as_ref().ok_or(Error::Closed)
     }
 
-    /// Drops the image, as a crash would, and judges every crash on the way and every read. Returns the number of crash
-    /// points, and what the disk may have held at each of them.
-    pub fn judge(self: Arc<Self>) -> std::result::Result<(usize, Registers), String> {
-        let Some(guest) = Arc::into_inner(self) else { return Err("a thread still holds the image".into()) };
-        drop(guest.image);
-        let calls = guest.disk.calls();
-        if let Some((start, end)) = guest.disk.collisions().first() {
-            return Err(format!("two writes of {start}..{end} were under way together"));
+    fn has_lost_something(&self) -> bool {
+        self.storage.failures().iter().any(|failure| failure.kind.is_change())
+    }
+
+    fn settle(&mut self, offset: usize, length: usize, durability: Durability) {
+        if durability == Durability::BeforeReply {
+            self.allowed.durable(offset / SECTOR..(offset + length).div_ceil(SECTOR));
         }
-        let registers = Registers::new(&guest.base, &calls);
-        let history = guest.history.into_inner().unwrap();
-        let (moments, fault) = registers.judge(&calls, &history, &guest.shape.below_values());
-        match fault {
-            Some(fault) => Err(fault),
-            None => Ok((moments, registers)),
+    }
+
+    pub fn write(&mut self, offset: usize, length: usize, durability: Durability) -> Result<()> {
+        self.writes += 1;
+        let data = pattern(self.writes, length);
+        self.write_bytes(offset, &data, durability)
+    }
+
+    /// Bytes that compress well, other ones each time.
+    pub fn write_even(&mut self, offset: usize, length: usize, durability: Durability) -> Result<()> {
+        self.writes += 1;
+        let data = vec![self.writes as u8; length];
+        self.write_bytes(offset, &data, durability)
+    }
+
+    fn write_bytes(&mut self, offset: usize, data: &[u8], durability: Durability) -> Result<()> {
+        self.allowed.attempt(offset, data);
+        self.image()?.write(offset as u64, data, durability)?;
+        self.settle(offset, data.len(), durability);
+        Ok(())
+    }
+
+    pub fn zero(&mut self, offset: usize, length: usize, mode: ZeroMode, durability: Durability) -> Result<()> {
+        self.allowed.attempt(offset, &vec![0; length]);
+        self.image()?.zero(offset as u64, length as u64, mode, durability)?;
+        self.settle(offset, length, durability);
+        Ok(())
+    }
+
+    /// Whole clusters only.
+    pub fn discard(&mut self, offset: usize, length: usize) -> Result<()> {
+        self.allowed.attempt(offset, &vec![0; length]);
+        self.image()?.discard(offset as u64, length as u64, Durability::OnFlush)
+    }
+
+    /// A success after a failed change would be a lie.
+    pub fn flush(&mut self) -> Result<()> {
+        let had_failed = self.has_lost_something();
+        self.image()?.flush()?;
+        assert!(!had_failed, "a flush succeeded although a write or sync had failed");
+        self.allowed.all_durable();
+        Ok(())
+    }
+
+    pub fn read_all(&self) -> Result<()> {
+        let newest = self.allowed.newest();
+        let mut found = vec![0xee; newest.len()];
+        self.image()?.read(0, &mut found)?;
+        assert!(found == newest, "a read returned something else than what was written");
+        Ok(())
+    }
+
+    pub fn close(&mut self) -> Result<()> {
+        self.is_closed = true;
+        self.image()?.close()?;
+        assert!(!self.has_lost_something(), "a close succeeded although a write or sync had failed");
+        self.allowed.all_durable();
+        Ok(())
+    }
+
+    pub fn reopen(&mut self) -> Result<()> {
+        self.close()?;
+        self.open()
+    }
+
+    /// As after a crash of the process: nobody closed the image.
+    pub fn reopen_unclosed(&mut self) -> Result<()> {
+        self.flush()?;
+        self.image = None;
+        self.open()
+    }
+
+    /// After a failure that poisoned: for good, everything that could lose something is refused, and what was flushed can
+    /// be read.
+    pub fn assert_poisoned(&self, context: &str) {
+        // Once closed, well or not, it refuses everything.
+        let Some(image) = self.image.as_ref().filter(|_| !self.is_closed) else { return };
+        let newest = self.allowed.newest();
+        for round in 0..2 {
+            for refused in [
+                image.write(0, &[1], Durability::OnFlush),
+                image.write(512, &[1; 512], Durability::BeforeReply),
+                image.zero(0, 512, ZeroMode::Keep, Durability::OnFlush),
+                image.zero(0, 512, ZeroMode::Unmap, Durability::BeforeReply),
+                image.discard(0, 512, Durability::OnFlush),
+                image.flush(),
+            ] {
+                assert!(matches!(refused, Err(Error::Poisoned { .. })), "{context}, round {round}: {refused:?}");
+            }
+        }
+        for sector in 0..newest.len() / SECTOR {
+            let mut found = [0xee; SECTOR];
+            match image.read((sector * SECTOR) as u64, &mut found) {
+                Ok(()) => assert!(self.allowed.allows(sector, &found), "{context}: sector {sector} reads as garbage"),
+                Err(error) => {
+                    // With payload that could not be stored, this session loses what it kept of the cluster around it.
+                    let cluster = image.cluster_size() as usize / SECTOR;
+                    let first = sector / cluster * cluster;
+                    let mut around = first..(first + cluster).min(newest.len() / SECTOR);
+                    let is_settled = around.all(|sector| self.allowed.is_settled(sector));
+                    assert!(!is_settled, "{context}: flushed sector {sector}: {error}");
+                }
+            }
+        }
+        assert!(matches!(image.close(), Err(Error::Poisoned { .. })), "{context}: closed");
+    }
+
+    /// After a failure that changed nothing: reads show one of the allowed values.
+    pub fn read_after_failure(&self, context: &str) {
+        let mut found = self.allowed.newest();
+        self.image.as_ref().unwrap().read(0, &mut found).unwrap();
+        self.allowed.assert_allows(&found, context);
+    }
+
+    /// The error of a failed workload is about the call that failed, or says that an earlier one did.
+    pub fn assert_right_error(&self, error: &Error, context: &str) {
+        let failures = self.storage.failures();
+        let is_one_of = |right: &dyn Fn(Kind) -> bool| failures.iter().any(|failure| right(failure.kind));
+        match error {
+            Error::Io { operation, offset, source } => {
+                let is_it = |kind| match kind {
+                    Kind::Read => *operation == "read",
+                    Kind::Write | Kind::WriteDurable => *operation == "write",
+                    Kind::Sync => *operation == "fdatasync",
+                    Kind::Length => *operation == "fstat",
+                    Kind::SetLength => *operation == "ftruncate",
+                    Kind::Reserve => *operation == "fallocate",
+                    Kind::DropCache => *operation == "fadvise",
+                    Kind::Punch => false,
+                };
+                // Payload that was acknowledged and could not be stored cannot be read any more.
+                let is_lost = *operation == "read" && source.raw_os_error().is_none() && is_one_of(&Kind::is_change);
+                let found = is_lost
+                    || failures.iter().any(|failure| {
+                        let same_errno = source.raw_os_error() == Some(failure.errno as i32);
+                        // A read names where it failed.
+                        let same_place = failure.kind != Kind::Read || failure.offset == *offset;
+                        is_it(failure.kind) && same_errno && same_place
+                    });
+                assert!(found, "{context}: {error} does not say what failed: {failures:?}");
+            }
+            Error::NoSpace { .. } => assert!(is_one_of(&|kind| kind == Kind::Reserve), "{context}: {error}"),
+            Error::Poisoned { .. } => assert!(is_one_of(&Kind::is_change), "{context}: {error}"),
+            other => unreachable!("{context}: not the error of a failed call: {other}"),
         }
     }
 }

@@ -4,7 +4,7 @@
 //! random subsets; one of the kept writes torn at 512 bytes or at 4 KiB; lengths that came without their data. What a failed
 //! sync should have covered stays in doubt for good.
 
-#![allow(unreachable_pub, reason = "part of the tests that include it")]
+#![allow(unreachable_pub, dead_code, reason = "part of the tests that include it")]
 
 use super::sim_disk::{Call, Change, Content};
 

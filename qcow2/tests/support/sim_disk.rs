@@ -255,11 +255,17 @@ impl Storage for SimDisk {
     }
 
     fn write(&self, offset: u64, slices: &mut [IoSlice<'_>]) -> io::Result<()> {
+        if slices.iter().all(|slice| slice.is_empty()) {
+            return Ok(());
+        }
         self.change(Change::Write { offset, bytes: gather(slices) }, false);
         Ok(())
     }
 
     fn write_durable(&self, offset: u64, slices: &mut [IoSlice<'_>]) -> io::Result<()> {
+        if slices.iter().all(|slice| slice.is_empty()) {
+            return Ok(());
+        }
         self.change(Change::Write { offset, bytes: gather(slices) }, true);
         Ok(())
     }

@@ -1,0 +1,258 @@
+//! The contract of [`Storage`], the same for every implementation: what the engine may rely on, and nothing more.
+//!
+//! A new implementation, or a new way to open one, gets a line in [`every_kind`].
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(dead_code, reason = "nothing fails or crashes here: only storage that does its work is needed")]
+
+#[path = "support/faulty.rs"]
+mod faulty;
+#[path = "support/quota.rs"]
+mod quota;
+#[path = "support/sim_disk.rs"]
+mod sim_disk;
+mod support;
+#[path = "support/volatile_disk.rs"]
+mod volatile_disk;
+
+use std::collections::HashSet;
+use std::fs::{File, OpenOptions};
+use std::io::IoSlice;
+use std::path::Path;
+use std::sync::Arc;
+
+use blockyard_qcow2::storage::{FileStorage, MemoryStorage, Reservation, Storage};
+use faulty::Faulty;
+use quota::Quota;
+use sim_disk::{Content, SimDisk};
+use support::{folder, join, pattern};
+use volatile_disk::VolatileDisk;
+
+/// An empty file and two handles on it.
+type Pair = (Arc<dyn Storage>, Arc<dyn Storage>);
+
+fn twice(storage: impl Storage + 'static) -> Pair {
+    let storage = Arc::new(storage);
+    (storage.clone(), storage)
+}
+
+/// Two open file descriptions of one new file.
+fn on_file(path: &Path, storage: impl Fn(File) -> FileStorage) -> Pair {
+    let open = || OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).unwrap();
+    let _ = std::fs::remove_file(path);
+    (Arc::new(storage(open())), Arc::new(storage(open())))
+}
+
+/// The name of an implementation, and how an empty one is made at a path that is its own.
+type Implementation = (&'static str, fn(&Path) -> Pair);
+
+fn every_kind() -> Vec<Implementation> {
+    vec![
+        ("file", |path| on_file(path, FileStorage::new)),
+        ("memory", |_| twice(MemoryStorage::new())),
+        ("simulated disk", |_| twice(SimDisk::new(Arc::default(), Content::default()))),
+        ("volatile disk", |_| twice(VolatileDisk::default())),
+        ("faulty", |_| twice(Faulty::new(Arc::new(MemoryStorage::new()), &[]))),
+        ("quota", |_| twice(Quota::new(Arc::new(MemoryStorage::new()), HashSet::new(), 1 << 20, true))),
+        ("quota without reservation", |_| {
+            twice(Quota::new(Arc::new(MemoryStorage::new()), HashSet::new(), 1 << 20, false))
+        }),
+    ]
+}
+
+/// Runs one rule against every implementation.
+fn for_every_kind(rule: impl Fn(&str, &dyn Storage, &dyn Storage)) {
+    let folder = folder();
+    for (name, make) in every_kind() {
+        let (storage, other) = make(&join(&folder, "storage"));
+        rule(name, &*storage, &*other);
+    }
+}
+
+fn put(storage: &dyn Storage, offset: u64, bytes: &[u8]) {
+    storage.write(offset, &mut [IoSlice::new(bytes)]).unwrap();
+}
+
+/// Reads into memory that begins at an odd address and holds something else before.
+fn get(storage: &dyn Storage, offset: u64, length: usize) -> Vec<u8> {
+    let mut memory = vec![0xee; length + 1];
+    storage.read(offset, &mut memory[1..]).unwrap();
+    memory.split_off(1)
+}
+
+#[test]
+fn what_was_written_is_read_at_any_offset_length_and_address() {
+    for_every_kind(|name, storage, _| {
+        let mut model = vec![0; 40_000];
+        let sizes = [1, 2, 511, 512, 513, 4095, 4096, 4097, 9000];
+        for (number, (offset, length)) in [0, 1, 511, 512, 513, 4095, 4096, 4097, 8191, 12_288, 20_001]
+            .into_iter()
+            .zip(sizes.into_iter().cycle())
+            .enumerate()
+        {
+            let memory = pattern(number as u64, length + 3);
+            // Memory at every small misalignment too.
+            let data = &memory[number % 4..number % 4 + length];
+            if number % 3 == 2 {
+                storage.write_durable(offset as u64, &mut [IoSlice::new(data)]).unwrap();
+            } else {
+                put(storage, offset as u64, data);
+            }
+            model[offset..offset + length].copy_from_slice(data);
+            for (offset, length) in [(offset, length), (offset + 1, length), (offset.saturating_sub(3), 7)] {
+                let found = get(storage, offset as u64, length);
+                assert!(found == model[offset..offset + length], "{name}: {length} at {offset}");
+            }
+        }
+        assert!(get(storage, 0, model.len()) == model, "{name}");
+    });
+}
+
+#[test]
+fn a_write_past_the_end_extends_and_leaves_a_hole_of_zeroes() {
+    for_every_kind(|name, storage, _| {
+        assert_eq!(storage.length().unwrap(), 0, "{name}");
+        put(storage, 10_001, b"abc");
+        assert_eq!(storage.length().unwrap(), 10_004, "{name}");
+        assert!(get(storage, 0, 10_001).iter().all(|byte| *byte == 0), "{name}");
+        assert_eq!(get(storage, 10_001, 3), b"abc", "{name}");
+        put(storage, 5000, b"x");
+        assert_eq!(storage.length().unwrap(), 10_004, "{name}: a write before the end leaves the length");
+        storage.write(30_000, &mut []).unwrap();
+        storage.write(30_000, &mut [IoSlice::new(b"")]).unwrap();
+        assert_eq!(storage.length().unwrap(), 10_004, "{name}: nothing was written");
+        storage.write_durable(20_000, &mut [IoSlice::new(b"yz")]).unwrap();
+        assert_eq!(storage.length().unwrap(), 20_002, "{name}");
+    });
+}
+
+#[test]
+fn reads_past_the_end_are_zeroes() {
+    for_every_kind(|name, storage, _| {
+        assert_eq!(get(storage, 0, 5000), vec![0; 5000], "{name}: empty");
+        put(storage, 0, &[7; 700]);
+        let mut expected = vec![7; 100];
+        expected.resize(9000, 0);
+        assert!(get(storage, 600, 9000) == expected, "{name}: across the end");
+        assert_eq!(get(storage, 700, 10), [0; 10], "{name}: at the end");
+        assert_eq!(get(storage, 1 << 40, 10), [0; 10], "{name}: far behind it");
+        assert_eq!(get(storage, 3, 0), [0; 0], "{name}: nothing");
+        assert_eq!(storage.length().unwrap(), 700, "{name}");
+    });
+}
+
+#[test]
+fn what_a_length_cuts_off_does_not_come_back() {
+    for_every_kind(|name, storage, _| {
+        put(storage, 0, &[9; 20_000]);
+        storage.set_length(5001).unwrap();
+        assert_eq!(storage.length().unwrap(), 5001, "{name}");
+        assert_eq!(get(storage, 5000, 2), [9, 0], "{name}");
+        storage.set_length(20_000).unwrap();
+        assert_eq!(storage.length().unwrap(), 20_000, "{name}");
+        let mut expected = vec![9; 5001];
+        expected.resize(20_000, 0);
+        assert!(get(storage, 0, 20_000) == expected, "{name}");
+        storage.set_length(0).unwrap();
+        assert_eq!(get(storage, 0, 100), [0; 100], "{name}");
+    });
+}
+
+#[test]
+fn two_handles_see_each_other() {
+    for_every_kind(|name, storage, other| {
+        put(storage, 100, b"one");
+        assert_eq!(get(other, 100, 3), b"one", "{name}");
+        put(other, 101, b"two");
+        assert_eq!(get(storage, 100, 4), b"otwo", "{name}");
+        other.set_length(50).unwrap();
+        assert_eq!((storage.length().unwrap(), get(storage, 100, 3)), (50, vec![0; 3]), "{name}");
+        storage.sync_data().unwrap();
+        other.sync_data().unwrap();
+    });
+}
+
+#[test]
+fn many_slices_are_one_write() {
+    for_every_kind(|name, storage, _| {
+        let mut random = fastrand::Rng::with_seed(3);
+        // More than the kernel takes in one call, of odd lengths, some empty.
+        let pieces: Vec<Vec<u8>> = (0..2500).map(|number| pattern(number, random.usize(..40))).collect();
+        let whole: Vec<u8> = pieces.concat();
+        for offset in [0u64, 4096, 777] {
+            let mut slices: Vec<IoSlice<'_>> = pieces.iter().map(|piece| IoSlice::new(piece)).collect();
+            storage.write(offset, &mut slices).unwrap();
+            assert!(get(storage, offset, whole.len()) == whole, "{name} at {offset}");
+            let mut slices: Vec<IoSlice<'_>> = pieces.iter().rev().map(|piece| IoSlice::new(piece)).collect();
+            storage.write_durable(offset, &mut slices).unwrap();
+            let reversed: Vec<u8> = pieces.iter().rev().flatten().copied().collect();
+            assert!(get(storage, offset, whole.len()) == reversed, "{name} at {offset}, durable");
+            storage.set_length(0).unwrap();
+        }
+    });
+}
+
+#[test]
+fn a_reservation_moves_the_length_or_says_that_it_cannot() {
+    for_every_kind(|name, storage, _| {
+        put(storage, 0, &[5; 1000]);
+        match storage.reserve(1000, 9000).unwrap() {
+            Reservation::Done => assert_eq!(storage.length().unwrap(), 10_000, "{name}"),
+            Reservation::Unsupported => assert_eq!(storage.length().unwrap(), 1000, "{name}"),
+        }
+        let length = storage.length().unwrap();
+        assert_eq!(get(storage, 0, 1000), [5; 1000], "{name}");
+        assert!(get(storage, 1000, 9000).iter().all(|byte| *byte == 0), "{name}");
+        storage.reserve(200, 300).unwrap();
+        assert_eq!(storage.length().unwrap(), length, "{name}: a reservation never cuts");
+        assert_eq!(get(storage, 0, 1000), [5; 1000], "{name}: nor does it change what is there");
+        put(storage, 5000, b"in reserved space");
+        assert_eq!(get(storage, 5000, 17), b"in reserved space", "{name}");
+    });
+}
+
+#[test]
+fn punched_space_reads_as_zeroes_and_the_length_stays() {
+    for_every_kind(|name, storage, _| {
+        let mut model = pattern(8, 30_000);
+        put(storage, 0, &model);
+        for (offset, length) in [(4096, 8192), (20_001, 777), (29_000, 5000), (100_000, 4096)] {
+            storage.punch(offset, length).unwrap();
+            let (start, end) = ((offset as usize).min(model.len()), ((offset + length) as usize).min(model.len()));
+            model[start..end].fill(0);
+            assert!(get(storage, 0, model.len()) == model, "{name}: {length} at {offset}");
+            assert_eq!(storage.length().unwrap(), 30_000, "{name}");
+        }
+    });
+}
+
+#[test]
+fn dropping_the_cache_changes_nothing_that_was_synced() {
+    for_every_kind(|name, storage, _| {
+        let data = pattern(4, 70_000);
+        put(storage, 123, &data);
+        storage.sync_data().unwrap();
+        storage.drop_cache().unwrap();
+        assert!(get(storage, 123, data.len()) == data, "{name}");
+    });
+}
+
+#[test]
+fn threads_may_write_and_read_side_by_side() {
+    for_every_kind(|name, storage, other| {
+        let share = 64 * 1024;
+        std::thread::scope(|scope| {
+            for thread in 0..4u64 {
+                let storage = if thread % 2 == 0 { storage } else { other };
+                scope.spawn(move || {
+                    for round in 0..20u8 {
+                        let data = vec![round + 1; share];
+                        put(storage, thread * share as u64, &data);
+                        assert!(get(storage, thread * share as u64, share) == data);
+                    }
+                });
+            }
+        });
+        assert!(get(storage, 0, 4 * share).iter().all(|byte| *byte == 20), "{name}");
+        assert!(storage.block_size().is_power_of_two(), "{name}");
+    });
+}

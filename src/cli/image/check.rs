@@ -1,0 +1,98 @@
+//! `blockyard image check` and `repair`: whether an image is whole, and making it so.
+
+use std::path::{Path, PathBuf};
+
+use blockyard_qcow2::{self as qcow2, CheckReport};
+use clap::Args;
+use serde_json::{Value, json};
+
+use crate::cli::size::readable;
+use crate::cli::{CliError, Exit, Output};
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct Check {
+    /// The image, which nobody may be writing to. What lies below is not looked at.
+    image: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct Repair {
+    /// The image, which nobody may be using.
+    image: PathBuf,
+}
+
+pub(super) fn run(check: &Check, output: &Output) -> Result<Exit, CliError> {
+    let report = qcow2::check(&check.image)?;
+    output.answer(&document(&check.image, &report), |_| describe(&check.image, &report))?;
+    Ok(exit(&report))
+}
+
+pub(super) fn run_repair(repair: &Repair, output: &Output) -> Result<Exit, CliError> {
+    let image = &repair.image;
+    let before = qcow2::repair(image)?;
+    let after = qcow2::check(image)?;
+    let document = json!({
+        "image": image, "repaired": !before.is_clean(), "before": document(image, &before),
+        "after": document(image, &after),
+    });
+    output.done(&document, |_| {
+        if before.is_clean() {
+            return format!("{} is clean; nothing was changed", image.display());
+        }
+        let closed = if before.dirty { ", not closed" } else { "" };
+        let found = format!("found {} errors, {} leaks{closed}", before.errors, before.leaks);
+        let now = if after.is_clean() { "is clean now" } else { "is still not clean" };
+        format!("{found}\n{} {now}", image.display())
+    })?;
+    Ok(exit(&after))
+}
+
+/// As `qemu-img check` exits; what was not closed wants the same repair as leaks do.
+fn exit(report: &CheckReport) -> Exit {
+    match report {
+        CheckReport { errors: 1.., .. } => Exit::Usage,
+        report if report.is_clean() => Exit::Ok,
+        _ => Exit::Warnings,
+    }
+}
+
+fn document(image: &Path, report: &CheckReport) -> Value {
+    json!({
+        "image": image,
+        "format": "qcow2",
+        "clean": report.is_clean(),
+        "dirty": report.dirty,
+        "errors": report.errors,
+        "leaks": report.leaks,
+        "total_clusters": report.total_clusters,
+        "allocated_clusters": report.allocated_clusters,
+        "compressed_clusters": report.compressed_clusters,
+        "fragmented_clusters": report.fragmented_clusters,
+        "image_end_bytes": report.image_end,
+        "details": report.details,
+    })
+}
+
+fn describe(image: &Path, report: &CheckReport) -> String {
+    let mut lines = vec![
+        format!("image:         {}", image.display()),
+        format!("errors:        {}", report.errors),
+        format!("leaks:         {} clusters", report.leaks),
+        format!("allocated:     {} of {} clusters", report.allocated_clusters, report.total_clusters),
+        format!("compressed:    {} clusters", report.compressed_clusters),
+        format!("fragmented:    {} clusters", report.fragmented_clusters),
+        format!("end of image:  {} ({} bytes)", readable(report.image_end), report.image_end),
+    ];
+    lines.extend(report.details.iter().map(|detail| format!("error:         {detail}")));
+    lines.push(match report {
+        report if report.is_clean() => "state:         clean".into(),
+        CheckReport { dirty: true, .. } => {
+            "state:         dirty: it was not closed, and its refcounts mean nothing until it is repaired (blockyard image \
+             repair); what was flushed is intact"
+                .into()
+        }
+        CheckReport { errors: 0, .. } => "state:         leaks cost space only; blockyard image repair gives it back".into(),
+        _ => "state:         damaged; blockyard image repair sets right what can be known for certain".into(),
+    });
+    lines.join("\n")
+}

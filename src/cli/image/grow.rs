@@ -1,0 +1,35 @@
+//! `blockyard image grow`: a larger disk.
+
+use std::path::PathBuf;
+
+use blockyard_qcow2::{Access, Image};
+use clap::Args;
+use serde_json::json;
+
+use super::Below;
+use crate::cli::size::{Size, readable};
+use crate::cli::{CliError, Exit, Output};
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct Grow {
+    /// The image, which nobody may be using.
+    image: PathBuf,
+    /// New virtual size, such as 80G: a multiple of 512 bytes, not below the present one. What is new reads as zeroes.
+    #[arg(long)]
+    size: Size,
+    #[command(flatten)]
+    below: Below,
+}
+
+pub(super) fn run(grow: &Grow, output: &Output) -> Result<Exit, CliError> {
+    let (path, options) = grow.below.options(&grow.image, Access::ReadWrite)?;
+    let image = Image::open(&path, &options)?;
+    let before = image.size();
+    image.grow(grow.size.0)?;
+    image.close()?;
+    let document = json!({"image": grow.image, "size_bytes": grow.size.0, "size_bytes_before": before});
+    output.done(&document, |_| {
+        format!("{} has {} now ({} before)", grow.image.display(), readable(grow.size.0), readable(before))
+    })?;
+    Ok(Exit::Ok)
+}
