@@ -177,6 +177,12 @@ fn write_image(storage: &dyn Storage, mut header: Header, preallocation: Preallo
     });
     let empty = RefcountTable::default();
     let (table, end) = refcounts::set(storage, geometry, header.refcount_width, empty, &mut counts, body)?;
+    // The first flush will write into the L1, and must not be the one to find that the disk is full.
+    let tables_end = header.l1_offset + geometry.round_up(u64::from(header.l1_entries) * ENTRY);
+    if let Err(source) = storage.reserve(0, tables_end) {
+        let error = Error::Io { operation: "fallocate", offset: 0, source };
+        return Err(if error.is_no_space() { Error::NoSpace { offset: 0, length: tables_end } } else { error });
+    }
     storage.set_length(end).map_err(Error::io("ftruncate", end))?;
     storage.sync_data().map_err(Error::io("fdatasync", 0))?;
 

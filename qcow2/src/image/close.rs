@@ -53,6 +53,8 @@ impl Image {
         // A dirty image that nobody wrote to is made whole all the same.
         self.session_alone()?;
         self.flush_changes()?;
+        // A write that failed midway may have left payload that no change counts: nobody may write it past the end later.
+        self.write_behind.drain(self.write_behind.last_id())?;
         self.set_refcounts(rebuild).map_err(|error| self.poison.by(error))
     }
 

@@ -106,8 +106,10 @@ impl Epoch<'_> {
     }
 
     fn state(&self, fate: &Fate<'_>, latest: u64, random: &mut fastrand::Rng) -> CrashState {
-        let last = (0..self.pending.len()).rev().find(|index| (fate.kept)(*index));
-        let earliest = last.map_or(self.since, |last| self.pending[last].started).max(self.since);
+        // Calls are listed by their ends, and overlap: the last one kept need not be the last that had begun.
+        let begun =
+            (0..self.pending.len()).filter(|index| (fate.kept)(*index)).map(|index| self.pending[index].started);
+        let earliest = begun.max().unwrap_or(self.since).max(self.since);
         let mut content = self.durable.clone();
         let mut bound = latest;
         for (index, call) in self.pending.iter().enumerate() {
