@@ -202,6 +202,24 @@ mod tests {
     }
 
     #[test]
+    fn a_zstd_cluster_may_have_several_frames_but_no_huge_window() {
+        let cluster = tempting(65_536).pop().unwrap();
+        let frame = |bytes: &[u8], window_log| {
+            // Streamed, so that the frame states its window and not the size of its content.
+            let mut encoder = zstd::stream::Encoder::new(Vec::new(), 1).unwrap();
+            encoder.window_log(window_log).unwrap();
+            std::io::Write::write_all(&mut encoder, bytes).unwrap();
+            encoder.finish().unwrap()
+        };
+        let mut back = vec![0; 65_536];
+        let two = [frame(&cluster[..1000], 20), frame(&cluster[1000..], ZSTD_WINDOW_LOG_MAX)].concat();
+        Compression::Zstd.inflate(&two, &mut back).unwrap();
+        assert!(back == cluster);
+        let huge = frame(&cluster, ZSTD_WINDOW_LOG_MAX + 1);
+        assert!(Compression::Zstd.inflate(&huge, &mut back).is_err());
+    }
+
+    #[test]
     fn noise_is_not_compressed() {
         let noise: Vec<u8> = std::iter::repeat_with(|| fastrand::u8(..)).take(65_536).collect();
         for compression in [Compression::Deflate, Compression::Zstd] {

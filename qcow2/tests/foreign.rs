@@ -279,6 +279,7 @@ fn qemu_is_refused_while_we_hold_an_image_for_writing() {
     assert!(String::from_utf8_lossy(&refused.stderr).contains("lock"), "{refused:?}");
     let second = Image::open(&path, &OpenOptions::new(Access::ReadOnly));
     assert!(matches!(second, Err(Error::Locked { .. })), "{second:?}");
+    assert_eq!(blockyard_qcow2::info(&path).unwrap().size, MIB, "the facts of a header need no lock");
     image.close().unwrap();
     succeed("qemu-img", &["check", "-q", "-f", "qcow2", text(&path)]);
 }
