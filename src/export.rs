@@ -10,7 +10,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use blockyard_nbd as nbd;
 use blockyard_qcow2::{self as qcow2, AsyncImage, ExtentKind, ZeroMode};
-pub use blockyard_qcow2::{Access, OpenOptions};
+pub use blockyard_qcow2::{Access, Caching, OpenOptions};
 
 pub mod gate;
 pub mod meter;

@@ -73,9 +73,13 @@ impl Layer {
                 let size = storage.length().map_err(Error::io("fstat", 0))?;
                 Ok(Self::Raw { storage: Arc::new(storage), size })
             }
-            BackingFormat::Qcow2 => {
-                Ok(Self::Image(Box::new(Image::open_file(file, &path, Access::ReadOnly, chain, cache_bytes)?)))
-            }
+            BackingFormat::Qcow2 => Ok(Self::Image(Box::new(Image::open_file(
+                FileStorage::new(file),
+                &path,
+                Access::ReadOnly,
+                chain,
+                cache_bytes,
+            )?))),
         }
     }
 

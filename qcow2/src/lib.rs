@@ -76,7 +76,7 @@ pub use disk::Disk;
 pub use error::{Error, Result};
 pub use flatten::{Flattened, Target, flatten};
 pub use format::header::{Backing, BackingFormat};
-pub use image::{Durability, Extent, ExtentKind, Identical, Image, OpenOptions, ZeroMode};
+pub use image::{Caching, Durability, Extent, ExtentKind, Identical, Image, OpenOptions, ZeroMode};
 pub use info::{ImageInfo, info, info_on};
 pub use lock::Access;
 pub use progress::{Progress, Watch};

@@ -6,6 +6,8 @@
 
 #[path = "support/faulty.rs"]
 mod faulty;
+#[path = "support/privileged.rs"]
+mod privileged;
 #[path = "support/quota.rs"]
 mod quota;
 #[path = "support/sim_disk.rs"]
@@ -21,10 +23,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use blockyard_qcow2::storage::{FileStorage, MemoryStorage, Reservation, Storage};
+use blockyard_qcow2::{self as qcow2, Access, Caching, CreateOptions, Durability, Image, create};
 use faulty::Faulty;
+use privileged::Mounted;
 use quota::Quota;
 use sim_disk::{Content, SimDisk};
-use support::{folder, join, pattern};
+use support::{assert_clean, folder, join, pattern};
 use volatile_disk::VolatileDisk;
 
 /// An empty file and two handles on it.
@@ -48,6 +52,7 @@ type Implementation = (&'static str, fn(&Path) -> Pair);
 fn every_kind() -> Vec<Implementation> {
     vec![
         ("file", |path| on_file(path, FileStorage::new)),
+        ("file, around the page cache", |path| on_file(path, FileStorage::direct)),
         ("memory", |_| twice(MemoryStorage::new())),
         ("simulated disk", |_| twice(SimDisk::new(Arc::default(), Content::default()))),
         ("volatile disk", |_| twice(VolatileDisk::default())),
@@ -70,6 +75,15 @@ fn for_every_kind(rule: impl Fn(&str, &dyn Storage, &dyn Storage)) {
 
 fn put(storage: &dyn Storage, offset: u64, bytes: &[u8]) {
     storage.write(offset, &mut [IoSlice::new(bytes)]).unwrap();
+}
+
+/// Around the page cache a write ends with a block of the device.
+fn assert_ends_at(storage: &dyn Storage, length: u64, context: &str) {
+    let found = storage.length().unwrap();
+    assert!(
+        (length..=length.next_multiple_of(storage.block_size())).contains(&found),
+        "{context}: {found}, not {length}"
+    );
 }
 
 /// Reads into memory that begins at an odd address and holds something else before.
@@ -112,16 +126,16 @@ fn a_write_past_the_end_extends_and_leaves_a_hole_of_zeroes() {
     for_every_kind(|name, storage, _| {
         assert_eq!(storage.length().unwrap(), 0, "{name}");
         put(storage, 10_001, b"abc");
-        assert_eq!(storage.length().unwrap(), 10_004, "{name}");
+        assert_ends_at(storage, 10_004, &format!("{name}: "));
         assert!(get(storage, 0, 10_001).iter().all(|byte| *byte == 0), "{name}");
         assert_eq!(get(storage, 10_001, 3), b"abc", "{name}");
         put(storage, 5000, b"x");
-        assert_eq!(storage.length().unwrap(), 10_004, "{name}: a write before the end leaves the length");
+        assert_ends_at(storage, 10_004, &format!("{name}: a write before the end leaves the length"));
         storage.write(30_000, &mut []).unwrap();
         storage.write(30_000, &mut [IoSlice::new(b"")]).unwrap();
-        assert_eq!(storage.length().unwrap(), 10_004, "{name}: nothing was written");
+        assert_ends_at(storage, 10_004, &format!("{name}: nothing was written"));
         storage.write_durable(20_000, &mut [IoSlice::new(b"yz")]).unwrap();
-        assert_eq!(storage.length().unwrap(), 20_002, "{name}");
+        assert_ends_at(storage, 20_002, &format!("{name}: "));
     });
 }
 
@@ -136,7 +150,7 @@ fn reads_past_the_end_are_zeroes() {
         assert_eq!(get(storage, 700, 10), [0; 10], "{name}: at the end");
         assert_eq!(get(storage, 1 << 40, 10), [0; 10], "{name}: far behind it");
         assert_eq!(get(storage, 3, 0), [0; 0], "{name}: nothing");
-        assert_eq!(storage.length().unwrap(), 700, "{name}");
+        assert_ends_at(storage, 700, &format!("{name}: "));
     });
 }
 
@@ -220,7 +234,7 @@ fn punched_space_reads_as_zeroes_and_the_length_stays() {
             let (start, end) = ((offset as usize).min(model.len()), ((offset + length) as usize).min(model.len()));
             model[start..end].fill(0);
             assert!(get(storage, 0, model.len()) == model, "{name}: {length} at {offset}");
-            assert_eq!(storage.length().unwrap(), 30_000, "{name}");
+            assert_ends_at(storage, 30_000, &format!("{name}: "));
         }
     });
 }
@@ -255,4 +269,34 @@ fn threads_may_write_and_read_side_by_side() {
         assert!(get(storage, 0, 4 * share).iter().all(|byte| *byte == 20), "{name}");
         assert!(storage.block_size().is_power_of_two(), "{name}");
     });
+}
+
+#[test]
+fn a_file_system_without_direct_access_is_used_through_the_page_cache() {
+    let folder = folder();
+    // A ramfs knows nothing but its cache.
+    let mounted = Mounted::at(&folder.path().join("ramfs"), &["-t", "ramfs", "-o", "mode=0777", "ramfs"]);
+    let path = mounted.path().join("image.qcow2");
+    let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path).unwrap();
+    let storage = FileStorage::direct(file);
+    assert!(!storage.is_direct());
+    put(&storage, 5, b"abc");
+    assert_eq!((storage.length().unwrap(), storage.block_size()), (8, 512));
+    drop(storage);
+    std::fs::remove_file(&path).unwrap();
+
+    // The same for an image, and for one whose clusters are smaller than a block is allowed to be.
+    for (path, cluster_size) in [(path, 65536), (join(&folder, "image.qcow2"), 512)] {
+        create(&path, &CreateOptions { cluster_size, ..CreateOptions::new(1 << 20) }).unwrap();
+        let options = qcow2::OpenOptions { caching: Caching::Direct, ..qcow2::OpenOptions::new(Access::ReadWrite) };
+        let image = Image::open(&path, &options).unwrap();
+        let data = pattern(1, 100_001);
+        image.write(1001, &data, Durability::BeforeReply).unwrap();
+        image.close().unwrap();
+        drop(image);
+        assert_clean(&path);
+        let mut found = vec![0; data.len()];
+        support::open(&path, Access::ReadOnly).read(1001, &mut found).unwrap();
+        assert!(found == data);
+    }
 }

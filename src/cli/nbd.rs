@@ -8,14 +8,14 @@ use std::time::Duration;
 
 use blockyard_nbd::server::Listener;
 use blockyard_nbd::{Budget, BudgetLimits, Exports, Options, Server};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde_json::json;
 use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::net::{TcpListener, UnixListener};
 
 use super::serve::Stop;
 use super::{CliError, Exit, Format, Output};
-use crate::export::{Access, ImageExport, OpenOptions};
+use crate::export::{Access, Caching, ImageExport, OpenOptions};
 
 /// How long requests under way may take to end after the signal.
 const DRAIN: Duration = Duration::from_secs(30);
@@ -44,9 +44,19 @@ pub(super) struct Arguments {
     /// Clients at once; one more is told so.
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..))]
     connections: u16,
+    /// How the image is written: through the page cache, or around it (`none`), for large writes to a fast disk.
+    #[arg(long, value_enum, default_value_t = Cache::Writeback)]
+    cache: Cache,
     /// Folder that backing files must be in, or beneath; the image's own when left out.
     #[arg(long, value_name = "DIR")]
     backing_root: Option<PathBuf>,
+}
+
+/// As in QEMU's tools: how writes reach the file before a flush.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Cache {
+    Writeback,
+    None,
 }
 
 pub(super) async fn run(arguments: Arguments, output: &Output) -> Result<Exit, CliError> {
@@ -56,7 +66,11 @@ pub(super) async fn run(arguments: Arguments, output: &Output) -> Result<Exit, C
     // Listened for before anything is opened: a stop during the start is not lost.
     let mut stop = Stop::new()?;
     let access = if arguments.read_only { Access::ReadOnly } else { Access::ReadWrite };
-    let options = OpenOptions { backing_root: arguments.backing_root.clone(), ..OpenOptions::new(access) };
+    let caching = match arguments.cache {
+        Cache::Writeback => Caching::PageCache,
+        Cache::None => Caching::Direct,
+    };
+    let options = OpenOptions { backing_root: arguments.backing_root.clone(), caching, ..OpenOptions::new(access) };
     let export = ImageExport::open(&arguments.export, arguments.image.clone(), options).await?;
     let served = serve(&arguments, &export, &mut stop, output).await;
     // Whatever came in between: what was written is made whole, and a failure of that is the one to tell.

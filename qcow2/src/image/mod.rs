@@ -41,7 +41,7 @@ use crate::write_behind::WriteBehind;
 pub use flush::Durability;
 pub use identical::Identical;
 pub use map::{Extent, ExtentKind};
-pub use open::OpenOptions;
+pub use open::{Caching, OpenOptions};
 pub(crate) use open::{read_header, refuse_read_only_features};
 pub use zero::ZeroMode;
 

@@ -49,13 +49,26 @@ pub struct OpenOptions {
     pub compress: Option<CompressionLevel>,
     /// What becomes of written clusters that read the same already.
     pub identical: Identical,
+    /// The way between an image that is open for writing and its file. Layers below are always read through the page cache.
+    pub caching: Caching,
+}
+
+/// Whether transfers go through the page cache of the system.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Caching {
+    /// Through it: small writes are merged there, and what was written is read back from memory.
+    #[default]
+    PageCache,
+    /// Around it (`O_DIRECT`): large writes cost no copy and leave nothing to be written back by a flush. Falls back to the
+    /// page cache where the file system takes no part, and for clusters smaller than the blocks of the device.
+    Direct,
 }
 
 impl OpenOptions {
     /// Opens with 64 MiB of table cache, backing files in the image's own folder; everything written is stored, as it is.
     pub fn new(access: Access) -> Self {
-        let (compress, identical) = (None, Identical::Write);
-        Self { access, backing_root: None, cache_bytes: 64 << 20, compress, identical }
+        let (compress, identical, caching) = (None, Identical::default(), Caching::default());
+        Self { access, backing_root: None, cache_bytes: 64 << 20, compress, identical, caching }
     }
 }
 
@@ -71,14 +84,24 @@ impl Image {
         let mut chain = Chain { root, seen: Vec::new() };
         chain.enter(path, &file)?;
         lock::lock(&file, path, options.access)?;
-        Ok(Self::open_file(file, path, options.access, chain, options.cache_bytes)?.writing_as(options))
+        let storage = match (options.caching, options.access) {
+            (Caching::Direct, Access::ReadWrite) => direct_storage(file)?,
+            _ => FileStorage::new(file),
+        };
+        Ok(Self::open_file(storage, path, options.access, chain, options.cache_bytes)?.writing_as(options))
     }
 
     /// Opens a file that is locked already.
-    pub(crate) fn open_file(file: File, path: &Path, access: Access, chain: Chain, cache_bytes: usize) -> Result<Self> {
+    pub(crate) fn open_file(
+        storage: FileStorage,
+        path: &Path,
+        access: Access,
+        chain: Chain,
+        cache_bytes: usize,
+    ) -> Result<Self> {
         // Half for each layer further down, so that the memory of a long chain has a bound.
         let below = |backing: &Backing| Layer::open(backing, path, chain, (cache_bytes / 2).max(CACHE_BYTES_MIN));
-        Self::open_layers(Arc::new(FileStorage::new(file)), path, access, below, cache_bytes)
+        Self::open_layers(Arc::new(storage), path, access, below, cache_bytes)
     }
 
     /// Opens an image on any storage. What lies below is given by the caller, for an image that names a backing file.
@@ -158,6 +181,15 @@ impl Image {
             storage,
         })
     }
+}
+
+/// Direct access where file system and clusters allow it.
+fn direct_storage(file: File) -> Result<FileStorage> {
+    let storage = FileStorage::direct(file);
+    if read_header(&storage)?.0.geometry.cluster_size() < storage.block_size() {
+        storage.end_direct().map_err(Error::io("fcntl", 0))?;
+    }
+    Ok(storage)
 }
 
 /// The decoded header and the first sector of the file.

@@ -18,7 +18,7 @@ use crate::sync::atomic::{AtomicBool, Ordering};
 pub struct FileStorage {
     file: File,
     direct: Option<Direct>,
-    /// A direct write was refused: the page cache serves from then on.
+    /// Direct access was given up, by the engine or by the file system: the page cache serves from then on.
     is_refused: AtomicBool,
 }
 
@@ -40,6 +40,13 @@ impl FileStorage {
     /// Whether transfers go around the page cache.
     pub fn is_direct(&self) -> bool {
         self.active().is_some()
+    }
+
+    /// Back to the page cache, for good.
+    pub(crate) fn end_direct(&self) -> io::Result<()> {
+        direct::end(&self.file)?;
+        self.is_refused.store(true, Ordering::Release);
+        Ok(())
     }
 
     fn active(&self) -> Option<&Direct> {
@@ -64,8 +71,7 @@ impl FileStorage {
                 Err(rustix::io::Errno::INTR) => {}
                 // Some network file systems say only now that they take no part.
                 Err(rustix::io::Errno::INVAL) if self.is_direct() => {
-                    direct::end(&self.file)?;
-                    self.is_refused.store(true, Ordering::Release);
+                    self.end_direct()?;
                 }
                 Err(errno) => return Err(errno.into()),
             }
@@ -208,7 +214,7 @@ impl Storage for FileStorage {
     }
 
     fn block_size(&self) -> u64 {
-        self.direct.as_ref().map_or(SECTOR, |direct| direct.block_size)
+        self.active().map_or(SECTOR, |direct| direct.block_size)
     }
 
     fn unlock(&self) {

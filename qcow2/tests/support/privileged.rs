@@ -1,6 +1,6 @@
 //! A disk whose writeback fails, made of mounts that only root can make. Through sudo when the tests are not run by root;
 //! without either the tests that need it fail.
-#![allow(unreachable_pub, reason = "part of the tests that include it")]
+#![allow(unreachable_pub, dead_code, reason = "part of the tests that include it")]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::path::{Path, PathBuf};
@@ -21,14 +21,20 @@ pub fn privileged(program: &str, arguments: &[&str]) {
 }
 
 /// A mounted file system, until dropped.
-struct Mounted(PathBuf);
+pub struct Mounted(PathBuf);
 
 impl Mounted {
-    fn at(folder: &Path, arguments: &[&str]) -> Self {
+    /// Mounts with these arguments of `mount`, at a folder that is made for it.
+    pub fn at(folder: &Path, arguments: &[&str]) -> Self {
         std::fs::create_dir_all(folder).unwrap();
         let arguments: Vec<&str> = arguments.iter().copied().chain([text(folder)]).collect();
         privileged("mount", &arguments);
         Self(folder.to_owned())
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.0
     }
 }
 
