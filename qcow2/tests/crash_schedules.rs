@@ -94,6 +94,8 @@ fn session(
     threads.push(shuttle::thread::spawn(move || assert!((0..3).all(|_| flusher.flush()))));
     let (reader, mut places) = (guest.clone(), random.fork());
     threads.push(shuttle::thread::spawn(move || {
+        // Everything, while the first writes come: a table is looked up when the bytes of the one before have arrived.
+        reader.read(0, shape.sectors);
         for _ in 0..4 {
             let (first, sectors) = place(shape, &mut places);
             reader.read(first, sectors);
