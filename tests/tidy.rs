@@ -100,7 +100,7 @@ fn protocol_and_format_are_pure() {
 }
 
 #[test]
-fn unsafe_lives_in_one_module_of_the_engine() {
+fn nothing_is_unsafe() {
     let has_unsafe = |file: &Source| {
         file.code().any(|line| {
             ["unsafe {", "unsafe fn", "unsafe impl", "unsafe extern"].iter().any(|word| line.contains(word))
@@ -111,8 +111,8 @@ fn unsafe_lives_in_one_module_of_the_engine() {
         .filter(|file| file.path != "tests/tidy.rs" && has_unsafe(file))
         .map(|file| file.path)
         .collect();
-    assert!(found.len() <= 1 && found.iter().all(|path| path.starts_with("qcow2/src/")), "{found:?}");
-    for path in ["src/lib.rs", "src/main.rs", "nbd/src/lib.rs"] {
+    assert!(found.is_empty(), "{found:?}");
+    for path in ["src/lib.rs", "src/main.rs", "nbd/src/lib.rs", "qcow2/src/lib.rs"] {
         let file = &sources(path, ".rs")[0];
         assert!(file.names("#![forbid(unsafe_code)]"), "{path} does not forbid unsafe code");
     }

@@ -34,6 +34,9 @@ pub struct AsyncImage {
 
 impl AsyncImage {
     /// As [`Image::open`].
+    ///
+    /// # Cancellation
+    /// The opening goes on to its end; then the image is dropped, and its locks with it.
     pub async fn open(path: PathBuf, options: OpenOptions) -> Result<Self> {
         let opened = tokio::task::spawn_blocking(move || Image::open(&path, &options)).await;
         Ok(Self::new(opened.map_err(|_| Error::Panicked)??))
@@ -64,7 +67,10 @@ impl AsyncImage {
         BUFFERS.lend(length)
     }
 
-    /// Fills the buffer from `offset` on and hands it back.
+    /// As [`Image::read`]: fills the buffer from `offset` (in bytes) on and hands it back.
+    ///
+    /// # Cancellation
+    /// Changes nothing; the buffer is dropped when the reading has ended.
     pub async fn read<B>(&self, offset: u64, mut buffer: B) -> Result<B>
     where
         B: AsMut<[u8]> + Send + 'static,
@@ -72,7 +78,13 @@ impl AsyncImage {
         self.run(move |image| image.read(offset, buffer.as_mut()).map(|()| buffer)).await
     }
 
-    /// As [`Image::write`].
+    /// As [`Image::write`], without a copy of the payload: the buffer is dropped when nobody needs its bytes any more.
+    ///
+    /// # Durability
+    /// As for [`Image::write`].
+    ///
+    /// # Cancellation
+    /// Done whole or not begun, and the caller cannot know which; a later flush covers it only if it was done before.
     pub async fn write<B>(&self, offset: u64, buffer: B, durability: Durability) -> Result<()>
     where
         B: AsRef<[u8]> + Send + Sync + 'static,
@@ -81,38 +93,74 @@ impl AsyncImage {
     }
 
     /// As [`Image::zero`].
+    ///
+    /// # Durability
+    /// As for [`Image::zero`].
+    ///
+    /// # Cancellation
+    /// Done whole or not begun, and the caller cannot know which.
     pub async fn zero(&self, offset: u64, length: u64, mode: ZeroMode, durability: Durability) -> Result<()> {
         self.run(move |image| image.zero(offset, length, mode, durability)).await
     }
 
     /// As [`Image::discard`].
+    ///
+    /// # Durability
+    /// As for [`Image::discard`].
+    ///
+    /// # Cancellation
+    /// Done whole or not begun, and the caller cannot know which.
     pub async fn discard(&self, offset: u64, length: u64, durability: Durability) -> Result<()> {
         self.run(move |image| image.discard(offset, length, durability)).await
     }
 
     /// As [`Image::grow`].
+    ///
+    /// # Durability
+    /// As for [`Image::grow`].
+    ///
+    /// # Cancellation
+    /// Done whole or not begun, and the caller cannot know which.
     pub async fn grow(&self, size: u64) -> Result<()> {
         self.run(move |image| image.grow(size)).await
     }
 
-    /// As [`Image::flush`].
+    /// As [`Image::flush`]: covers what any clone of this handle was answered before the call.
+    ///
+    /// # Durability
+    /// As for [`Image::flush`].
+    ///
+    /// # Cancellation
+    /// A flush that has begun goes on to its end, but nobody hears of it: without the answer nothing is promised.
     pub async fn flush(&self) -> Result<()> {
         self.run(Image::flush).await
     }
 
     /// As [`Image::map`].
+    ///
+    /// # Cancellation
+    /// Changes nothing.
     pub async fn map(&self, offset: u64, length: u64, max: usize) -> Result<Vec<Extent>> {
         self.run(move |image| image.map(offset, length, max)).await
     }
 
     /// As [`Image::close`]. It waits for operations that have begun; those still waiting for a turn then fail with
     /// [`Error::Closed`].
+    ///
+    /// # Durability
+    /// As for [`Image::close`].
+    ///
+    /// # Cancellation
+    /// The closing goes on to its end. Calling it again waits for that, and does not repeat its error.
     pub async fn close(&self) -> Result<()> {
         // Without a turn: closing must not wait behind requests that have not begun.
         self.run_now(Image::close).await
     }
 
     /// As [`Image::check`].
+    ///
+    /// # Cancellation
+    /// Changes nothing.
     pub async fn check(&self) -> Result<CheckReport> {
         self.run_now(Image::check).await
     }

@@ -15,7 +15,7 @@ use crate::sync::{lock, write};
 
 impl Image {
     /// Waits for running operations, writes all metadata, clears the dirty bit, and gives up the locks. Every later
-    /// operation fails with [`crate::Error::Closed`]; closing again does nothing.
+    /// operation fails with [`crate::Error::Closed`]; closing again does nothing, whatever became of the first time.
     ///
     /// # Durability
     /// On success the image is complete on stable storage, and a check finds no error and no leak. On an error (a poisoned
@@ -31,7 +31,8 @@ impl Image {
         finished
     }
 
-    /// Checks the image as it is on disk, also after the close, through the same open file.
+    /// Checks the image as it is on disk, also after the close, through the same open file. Between the first change and the
+    /// close it is dirty there, and its refcounts mean nothing.
     pub fn check(&self) -> Result<CheckReport> {
         check::check_on(&*self.storage)
     }
