@@ -1,7 +1,6 @@
 //! An image for asynchronous callers: each operation runs to its end on tokio's threads for blocking work.
 
 use std::path::PathBuf;
-use std::sync::LazyLock;
 
 use tokio::sync::Semaphore;
 
@@ -15,11 +14,6 @@ use crate::sync::Arc;
 /// Operations of one image that run at once. More threads only queue up at the file's own lock; fewer leave the disk idle
 /// while a flush waits. (A guess; to be measured with the write path.)
 const AT_ONCE: usize = 8;
-
-/// Unused payload memory kept for all images of the process: a few of the largest requests that clients send. One pool, so
-/// that memory does not grow with the number of disks. (A guess, as above.)
-const KEEP_BYTES: usize = 64 << 20;
-static BUFFERS: LazyLock<BufferPool> = LazyLock::new(|| BufferPool::new(KEEP_BYTES));
 
 /// A shared handle on an [`Image`]; clones are cheap and mean the same image.
 ///
@@ -64,7 +58,7 @@ impl AsyncImage {
 
     /// Memory for a payload, aligned and used again; what it holds is arbitrary. Any other buffer will do too.
     pub fn buffer(&self, length: usize) -> Buffer {
-        BUFFERS.lend(length)
+        BufferPool::shared().lend(length)
     }
 
     /// As [`Image::read`]: fills the buffer from `offset` (in bytes) on and hands it back.

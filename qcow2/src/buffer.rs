@@ -4,7 +4,7 @@
 
 use std::fmt;
 // Not `crate::sync`: a leaf lock, held for a few instructions, in a pool that outlives any explored schedule.
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 
 /// Alignment of a buffer's first byte.
 const PAGE: usize = 4096;
@@ -35,7 +35,17 @@ struct State {
     free_bytes: usize,
 }
 
+/// Unused payload memory kept for all images of the process: a few of the largest requests that clients send. One pool, so
+/// that memory does not grow with the number of disks. (A guess; to be measured with the write path.)
+const SHARED_KEEP_BYTES: usize = 64 << 20;
+static SHARED: LazyLock<BufferPool> = LazyLock::new(|| BufferPool::new(SHARED_KEEP_BYTES));
+
 impl BufferPool {
+    /// The pool of all images of the process.
+    pub(crate) fn shared() -> &'static Self {
+        &SHARED
+    }
+
     /// A pool that keeps at most `keep_bytes` of memory that nobody uses.
     pub fn new(keep_bytes: usize) -> Self {
         Self { shelves: Arc::new(Shelves { state: Mutex::default(), keep_bytes }) }

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::ops::Range;
 
+use crate::buffer::BufferPool;
 use crate::sync::Arc;
 
 /// Bytes that nobody changes any more, owned by whoever still has to write or read them.
@@ -19,6 +20,13 @@ impl Piece {
     pub(crate) fn new(memory: Memory) -> Self {
         let range = 0..(*memory).as_ref().len();
         Self { memory, range }
+    }
+
+    /// Of bytes that somebody else keeps: in memory that may go around the page cache.
+    pub(crate) fn copy_of(bytes: &[u8]) -> Self {
+        let mut memory = BufferPool::shared().lend(bytes.len());
+        memory.as_mut().copy_from_slice(bytes);
+        Self::new(Arc::new(memory))
     }
 
     pub(crate) fn from_vec(bytes: Vec<u8>) -> Self {

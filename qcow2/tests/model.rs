@@ -16,8 +16,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use blockyard_qcow2::storage::MemoryStorage;
 use blockyard_qcow2::{
-    Access, Compression, CompressionLevel, CreateOptions, Durability, ExtentKind, Identical, Image, Layer, OpenOptions,
-    Preallocation, ZeroMode, create, create_on,
+    Access, Caching, Compression, CompressionLevel, CreateOptions, Durability, ExtentKind, Identical, Image, Layer,
+    OpenOptions, Preallocation, ZeroMode, create, create_on,
 };
 use readers::{Chain, READERS};
 use support::{folder, join, over};
@@ -111,6 +111,7 @@ impl Shape {
                 cache_bytes: if random.bool() { 0 } else { 64 << 20 },
                 compress: (random.u8(..4) == 0).then(|| levels[random.usize(..3)]),
                 identical: if random.u8(..4) == 0 { Identical::Skip } else { Identical::Write },
+                caching: if random.bool() { Caching::Auto } else { Caching::PageCache },
                 ..OpenOptions::new(Access::ReadWrite)
             },
         }

@@ -23,9 +23,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use blockyard_qcow2::storage::{FileStorage, MemoryStorage, Reservation, Storage};
-use blockyard_qcow2::{self as qcow2, Access, Caching, CreateOptions, Durability, Image, create};
+use blockyard_qcow2::{self as qcow2, Access, BufferPool, Caching, CreateOptions, Durability, Image, create};
 use faulty::Faulty;
-use privileged::Mounted;
+use privileged::{Mounted, privileged};
 use quota::Quota;
 use sim_disk::{Content, SimDisk};
 use support::{assert_clean, folder, join, pattern};
@@ -52,7 +52,7 @@ type Implementation = (&'static str, fn(&Path) -> Pair);
 fn every_kind() -> Vec<Implementation> {
     vec![
         ("file", |path| on_file(path, FileStorage::new)),
-        ("file, around the page cache", |path| on_file(path, FileStorage::direct)),
+        ("file with direct writes", |path| on_file(path, FileStorage::with_direct_writes)),
         ("memory", |_| twice(MemoryStorage::new())),
         ("simulated disk", |_| twice(SimDisk::new(Arc::default(), Content::default()))),
         ("volatile disk", |_| twice(VolatileDisk::default())),
@@ -75,15 +75,6 @@ fn for_every_kind(rule: impl Fn(&str, &dyn Storage, &dyn Storage)) {
 
 fn put(storage: &dyn Storage, offset: u64, bytes: &[u8]) {
     storage.write(offset, &mut [IoSlice::new(bytes)]).unwrap();
-}
-
-/// Around the page cache a write ends with a block of the device.
-fn assert_ends_at(storage: &dyn Storage, length: u64, context: &str) {
-    let found = storage.length().unwrap();
-    assert!(
-        (length..=length.next_multiple_of(storage.block_size())).contains(&found),
-        "{context}: {found}, not {length}"
-    );
 }
 
 /// Reads into memory that begins at an odd address and holds something else before.
@@ -126,16 +117,16 @@ fn a_write_past_the_end_extends_and_leaves_a_hole_of_zeroes() {
     for_every_kind(|name, storage, _| {
         assert_eq!(storage.length().unwrap(), 0, "{name}");
         put(storage, 10_001, b"abc");
-        assert_ends_at(storage, 10_004, &format!("{name}: "));
+        assert_eq!(storage.length().unwrap(), 10_004, "{name}");
         assert!(get(storage, 0, 10_001).iter().all(|byte| *byte == 0), "{name}");
         assert_eq!(get(storage, 10_001, 3), b"abc", "{name}");
         put(storage, 5000, b"x");
-        assert_ends_at(storage, 10_004, &format!("{name}: a write before the end leaves the length"));
+        assert_eq!(storage.length().unwrap(), 10_004, "{name}: a write before the end leaves the length");
         storage.write(30_000, &mut []).unwrap();
         storage.write(30_000, &mut [IoSlice::new(b"")]).unwrap();
-        assert_ends_at(storage, 10_004, &format!("{name}: nothing was written"));
+        assert_eq!(storage.length().unwrap(), 10_004, "{name}: nothing was written");
         storage.write_durable(20_000, &mut [IoSlice::new(b"yz")]).unwrap();
-        assert_ends_at(storage, 20_002, &format!("{name}: "));
+        assert_eq!(storage.length().unwrap(), 20_002, "{name}");
     });
 }
 
@@ -150,7 +141,7 @@ fn reads_past_the_end_are_zeroes() {
         assert_eq!(get(storage, 700, 10), [0; 10], "{name}: at the end");
         assert_eq!(get(storage, 1 << 40, 10), [0; 10], "{name}: far behind it");
         assert_eq!(get(storage, 3, 0), [0; 0], "{name}: nothing");
-        assert_ends_at(storage, 700, &format!("{name}: "));
+        assert_eq!(storage.length().unwrap(), 700, "{name}");
     });
 }
 
@@ -234,7 +225,7 @@ fn punched_space_reads_as_zeroes_and_the_length_stays() {
             let (start, end) = ((offset as usize).min(model.len()), ((offset + length) as usize).min(model.len()));
             model[start..end].fill(0);
             assert!(get(storage, 0, model.len()) == model, "{name}: {length} at {offset}");
-            assert_ends_at(storage, 30_000, &format!("{name}: "));
+            assert_eq!(storage.length().unwrap(), 30_000, "{name}");
         }
     });
 }
@@ -278,17 +269,17 @@ fn a_file_system_without_direct_access_is_used_through_the_page_cache() {
     let mounted = Mounted::at(&folder.path().join("ramfs"), &["-t", "ramfs", "-o", "mode=0777", "ramfs"]);
     let path = mounted.path().join("image.qcow2");
     let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path).unwrap();
-    let storage = FileStorage::direct(file);
-    assert!(!storage.is_direct());
-    put(&storage, 5, b"abc");
-    assert_eq!((storage.length().unwrap(), storage.block_size()), (8, 512));
+    let storage = FileStorage::with_direct_writes(file);
+    assert!(!storage.has_direct_writes());
+    put(&storage, 0, &pattern(1, 1 << 20));
+    assert!(get(&storage, 0, 1 << 20) == pattern(1, 1 << 20));
     drop(storage);
     std::fs::remove_file(&path).unwrap();
 
-    // The same for an image, and for one whose clusters are smaller than a block is allowed to be.
+    // The same for an image, and for one whose clusters are smaller than a page.
     for (path, cluster_size) in [(path, 65536), (join(&folder, "image.qcow2"), 512)] {
         create(&path, &CreateOptions { cluster_size, ..CreateOptions::new(1 << 20) }).unwrap();
-        let options = qcow2::OpenOptions { caching: Caching::Direct, ..qcow2::OpenOptions::new(Access::ReadWrite) };
+        let options = qcow2::OpenOptions { caching: Caching::Auto, ..qcow2::OpenOptions::new(Access::ReadWrite) };
         let image = Image::open(&path, &options).unwrap();
         let data = pattern(1, 100_001);
         image.write(1001, &data, Durability::BeforeReply).unwrap();
@@ -299,4 +290,47 @@ fn a_file_system_without_direct_access_is_used_through_the_page_cache() {
         support::open(&path, Access::ReadOnly).read(1001, &mut found).unwrap();
         assert!(found == data);
     }
+}
+
+#[test]
+fn direct_and_cached_writes_of_the_same_pages_keep_their_order() {
+    let folder = folder();
+    let disk = join(&folder, "disk");
+    File::create(&disk).unwrap().set_len(64 << 20).unwrap();
+    support::succeed("mkfs.ext4", &["-q", "-F", "-b", "4096", support::text(&disk)]);
+    let mounted = Mounted::at(&folder.path().join("ext4"), &["-o", "loop", support::text(&disk)]);
+    privileged("chmod", &["0777", support::text(mounted.path())]);
+    let file = OpenOptions::new().read(true).write(true).create_new(true).open(mounted.path().join("file")).unwrap();
+    let storage = FileStorage::with_direct_writes(file);
+    assert!(storage.has_direct_writes());
+    assert!(storage.block_size() >= 4096);
+
+    // Each thread has an area; what is large and aligned goes around the cache, the rest through it.
+    let area = 8 << 20;
+    std::thread::scope(|scope| {
+        for thread in 0..4u64 {
+            let storage = &storage;
+            scope.spawn(move || {
+                let mut random = fastrand::Rng::with_seed(thread);
+                let (base, mut model) = (thread * area, vec![0; area as usize]);
+                let mut memory = BufferPool::new(1 << 20).lend(1 << 20);
+                for round in 0..200 {
+                    let is_large = random.bool();
+                    let unit = if is_large { 4096 } else { 1 };
+                    let length = if is_large { random.u64(32..=256) * unit } else { random.u64(1..=9000) };
+                    let offset = random.u64(..=(area - length) / unit) * unit;
+                    let bytes = &mut memory.as_mut()[..length as usize];
+                    bytes.copy_from_slice(&pattern(thread << 32 | round, length as usize));
+                    put(storage, base + offset, bytes);
+                    model[offset as usize..(offset + length) as usize].copy_from_slice(bytes);
+                    let (from, length) = (random.u64(..area - 70_000), 70_000);
+                    let found = get(storage, base + from, length);
+                    assert!(found == model[from as usize..from as usize + length], "thread {thread}, round {round}");
+                }
+                assert!(get(storage, base, area as usize) == model, "thread {thread}");
+            });
+        }
+    });
+    storage.sync_data().unwrap();
+    storage.drop_cache().unwrap();
 }

@@ -44,19 +44,20 @@ pub(super) struct Arguments {
     /// Clients at once; one more is told so.
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..))]
     connections: u16,
-    /// How the image is written: through the page cache, or around it (`none`), for large writes to a fast disk.
-    #[arg(long, value_enum, default_value_t = Cache::Writeback)]
+    /// How the image is written: `auto` writes large pieces around the page cache where the file system takes part,
+    /// `writeback` everything through it.
+    #[arg(long, value_enum, default_value_t = Cache::Auto)]
     cache: Cache,
     /// Folder that backing files must be in, or beneath; the image's own when left out.
     #[arg(long, value_name = "DIR")]
     backing_root: Option<PathBuf>,
 }
 
-/// As in QEMU's tools: how writes reach the file before a flush.
+/// How writes reach the file before a flush.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Cache {
+    Auto,
     Writeback,
-    None,
 }
 
 pub(super) async fn run(arguments: Arguments, output: &Output) -> Result<Exit, CliError> {
@@ -67,8 +68,8 @@ pub(super) async fn run(arguments: Arguments, output: &Output) -> Result<Exit, C
     let mut stop = Stop::new()?;
     let access = if arguments.read_only { Access::ReadOnly } else { Access::ReadWrite };
     let caching = match arguments.cache {
+        Cache::Auto => Caching::Auto,
         Cache::Writeback => Caching::PageCache,
-        Cache::None => Caching::Direct,
     };
     let options = OpenOptions { backing_root: arguments.backing_root.clone(), caching, ..OpenOptions::new(access) };
     let export = ImageExport::open(&arguments.export, arguments.image.clone(), options).await?;

@@ -2,6 +2,7 @@
 
 use crate::sync::atomic::{AtomicBool, AtomicU64};
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use super::Image;
@@ -53,15 +54,14 @@ pub struct OpenOptions {
     pub caching: Caching,
 }
 
-/// Whether transfers go through the page cache of the system.
+/// Whether payload goes through the page cache of the system.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Caching {
-    /// Through it: small writes are merged there, and what was written is read back from memory.
+    /// Whatever is faster: large writes go around it (`O_DIRECT`), where file system and cluster size allow it.
     #[default]
+    Auto,
+    /// All through it, for file systems whose direct access is not to be trusted.
     PageCache,
-    /// Around it (`O_DIRECT`): large writes cost no copy and leave nothing to be written back by a flush. Falls back to the
-    /// page cache where the file system takes no part, and for clusters smaller than the blocks of the device.
-    Direct,
 }
 
 impl OpenOptions {
@@ -85,7 +85,7 @@ impl Image {
         chain.enter(path, &file)?;
         lock::lock(&file, path, options.access)?;
         let storage = match (options.caching, options.access) {
-            (Caching::Direct, Access::ReadWrite) => direct_storage(file)?,
+            (Caching::Auto, Access::ReadWrite) if has_whole_pages(&file) => FileStorage::with_direct_writes(file),
             _ => FileStorage::new(file),
         };
         Ok(Self::open_file(storage, path, options.access, chain, options.cache_bytes)?.writing_as(options))
@@ -183,13 +183,12 @@ impl Image {
     }
 }
 
-/// Direct access where file system and clusters allow it.
-fn direct_storage(file: File) -> Result<FileStorage> {
-    let storage = FileStorage::direct(file);
-    if read_header(&storage)?.0.geometry.cluster_size() < storage.block_size() {
-        storage.end_direct().map_err(Error::io("fcntl", 0))?;
-    }
-    Ok(storage)
+/// Whether each cluster has its pages for itself, so that payload and metadata never meet in one.
+fn has_whole_pages(file: &File) -> bool {
+    let mut start = [0; 24];
+    // Whatever is wrong with the header is said when it is decoded.
+    file.read_exact_at(&mut start, 0).is_ok()
+        && header::cluster_size(&start).is_ok_and(|size| size >= rustix::param::page_size() as u64)
 }
 
 /// The decoded header and the first sector of the file.

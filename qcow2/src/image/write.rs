@@ -36,7 +36,7 @@ impl Image {
     /// [`crate::Error::NoSpace`] and for errors while reading what lies around a partial cluster.
     pub fn write(&self, offset: u64, data: &[u8], durability: Durability) -> Result<()> {
         self.check_range(offset, data.len() as u64)?;
-        self.write_piece(offset, &Piece::from_vec(data.to_vec()), durability)
+        self.write_piece(offset, &Piece::copy_of(data), durability)
     }
 
     /// As [`Image::write`], without a copy.

@@ -1,103 +1,60 @@
-//! A real file, through the page cache or around it.
+//! A real file, through the page cache, and around it for large writes.
 
 use std::fs::File;
 use std::io::{self, IoSlice};
 use std::os::unix::fs::FileExt;
 
 use rustix::fs::{Advice, FallocateFlags, SeekFrom};
-use rustix::io::ReadWriteFlags;
+use rustix::io::{Errno, ReadWriteFlags};
 
-use super::direct::{self, Direct};
+use super::direct::Direct;
 use super::{Reservation, Storage};
 use crate::geometry::SECTOR;
-use crate::sync::atomic::{AtomicBool, Ordering};
 
-/// One open file description for the whole session: locks, writes and syncs all go through it, because the kernel
-/// reports a failed writeback to each description once.
+/// One open file description for the whole session: locks, cached writes and syncs all go through it, because the kernel
+/// reports a failed writeback to each description once. Direct writes report their own failures.
 #[derive(Debug)]
 pub struct FileStorage {
     file: File,
     direct: Option<Direct>,
-    /// Direct access was given up, by the engine or by the file system: the page cache serves from then on.
-    is_refused: AtomicBool,
 }
 
 impl FileStorage {
     /// Uses a file that is open for what will be asked of it, through the page cache. Locks are the caller's business,
     /// until the end: they are given up with the storage.
     pub fn new(file: File) -> Self {
-        Self { file, direct: None, is_refused: AtomicBool::new(false) }
+        Self { file, direct: None }
     }
 
-    /// As [`FileStorage::new`], around the page cache where the file system takes part. What does not begin and end at the
-    /// blocks of the device, or does not lie so in memory, makes a detour through aligned memory; a write that ends inside
-    /// a block extends the file to the end of that block.
-    pub fn direct(file: File) -> Self {
+    /// As [`FileStorage::new`], for a file that is open for writing: large writes from memory that begins at a page go
+    /// around the page cache, where the file system takes part.
+    pub fn with_direct_writes(file: File) -> Self {
         let direct = Direct::begin(&file);
-        Self { file, direct, is_refused: AtomicBool::new(false) }
+        Self { file, direct }
     }
 
-    /// Whether transfers go around the page cache.
-    pub fn is_direct(&self) -> bool {
-        self.active().is_some()
-    }
-
-    /// Back to the page cache, for good.
-    pub(crate) fn end_direct(&self) -> io::Result<()> {
-        direct::end(&self.file)?;
-        self.is_refused.store(true, Ordering::Release);
-        Ok(())
-    }
-
-    fn active(&self) -> Option<&Direct> {
-        self.direct.as_ref().filter(|_| !self.is_refused.load(Ordering::Acquire))
+    /// Whether large writes go around the page cache.
+    pub fn has_direct_writes(&self) -> bool {
+        self.direct.is_some()
     }
 
     fn write_with(&self, mut offset: u64, mut slices: &mut [IoSlice<'_>], flags: ReadWriteFlags) -> io::Result<()> {
         IoSlice::advance_slices(&mut slices, 0); // drops leading empty slices
         while !slices.is_empty() {
-            if let Some(direct) = self.active().filter(|direct| !direct.all_fit(offset, slices)) {
-                let (start, blocks) = direct.gather(offset, slices, |at, block| self.read(at, block))?;
-                return self.write_with(start, &mut [IoSlice::new(blocks.as_ref())], flags);
-            }
             // The kernel takes at most 1024 slices in one call.
             let batch = slices.get(..1024).unwrap_or(slices);
-            match rustix::io::pwritev2(&self.file, batch, offset, flags) {
+            let direct = self.direct.as_ref().filter(|direct| direct.takes(offset, batch));
+            match rustix::io::pwritev2(direct.map_or(&self.file, |direct| &direct.file), batch, offset, flags) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(written) => {
                     offset += written as u64;
                     IoSlice::advance_slices(&mut slices, written);
                 }
-                Err(rustix::io::Errno::INTR) => {}
-                // Some network file systems say only now that they take no part.
-                Err(rustix::io::Errno::INVAL) if self.is_direct() => {
-                    self.end_direct()?;
-                }
-                Err(errno) => return Err(errno.into()),
-            }
-        }
-        Ok(())
-    }
-
-    /// Whole blocks into memory that fits, or anything through the page cache.
-    fn read_blocks(&self, mut offset: u64, mut buffer: &mut [u8]) -> io::Result<()> {
-        while !buffer.is_empty() {
-            match self.file.read_at(buffer, offset) {
-                Ok(0) => {
-                    buffer.fill(0);
-                    return Ok(());
-                }
-                Ok(read) => {
-                    offset += read as u64;
-                    buffer = buffer.split_at_mut(read).1;
-                    if self.active().is_some_and(|direct| !offset.is_multiple_of(direct.block_size)) {
-                        // The file ends inside a block.
-                        buffer.fill(0);
-                        return Ok(());
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+                Err(Errno::INTR) => {}
+                Err(errno) => match direct {
+                    Some(direct) if errno == Errno::INVAL => direct.refuse(),
+                    _ => return Err(errno.into()),
+                },
             }
         }
         Ok(())
@@ -113,17 +70,22 @@ impl Drop for FileStorage {
 }
 
 impl Storage for FileStorage {
-    fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        match self.active().filter(|direct| !direct.fits(offset, buffer)) {
-            None => self.read_blocks(offset, buffer),
-            Some(direct) => {
-                let (start, mut blocks) = direct.around(offset, buffer.len() as u64);
-                self.read_blocks(start, blocks.as_mut())?;
-                let skipped = (offset - start) as usize;
-                buffer.copy_from_slice(&blocks.as_ref()[skipped..skipped + buffer.len()]);
-                Ok(())
+    fn read(&self, mut offset: u64, mut buffer: &mut [u8]) -> io::Result<()> {
+        while !buffer.is_empty() {
+            match self.file.read_at(buffer, offset) {
+                Ok(0) => {
+                    buffer.fill(0);
+                    return Ok(());
+                }
+                Ok(read) => {
+                    offset += read as u64;
+                    buffer = buffer.split_at_mut(read).1;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
             }
         }
+        Ok(())
     }
 
     fn write(&self, offset: u64, slices: &mut [IoSlice<'_>]) -> io::Result<()> {
@@ -157,8 +119,8 @@ impl Storage for FileStorage {
         loop {
             return match rustix::fs::fallocate(&self.file, FallocateFlags::empty(), offset, length) {
                 Ok(()) => Ok(Reservation::Done),
-                Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => Ok(Reservation::Unsupported),
-                Err(rustix::io::Errno::INTR) => continue,
+                Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(Reservation::Unsupported),
+                Err(Errno::INTR) => continue,
                 Err(errno) => Err(errno.into()),
             };
         }
@@ -209,12 +171,12 @@ impl Storage for FileStorage {
         // Moves the cursor of the description, which nobody uses.
         match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
             Ok(data) => data >= offset.saturating_add(length),
-            Err(errno) => errno == rustix::io::Errno::NXIO,
+            Err(errno) => errno == Errno::NXIO,
         }
     }
 
     fn block_size(&self) -> u64 {
-        self.active().map_or(SECTOR, |direct| direct.block_size)
+        self.direct.as_ref().map_or(SECTOR, Direct::page)
     }
 
     fn unlock(&self) {

@@ -32,8 +32,7 @@ pub trait Storage: Send + Sync + Debug {
     /// Fills the buffer; bytes past the end of the file read as zeroes.
     fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
 
-    /// Writes the slices one behind the other, extending the file where needed, at most to the end of the last block
-    /// ([`Storage::block_size`]).
+    /// Writes the slices one behind the other, extending the file where needed.
     fn write(&self, offset: u64, slices: &mut [IoSlice<'_>]) -> io::Result<()>;
 
     /// As [`Storage::write`], durable on return; covers these bytes only, not earlier writes.
