@@ -14,6 +14,8 @@ mod power_cut;
 mod reader;
 #[path = "support/recorder.rs"]
 mod recorder;
+#[path = "support/requests.rs"]
+mod requests;
 #[path = "support/sim_disk.rs"]
 mod sim_disk;
 mod support;
@@ -21,7 +23,7 @@ mod support;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use blockyard_qcow2::{Access, CompressionLevel, CreateOptions, Durability, OpenOptions, ZeroMode};
+use blockyard_qcow2::{Access, Compression, CompressionLevel, CreateOptions, Durability, OpenOptions, ZeroMode};
 use recorder::{Recorder, blank};
 use sim_disk::Clock;
 use support::{over, pattern, wordy};
@@ -66,7 +68,8 @@ fn recorder(over_backing: bool, zstd: bool) -> Recorder {
     let clock: Clock = Arc::new(AtomicU64::new(0));
     let backing = if over_backing { pattern(77, SIZE) } else { Vec::new() };
     let shape = if over_backing { over("below.qcow2", SIZE as u64) } else { CreateOptions::new(SIZE as u64) };
-    let base = blank(&clock, &CreateOptions { cluster_size: CLUSTER as u32, ..shape }, zstd);
+    let compression = if zstd { Compression::Zstd } else { Compression::Deflate };
+    let base = blank(&clock, &CreateOptions { cluster_size: CLUSTER as u32, compression, ..shape });
     let initial = if over_backing { backing.clone() } else { vec![0; SIZE] };
     Recorder::new(clock, base, backing, initial, compressing())
 }
@@ -147,8 +150,9 @@ fn flushes_beside_packing_threads_never_put_flushed_bytes_at_risk() {
     for round in 0..40u64 {
         let clock: Clock = Arc::default();
         let size = 64 * CLUSTER;
-        let shape = CreateOptions { cluster_size: CLUSTER as u32, ..CreateOptions::new(size as u64) };
-        let base = blank(&clock, &shape, round % 2 == 0);
+        let compression = if round % 2 == 0 { Compression::Zstd } else { Compression::Deflate };
+        let shape = CreateOptions { cluster_size: CLUSTER as u32, compression, ..CreateOptions::new(size as u64) };
+        let base = blank(&clock, &shape);
         let recorder = Recorder::new(clock, base, Vec::new(), vec![0; size], compressing());
         std::thread::scope(|scope| {
             for thread in 0..3usize {

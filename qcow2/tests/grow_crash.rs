@@ -5,6 +5,8 @@
 mod power_cut;
 #[path = "support/reader.rs"]
 mod reader;
+#[path = "support/requests.rs"]
+mod requests;
 #[path = "support/sim_disk.rs"]
 mod sim_disk;
 mod support;
@@ -16,11 +18,11 @@ use blockyard_qcow2::storage::Storage;
 use blockyard_qcow2::{Access, CreateOptions, Durability, Image, Layer, create_on};
 use power_cut::{CrashState, crash_states};
 use reader::read_disk;
+use requests::Requests;
 use sim_disk::{Clock, Content, SimDisk, now};
 use support::{KIB, assert_reads_as, folder, join, over, pattern, succeed, text};
 
 const LATER: Durability = Durability::OnFlush;
-const SECTOR: usize = 512;
 const CACHE: usize = 1 << 20;
 const OLD: u64 = 21 * KIB + 512;
 
@@ -76,13 +78,6 @@ const WORKLOADS: [&[Step]; 10] = [
     &[Flush, WriteTail, Grow, GrowAgain, WriteMiddle, WriteAcross],
 ];
 
-struct Event {
-    issued: u64,
-    replied: u64,
-    first_sector: usize,
-    bytes: Vec<u8>,
-}
-
 /// A workload being run and recorded.
 struct Run {
     clock: Clock,
@@ -90,10 +85,8 @@ struct Run {
     base: Content,
     below: Vec<u8>,
     image: Image,
-    initial: Vec<u8>,
-    writes: Vec<Event>,
-    /// Issue and reply of everything that makes what came before it durable.
-    barriers: Vec<(u64, u64)>,
+    model: Vec<u8>,
+    requests: Requests,
     /// Issue, reply and size of each grow.
     sizes: Vec<(u64, u64, u64)>,
     seed: u64,
@@ -130,8 +123,8 @@ impl Run {
         disk.ignored_syncs = ignored_syncs.to_vec();
         let disk = Arc::new(disk);
         let image = Image::open_on(disk.clone(), Access::ReadWrite, layer(&clock, &below), CACHE).unwrap();
-        let (writes, barriers, sizes) = (Vec::new(), Vec::new(), vec![(0, 0, OLD)]);
-        Self { clock, disk, base, below, image, initial, writes, barriers, sizes, seed: 0 }
+        let (model, requests, sizes) = (initial.clone(), Requests::new(initial), vec![(0, 0, OLD)]);
+        Self { clock, disk, base, below, image, model, requests, sizes, seed: 0 }
     }
 
     fn step(&mut self, step: Step, size: u64) {
@@ -140,59 +133,38 @@ impl Run {
             WriteTail => self.write(OLD - 700, 700),
             WriteMiddle => self.write(5000, 3000),
             WriteAcross => self.write(OLD - 300, (self.image.size() - OLD) as usize + 300),
-            Flush => self.barrier(Image::flush),
-            Close => self.barrier(Image::close),
+            Flush => drop(self.barrier(Image::flush)),
+            Close => drop(self.barrier(Image::close)),
             Grow | GrowAgain => {
                 let wanted = if step == Grow { size } else { self.image.size() + 35 * KIB };
-                self.barrier(|image| image.grow(wanted));
-                let (issued, replied) = self.barriers[self.barriers.len() - 1];
+                let (issued, replied) = self.barrier(|image| image.grow(wanted));
+                self.model.resize(wanted as usize, 0);
                 self.sizes.push((issued, replied, wanted));
             }
         }
     }
 
-    /// The range is widened to whole sectors, with what they read as now.
     fn write(&mut self, offset: u64, length: usize) {
         let data = pattern(self.seed, length);
-        let first_sector = offset as usize / SECTOR;
-        let begin = (first_sector * SECTOR) as u64;
-        let end = (offset + length as u64).next_multiple_of(SECTOR as u64);
-        let mut bytes = vec![0; (end - begin) as usize];
-        self.image.read(begin, &mut bytes).unwrap();
-        bytes[(offset - begin) as usize..][..length].copy_from_slice(&data);
+        self.model[offset as usize..offset as usize + length].copy_from_slice(&data);
         let issued = now(&self.clock);
         self.image.write(offset, &data, LATER).unwrap();
-        self.writes.push(Event { issued, replied: now(&self.clock), first_sector, bytes });
+        self.requests.changed((issued, now(&self.clock)), &self.model, offset as usize, length, false);
     }
 
-    fn barrier(&mut self, operation: impl FnOnce(&Image) -> blockyard_qcow2::Result<()>) {
+    /// Something that makes durable what came before it; returns its issue and reply.
+    fn barrier(&mut self, operation: impl FnOnce(&Image) -> blockyard_qcow2::Result<()>) -> (u64, u64) {
         let issued = now(&self.clock);
         operation(&self.image).unwrap();
-        self.barriers.push((issued, now(&self.clock)));
+        let replied = now(&self.clock);
+        self.requests.flushed(issued, replied);
+        (issued, replied)
     }
 
     fn size_is_legal(&self, size: u64, time: u64) -> bool {
         let replied = self.sizes.iter().filter(|(_, replied, _)| *replied < time).map(|(_, _, size)| *size).max();
         let issued = self.sizes.iter().filter(|(issued, _, _)| *issued < time).map(|(_, _, size)| *size).max();
         Some(size) >= replied && Some(size) <= issued && self.sizes.iter().any(|(_, _, known)| *known == size)
-    }
-
-    fn sector_is_legal(&self, sector: usize, value: &[u8], time: u64) -> bool {
-        let part = |event: &Event| {
-            let start = sector.checked_sub(event.first_sector)? * SECTOR;
-            event.bytes.get(start..start + SECTOR).map(<[u8]>::to_vec)
-        };
-        let here = || self.writes.iter().filter_map(|event| Some((event, part(event)?)));
-        let is_durable =
-            |event: &Event| self.barriers.iter().any(|(issued, replied)| *issued > event.replied && *replied < time);
-        let durable = here().filter(|(event, _)| is_durable(event)).map(|(event, _)| event.issued).max();
-        // Past the old end a disk begins as zeroes.
-        let zeroes = [0; SECTOR];
-        let initial = self.initial.get(sector * SECTOR..(sector + 1) * SECTOR).unwrap_or(&zeroes);
-        (durable.is_none() && value == initial)
-            || here().any(|(event, bytes)| {
-                event.issued < time && durable.is_none_or(|issued| event.replied >= issued) && bytes == value
-            })
     }
 
     /// The first thing that is wrong with a crash state.
@@ -205,12 +177,8 @@ impl Run {
             if !self.size_is_legal(found.len() as u64, time) {
                 return Some(format!("{} bytes at time {time}", found.len()));
             }
-            let illegal = |(sector, value): (usize, &[u8])| !self.sector_is_legal(sector, value, time);
-            if let Some(sector) = found.chunks(SECTOR).enumerate().position(illegal) {
-                return Some(format!("sector {sector} of {} at time {time}", found.len() / SECTOR));
-            }
         }
-        self.fault_of_repair(state, &found)
+        self.requests.illegal_sector(&found, state).or_else(|| self.fault_of_repair(state, &found))
     }
 
     /// The engine opens it, closes it clean with the same content, and growing works as if nothing had been.

@@ -14,6 +14,8 @@ mod power_cut;
 mod reader;
 #[path = "support/recorder.rs"]
 mod recorder;
+#[path = "support/requests.rs"]
+mod requests;
 #[path = "support/sim_disk.rs"]
 mod sim_disk;
 mod support;
@@ -316,7 +318,7 @@ fn no_crash_after_a_skipped_write_loses_what_it_found() {
             for third in ALPHABET {
                 let clock: Clock = Arc::new(AtomicU64::new(0));
                 let shape = CreateOptions { cluster_size: 512, ..over("below.qcow2", SIZE as u64) };
-                let (base, below) = (blank(&clock, &shape, false), pattern(7, SIZE));
+                let (base, below) = (blank(&clock, &shape), pattern(7, SIZE));
                 let mut recorder = Recorder::new(clock, base, below.clone(), below, skipping());
                 [first, second, third].into_iter().for_each(|step| take(step, &mut recorder));
                 let (count, fault) = recorder.judge();

@@ -18,20 +18,12 @@ use blockyard_qcow2::{CreateOptions, Durability, Image, Layer, OpenOptions, Zero
 
 use super::power_cut::{CrashState, crash_states};
 use super::reader::{read_disk, read_disk_and_packed};
+use super::requests::Requests;
 use super::sim_disk::{Clock, Content, SimDisk, now};
 
 const SECTOR: usize = 512;
 /// What common disks write at once.
 const BLOCK: u64 = 4096;
-
-/// What the guest did: when it was asked, when it was answered, and what its sectors read as afterwards.
-struct Event {
-    issued: u64,
-    replied: u64,
-    first_sector: usize,
-    sectors: Vec<[u8; SECTOR]>,
-    durable: bool,
-}
 
 pub struct Recorder {
     clock: Clock,
@@ -40,25 +32,15 @@ pub struct Recorder {
     backing: Vec<u8>,
     options: OpenOptions,
     image: Option<Image>,
-    initial: Vec<u8>,
     pub model: Vec<u8>,
-    events: Vec<Event>,
-    /// When each was issued and replied.
-    flushes: Vec<(u64, u64)>,
+    requests: Requests,
     pub seed: u64,
 }
 
-/// A new image on a simulated disk, of compression type deflate or zstd.
-pub fn blank(clock: &Clock, create: &CreateOptions, zstd: bool) -> Content {
+/// A new image on a simulated disk.
+pub fn blank(clock: &Clock, create: &CreateOptions) -> Content {
     let disk = SimDisk::new(clock.clone(), Content::default());
     create_on(&disk, create).unwrap();
-    if zstd {
-        let mut features = [0; 8];
-        disk.read(72, &mut features).unwrap();
-        features[7] |= 1 << 3;
-        disk.write(72, &mut [IoSlice::new(&features)]).unwrap();
-        disk.write(104, &mut [IoSlice::new(&[1])]).unwrap();
-    }
     disk.content()
 }
 
@@ -66,10 +48,8 @@ impl Recorder {
     /// `base`: the image before the first request, closed, which reads as `initial` over the `backing` bytes.
     pub fn new(clock: Clock, base: Content, backing: Vec<u8>, initial: Vec<u8>, options: OpenOptions) -> Self {
         let disk = Arc::new(SimDisk::new(clock.clone(), base.clone()));
-        let (events, flushes) = (Vec::new(), Vec::new());
-        let model = initial.clone();
-        let mut recorder =
-            Self { clock, disk, base, backing, options, image: None, initial, model, events, flushes, seed: 0 };
+        let (model, requests) = (initial.clone(), Requests::new(initial));
+        let mut recorder = Self { clock, disk, base, backing, options, image: None, model, requests, seed: 0 };
         recorder.image = Some(recorder.open(recorder.disk.clone()));
         recorder
     }
@@ -110,38 +90,19 @@ impl Recorder {
     pub fn flush(&mut self) {
         let issued = now(&self.clock);
         self.image().flush().unwrap();
-        self.flushes.push((issued, now(&self.clock)));
+        self.requests.flushed(issued, now(&self.clock));
     }
 
     pub fn reopen(&mut self) {
         let issued = now(&self.clock);
         self.image().close().unwrap();
-        self.flushes.push((issued, now(&self.clock)));
+        self.requests.flushed(issued, now(&self.clock));
         self.image = Some(self.open(self.disk.clone()));
     }
 
     fn answered(&mut self, issued: u64, offset: usize, length: usize, durability: Durability) {
-        let (first_sector, end) = (offset / SECTOR, (offset + length).next_multiple_of(SECTOR));
-        let sectors = self.model[first_sector * SECTOR..end].chunks(SECTOR);
-        let sectors = sectors.map(|sector| sector.try_into().unwrap()).collect();
         let durable = durability == Durability::BeforeReply;
-        self.events.push(Event { issued, replied: now(&self.clock), first_sector, sectors, durable });
-    }
-
-    /// Judges what a sector reads as after a crash at `time`.
-    fn sector_is_legal(&self, sector: usize, value: &[u8], time: u64) -> bool {
-        let covers = |event: &&Event| (event.first_sector..event.first_sector + event.sectors.len()).contains(&sector);
-        let here = || self.events.iter().filter(covers);
-        let is_durable = |event: &Event| {
-            let flushed = |&(issued, replied): &(u64, u64)| issued > event.replied && replied < time;
-            (event.durable && event.replied < time) || self.flushes.iter().any(flushed)
-        };
-        // The issue time of the newest durable change: whatever was replied before it is gone.
-        let barrier = here().filter(|event| is_durable(event)).map(|event| event.issued).max();
-        let initial = &self.initial[sector * SECTOR..(sector + 1) * SECTOR];
-        let is_write = |event: &Event| event.sectors[sector - event.first_sector] == value;
-        let in_time = |event: &Event| event.issued < time && barrier.is_none_or(|barrier| event.replied >= barrier);
-        (barrier.is_none() && value == initial) || here().any(|event| in_time(event) && is_write(event))
+        self.requests.changed((issued, now(&self.clock)), &self.model, offset, length, durable);
     }
 
     /// The first thing that is wrong with a crash state.
@@ -150,12 +111,8 @@ impl Recorder {
             Ok(found) => found,
             Err(rule) => return Some(rule),
         };
-        for (sector, value) in found.chunks(SECTOR).enumerate() {
-            for time in [state.earliest + 1, state.latest] {
-                if !self.sector_is_legal(sector, value, time) {
-                    return Some(format!("sector {sector} reads as something illegal at time {time}"));
-                }
-            }
+        if let Some(fault) = self.requests.illegal_sector(&found, state) {
+            return Some(fault);
         }
         // The engine repairs it by opening and closing, and nothing reads differently then.
         let disk = Arc::new(SimDisk::new(self.clock.clone(), state.content.clone()));

@@ -16,10 +16,10 @@ use blockyard_qcow2::{
 
 use super::power_cut::{CrashState, crash_states};
 use super::reader::{is_closed, read_disk};
+use super::requests::Requests;
 use super::sim_disk::{Clock, Content, SimDisk, now};
 use super::support::{over, pattern, wordy};
 
-pub const SECTOR: usize = 512;
 pub const CACHE: usize = 1 << 20;
 /// Bytes of every disk here: tables of 512-byte clusters map 32 KiB each, and the last cluster is partial.
 pub const SIZE: usize = 72 * 1024 + 512;
@@ -106,23 +106,6 @@ pub struct Trouble {
     pub failing_sync: Option<u64>,
 }
 
-/// What the guest did: when it was asked, when it was answered, and what its sectors read as afterwards.
-struct Event {
-    issued: u64,
-    /// For ever, if it failed.
-    replied: u64,
-    first_sector: usize,
-    sectors: Vec<[u8; SECTOR]>,
-    durable: bool,
-}
-
-struct Flush {
-    issued: u64,
-    replied: u64,
-    /// The image was closed, not only flushed.
-    close: bool,
-}
-
 /// The disk was asked to have this many bytes; it never becomes smaller.
 struct Size {
     issued: u64,
@@ -138,10 +121,10 @@ pub struct Run {
     backing: Vec<u8>,
     layer: Option<Arc<SimDisk>>,
     image: Option<Image>,
-    initial: Vec<u8>,
     model: Vec<u8>,
-    events: Vec<Event>,
-    flushes: Vec<Flush>,
+    requests: Requests,
+    /// Issue and reply of each close.
+    closes: Vec<(u64, u64)>,
     sizes: Vec<Size>,
     seed: u64,
 }
@@ -170,10 +153,9 @@ impl Run {
             backing,
             layer,
             image: None,
-            initial: Vec::new(),
             model,
-            events: Vec::new(),
-            flushes: Vec::new(),
+            requests: Requests::new(Vec::new()),
+            closes: Vec::new(),
             sizes: vec![Size { issued: 0, replied: 0, bytes: SIZE }],
             seed: 0,
         };
@@ -190,7 +172,7 @@ impl Run {
         disk.failing_sync = trouble.failing_sync;
         disk.can_reserve = start.can_reserve;
         run.disk = Arc::new(disk);
-        run.initial = run.model.clone();
+        run.requests = Requests::new(run.model.clone());
         run.image = Some(run.open());
         run
     }
@@ -231,14 +213,16 @@ impl Run {
     fn flush(&mut self) {
         let issued = now(&self.clock);
         if self.ask(Image::flush) {
-            self.flushes.push(Flush { issued, replied: now(&self.clock), close: false });
+            self.requests.flushed(issued, now(&self.clock));
         }
     }
 
     fn reopen(&mut self) {
         let issued = now(&self.clock);
         if self.ask(Image::close) {
-            self.flushes.push(Flush { issued, replied: now(&self.clock), close: true });
+            let replied = now(&self.clock);
+            self.requests.flushed(issued, replied);
+            self.closes.push((issued, replied));
             self.image = Some(self.open());
         } else {
             self.image = None;
@@ -252,10 +236,9 @@ impl Run {
         let replied = if done { now(&self.clock) } else { u64::MAX };
         if done {
             // What was written before is durable then.
-            self.flushes.push(Flush { issued, replied, close: false });
+            self.requests.flushed(issued, replied);
         }
         self.model.resize(bytes, 0);
-        self.initial.resize(bytes, 0);
         self.sizes.push(Size { issued, replied, bytes });
     }
 
@@ -301,48 +284,17 @@ impl Run {
         durability: Durability,
         operation: impl FnOnce(&Image) -> blockyard_qcow2::Result<()>,
     ) {
-        let first_sector = offset / SECTOR;
-        let sectors = self.model[first_sector * SECTOR..(offset + length).next_multiple_of(SECTOR)]
-            .chunks(SECTOR)
-            .map(|sector| sector.try_into().unwrap())
-            .collect();
         let issued = now(&self.clock);
         let replied = if self.ask(operation) { now(&self.clock) } else { u64::MAX };
         let durable = durability == Durability::BeforeReply;
-        self.events.push(Event { issued, replied, first_sector, sectors, durable });
-    }
-
-    /// Judges what a sector reads as after a crash at `time`.
-    fn sector_is_legal(&self, sector: usize, value: &[u8], time: u64) -> bool {
-        let here = || {
-            let covers =
-                |event: &&Event| (event.first_sector..event.first_sector + event.sectors.len()).contains(&sector);
-            self.events.iter().filter(covers)
-        };
-        let is_durable = |event: &Event| {
-            let flushed = |flush: &Flush| flush.issued > event.replied && flush.replied < time;
-            (event.durable && event.replied < time) || self.flushes.iter().any(flushed)
-        };
-        // The issue time of the newest durable change: whatever was replied before it is gone.
-        let barrier = here().filter(|event| is_durable(event)).map(|event| event.issued).max();
-        let initial = &self.initial[sector * SECTOR..(sector + 1) * SECTOR];
-        if barrier.is_none() && value == initial {
-            return true;
-        }
-        here().any(|event| {
-            event.issued < time
-                && barrier.is_none_or(|barrier| event.replied >= barrier)
-                && event.sectors[sector - event.first_sector] == value
-        })
+        self.requests.changed((issued, replied), &self.model, offset, length, durable);
     }
 
     /// Whether the image must be whole at that time: it was closed, and nothing was asked of it since.
     fn must_be_closed(&self, time: u64) -> bool {
-        let close = self.flushes.iter().rfind(|flush| flush.close && flush.replied < time);
-        let asked = self.events.iter().map(|event| event.issued).chain(self.sizes.iter().map(|size| size.issued));
-        let asked: Vec<u64> = asked.collect();
-        let quiet = |close: &Flush| !asked.iter().any(|issued| (close.issued..time).contains(issued));
-        close.is_some_and(quiet)
+        let close = self.closes.iter().rfind(|(_, replied)| *replied < time);
+        let asked: Vec<u64> = self.requests.changes_issued().chain(self.sizes.iter().map(|size| size.issued)).collect();
+        close.is_some_and(|(closing, _)| !asked.iter().any(|issued| (*closing..time).contains(issued)))
     }
 
     /// The disk's bytes in a crash state, by the reader that is not the engine.
@@ -361,12 +313,8 @@ impl Run {
         {
             return Some(format!("the disk has {} bytes", found.len()));
         }
-        for (sector, value) in found.chunks(SECTOR).enumerate() {
-            for time in [state.earliest + 1, state.latest] {
-                if !self.sector_is_legal(sector, value, time) {
-                    return Some(format!("sector {sector} reads as something illegal at time {time}"));
-                }
-            }
+        if let Some(fault) = self.requests.illegal_sector(&found, state) {
+            return Some(fault);
         }
         if !is_closed(&state.content) && self.must_be_closed(state.latest) {
             return Some("was closed, and is dirty again".into());
