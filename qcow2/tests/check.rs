@@ -6,7 +6,7 @@ mod support;
 use std::path::Path;
 
 use blockyard_qcow2::{CreateOptions, Durability, Error, check, repair};
-use support::{MIB, assert_clean, assert_reads_as, folder, fresh, join, pattern, run, succeed, text};
+use support::{MIB, assert_clean, assert_reads_as, folder, fresh, join, pattern, qemu_check, run, succeed, text};
 
 /// A clean image with data, and where its structures are.
 struct Sample {
@@ -32,13 +32,6 @@ fn sample(path: &Path) -> Sample {
     let number = |at: usize| (u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap()) & !(1 << 63)) as usize;
     let (l1, refcount_table) = (number(40), number(48));
     Sample { l1, l2: number(l1), refcount_table, refcount_block: number(refcount_table), bytes, content }
-}
-
-/// Errors and leaks as QEMU counts them.
-fn qemu_check(path: &Path) -> (u64, u64) {
-    let output = run("qemu-img", &["check", "--output=json", "-f", "qcow2", text(path)]);
-    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-    (report["corruptions"].as_u64().unwrap_or(0), report["leaks"].as_u64().unwrap_or(0))
 }
 
 type Damage = fn(&Sample, &mut Vec<u8>);

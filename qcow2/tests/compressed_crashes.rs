@@ -26,7 +26,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use blockyard_qcow2::{Access, Compression, CompressionLevel, CreateOptions, Durability, OpenOptions, ZeroMode};
 use recorder::{Recorder, blank};
 use sim_disk::Clock;
-use support::{over, pattern, wordy};
+use support::{over, pattern, scale, wordy};
 
 const LATER: Durability = Durability::OnFlush;
 
@@ -131,8 +131,7 @@ fn no_crash_of_a_short_workload_loses_a_packed_byte_or_puts_one_at_risk() {
 
 #[test]
 fn no_crash_of_a_long_random_workload_loses_a_packed_byte_or_puts_one_at_risk() {
-    let scale: u64 = std::env::var("SCALE").map_or(1, |scale| scale.parse().unwrap());
-    let workloads: Vec<_> = (0..40 * scale)
+    let workloads: Vec<_> = (0..40 * scale())
         .map(|seed| {
             let mut random = fastrand::Rng::with_seed(seed);
             let steps = (0..20).map(|_| ALPHABET[random.usize(..ALPHABET.len())]).collect();

@@ -30,7 +30,7 @@ use blockyard_qcow2::{Access, CreateOptions, Image, create_on};
 use power_cut::crash_states;
 use reader::read_disk;
 use sim_disk::{Clock, Content, SimDisk, now};
-use support::{assert_reads_as, folder, succeed, text};
+use support::{assert_reads_as, folder, scale, succeed, text};
 use workload::{ALPHABET, CACHE, MORE_STARTS, Run, SIZE, STARTS, Start, Step, Trouble};
 
 fn run(start: Start, steps: &[Step], trouble: Trouble) -> (usize, Option<String>) {
@@ -84,10 +84,6 @@ fn random_workload(seed: u64, length: usize, starts: &[Start]) -> (Start, Vec<St
     let mut random = fastrand::Rng::with_seed(seed);
     let steps = (0..length).map(|_| ALPHABET[random.usize(..ALPHABET.len())]).collect();
     (starts[random.usize(..starts.len())], steps)
-}
-
-fn scale() -> u64 {
-    std::env::var("SCALE").map_or(1, |scale| scale.parse().unwrap())
 }
 
 #[test]

@@ -133,14 +133,10 @@ static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 /// How many runs there are by default.
 const RUNS: usize = 3000;
 
-fn scale() -> usize {
-    std::env::var("SCALE").map_or(1, |scale| scale.parse().unwrap())
-}
-
 #[test]
 fn no_crash_in_the_middle_of_concurrent_work_loses_or_invents_a_byte() {
     let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let outcome = explore(RUNS * scale(), run);
+    let outcome = explore(RUNS * support::scale() as usize, run);
     println!("{} runs, {} crash points, illegal: {:?}", outcome.schedules, outcome.counted, outcome.fault);
     assert_eq!(outcome.fault, None, "repeat with SEED=<the number>");
     if std::env::var("SEED").is_err() {

@@ -148,8 +148,7 @@ fn every_failing_call_is_reported_in_time_and_nothing_flushed_is_lost() {
 
 #[test]
 fn two_faults_are_no_worse_than_one() {
-    let number = |name: &str| std::env::var(name).ok().map(|value| value.parse::<u64>().unwrap());
-    let (scale, seed) = (number("SCALE").unwrap_or(1), number("SEED").unwrap_or(1));
+    let (scale, seed) = (support::scale(), support::seed().unwrap_or(1));
     println!("SEED={seed}");
     let mut random = fastrand::Rng::with_seed(seed);
     let mut total = 0;

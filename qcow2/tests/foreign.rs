@@ -4,24 +4,15 @@
 mod support;
 
 use std::io::Write;
-use std::path::Path;
 use std::process::{Command, Stdio};
 
 use blockyard_qcow2::{Access, CreateOptions, Durability, Error, Image, OpenOptions, ZeroMode};
-use support::{KIB, MIB, assert_clean, assert_reads_as, folder, fresh, join, open, over, pattern, run, succeed, text};
+use support::{
+    KIB, MIB, assert_clean, assert_reads_as, folder, fresh, join, open, over, pattern, qemu_create, qemu_io, run,
+    succeed, text,
+};
 
 const LATER: Durability = Durability::OnFlush;
-
-fn qemu_create(path: &Path, options: &str, size: u64) {
-    succeed("qemu-img", &["create", "-q", "-f", "qcow2", "-o", options, text(path), &size.to_string()]);
-}
-
-fn qemu_io(path: &Path, commands: &[&str]) -> String {
-    let mut arguments = vec!["-f", "qcow2"];
-    commands.iter().for_each(|command| arguments.extend(["-c", command]));
-    arguments.push(text(path));
-    succeed("qemu-io", &arguments)
-}
 
 #[test]
 fn images_of_every_cluster_size_and_refcount_width_are_clean() {

@@ -14,7 +14,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use blockyard_qcow2::{Access, Durability, Error, Image, OpenOptions, ZeroMode};
-use support::{KIB, MIB, assert_clean, assert_reads_as, folder, join, open, pattern, run, succeed, text};
+use support::{
+    KIB, MIB, assert_clean, assert_reads_as, folder, join, open, pattern, qemu_check, qemu_create, qemu_io, succeed,
+    text,
+};
 
 const SIZE: u64 = 3 * MIB + 512;
 
@@ -43,13 +46,6 @@ fn beside(image: &Path, name: &str) -> PathBuf {
     image.with_file_name(name)
 }
 
-fn qemu_io(image: &Path, commands: &[&str]) {
-    let mut arguments = vec!["-f", "qcow2"];
-    commands.iter().for_each(|command| arguments.extend(["-c", command]));
-    arguments.push(text(image));
-    succeed("qemu-io", &arguments);
-}
-
 /// Data, zeroes of both kinds, and a hole, in every image that begins empty.
 fn fill(image: &Path) {
     qemu_io(
@@ -67,7 +63,7 @@ fn fill(image: &Path) {
 }
 
 fn create(image: &Path, options: &str) {
-    succeed("qemu-img", &["create", "-q", "-f", "qcow2", "-o", options, text(image), &SIZE.to_string()]);
+    qemu_create(image, options, SIZE);
 }
 
 /// Data that compresses, data that does not, holes, and a last cluster that is only partly used.
@@ -272,14 +268,6 @@ fn qemu_view(image: &Path) -> Vec<u8> {
     let raw = beside(image, "view.raw");
     succeed("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", text(image), text(&raw)]);
     std::fs::read(raw).unwrap()
-}
-
-/// Errors and leaks as QEMU counts them.
-fn qemu_check(image: &Path) -> (u64, u64) {
-    let output = run("qemu-img", &["check", "--output=json", "-f", "qcow2", text(image)]);
-    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!(report["check-errors"], 0, "{report}");
-    (report["corruptions"].as_u64().unwrap_or(0), report["leaks"].as_u64().unwrap_or(0))
 }
 
 fn judge(case: &Case) {

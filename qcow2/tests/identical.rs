@@ -214,13 +214,12 @@ fn run_sequence(seed: u64) -> u64 {
 
 #[test]
 fn seeded_sequences_read_as_a_byte_array_would() {
-    let number = |name: &str| std::env::var(name).ok().map(|value| value.parse::<u64>().unwrap());
-    if let Some(seed) = number("SEED") {
+    if let Some(seed) = support::seed() {
         run_sequence(seed);
         return;
     }
     let mut skipped = 0;
-    for seed in 0..100 * number("SCALE").unwrap_or(1) {
+    for seed in 0..100 * support::scale() {
         let outcome = std::panic::catch_unwind(|| run_sequence(seed));
         skipped += outcome.unwrap_or_else(|_| panic!("sequence {seed} failed; SEED={seed} repeats it"));
     }

@@ -380,12 +380,11 @@ fn run_sequence(seed: u64, judged: &Judged) {
 
 #[test]
 fn seeded_sequences_read_as_a_byte_array_would_and_so_say_three_other_readers() {
-    let number = |name: &str| std::env::var(name).ok().map(|value| value.parse::<u64>().unwrap());
     let judged = Judged::default();
-    if let Some(seed) = number("SEED") {
+    if let Some(seed) = support::seed() {
         return run_sequence(seed, &judged);
     }
-    let scale = number("SCALE").unwrap_or(1);
+    let scale = support::scale();
     let sequences = SEQUENCES * scale;
     let next = AtomicU64::new(0);
     let done = AtomicU64::new(0);

@@ -47,8 +47,7 @@ type Thread = fn(&Guest);
 
 /// Runs threads against each other under many schedules, closes, and judges.
 fn race(name: &str, shape: &'static Shape, threads: &'static [Thread]) {
-    let scale = std::env::var("SCALE").map_or(1, |scale| scale.parse().unwrap());
-    let outcome = explore(SCHEDULES * scale, move |seed| {
+    let outcome = explore(SCHEDULES * support::scale() as usize, move |seed| {
         let clock: Clock = Arc::new(AtomicU64::new(0));
         let guest = Guest::new(shape, &clock, &shape.first_content(&clock), 1, 1 + seed as usize % 4)?;
         let running: Vec<_> = threads
@@ -208,8 +207,7 @@ fn a_request_that_comes_late_is_done_before_the_close_or_refused() {
 
 #[test]
 fn bytes_of_one_sector_written_by_two_threads_are_both_kept() {
-    let scale = std::env::var("SCALE").map_or(1, |scale| scale.parse().unwrap());
-    let outcome = explore(SCHEDULES * scale, |_| {
+    let outcome = explore(SCHEDULES * support::scale() as usize, |_| {
         let clock: Clock = Arc::new(AtomicU64::new(0));
         let guest = Guest::new(&OVERLAY, &clock, &OVERLAY.first_content(&clock), 1, 1)?;
         let running: Vec<_> = (1..=3u64)

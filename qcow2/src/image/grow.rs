@@ -98,12 +98,8 @@ impl Image {
             self.make_tables(first, last)?;
         }
         for cluster in first..=last {
-            let entry = match self.tables.view(&*self.storage, l1_index)? {
-                Some(table) => table.entry(cluster)?,
-                None => L2Entry::Unallocated,
-            };
             let begin = geometry.start_of(cluster);
-            let hidden = match entry {
+            let hidden = match self.entry(cluster)? {
                 L2Entry::Zero { .. } => true,
                 L2Entry::Unallocated => self.below_reads_zero(begin, geometry.cluster_size().min(size - begin))?,
                 _ => false,

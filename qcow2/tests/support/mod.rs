@@ -10,6 +10,20 @@ use blockyard_qcow2::{Access, Backing, BackingFormat, CreateOptions, Image, Open
 pub const KIB: u64 = 1024;
 pub const MIB: u64 = 1024 * KIB;
 
+/// How many times the usual number of random cases is wanted.
+pub fn scale() -> u64 {
+    number("SCALE").unwrap_or(1)
+}
+
+/// The one random case that is wanted.
+pub fn seed() -> Option<u64> {
+    number("SEED")
+}
+
+fn number(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok().map(|text| text.parse().unwrap())
+}
+
 /// A folder for images on a real file system, removed at the end.
 pub fn folder() -> tempfile::TempDir {
     tempfile::Builder::new().prefix("blockyard-qcow2-").tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
@@ -45,6 +59,25 @@ pub fn succeed(program: &str, arguments: &[&str]) -> String {
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{program} {arguments:?}: {text}{}", String::from_utf8_lossy(&output.stderr));
     text
+}
+
+pub fn qemu_create(path: &Path, options: &str, size: u64) {
+    succeed("qemu-img", &["create", "-q", "-f", "qcow2", "-o", options, text(path), &size.to_string()]);
+}
+
+pub fn qemu_io(path: &Path, commands: &[&str]) -> String {
+    let mut arguments = vec!["-f", "qcow2"];
+    commands.iter().for_each(|command| arguments.extend(["-c", command]));
+    arguments.push(text(path));
+    succeed("qemu-io", &arguments)
+}
+
+/// Errors and leaks as QEMU counts them.
+pub fn qemu_check(path: &Path) -> (u64, u64) {
+    let output = run("qemu-img", &["check", "--output=json", "-f", "qcow2", text(path)]);
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["check-errors"], 0, "{report}");
+    (report["corruptions"].as_u64().unwrap_or(0), report["leaks"].as_u64().unwrap_or(0))
 }
 
 /// `qemu-img check` finds neither an error nor a leak.
