@@ -17,12 +17,13 @@ use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::sync::thread::{self, JoinHandle};
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard, lock, wait};
 
-/// Threads that write, per image. (Measured: one leaves the disk idle while it returns, more than two gain nothing.)
+/// Threads that write, per image: one would leave the disk idle while it comes back for more. (A guess; to be measured with
+/// the write path.)
 const WORKERS: usize = 2;
 /// Payload of one image that may be acknowledged and not yet in the file; more waits. A fraction of a second of disk time,
-/// so that a flush or a durable write never waits long.
-const BUDGET_BYTES: u64 = 32 << 20;
-/// The longest run that neighbouring payload is merged into: beyond it, file systems gain nothing. (Measured: 2 MiB.)
+/// so that a flush or a durable write never waits long. (A guess, as above.)
+const BUDGET_BYTES: u64 = 16 << 20;
+/// The longest run that neighbouring payload is merged into. (A guess, as above: beyond it disks gain little.)
 const RUN_BYTES: u64 = 2 << 20;
 /// One run in so many is the oldest, wherever it lies.
 const OLDEST_EVERY: u64 = 4;
