@@ -42,6 +42,7 @@ impl Allocator {
     /// `end`: the end of the file rounded up to clusters; never below it, so that fresh clusters read as zeroes.
     /// `blocks`: how many refcount blocks the used part of the file needs, which in a sparse file may be few.
     pub(crate) fn new(geometry: Geometry, refcount_width: Width, end: u64, blocks: u64) -> Self {
+        let end = if mutant!("next_below_end") { end - geometry.cluster_size() } else { end };
         let block_bytes = refcount_width.entries(geometry.cluster_size()) * geometry.cluster_size();
         // A little less than the table can name: it must find room itself when it moves.
         let blocks_max = REFCOUNT_TABLE_BYTES_MAX / ENTRY / 256 * 255;
@@ -66,8 +67,13 @@ impl Allocator {
             reserve(storage, &mut state, needed)?;
         }
         let offset = state.next;
-        state.next = end;
+        state.next = if mutant!("next_one_back") { end - self.geometry.cluster_size() } else { end };
         Ok(offset)
+    }
+
+    /// A mistake that tests make: the cluster at `host` is handed out next.
+    pub(crate) fn reuse(&self, host: u64) {
+        lock(&self.state).next = host;
     }
 
     /// Whether the refcounts of what is used can be written down at all.
@@ -112,6 +118,7 @@ fn reserve(storage: &dyn Storage, state: &mut State, needed: u64) -> Result<()> 
             state.can_reserve = false;
             Ok(())
         }
+        Err(_) if mutant!("full_disk_ignored") => Ok(()),
         Err(source) => {
             let (offset, length) = (state.reserved, needed - state.reserved);
             let error = Error::Io { operation: "fallocate", offset, source };

@@ -184,7 +184,9 @@ fn write_image(storage: &dyn Storage, mut header: Header, preallocation: Preallo
         return Err(if error.is_no_space() { Error::NoSpace { offset: 0, length: tables_end } } else { error });
     }
     storage.set_length(end).map_err(Error::io("ftruncate", end))?;
-    storage.sync_data().map_err(Error::io("fdatasync", 0))?;
+    if !mutant!("header_before_tables") {
+        storage.sync_data().map_err(Error::io("fdatasync", 0))?;
+    }
 
     header.refcount_table_offset = table.offset;
     header.refcount_table_clusters = table.clusters as u32;

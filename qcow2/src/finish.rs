@@ -34,17 +34,25 @@ pub(crate) fn finish(
     end: u64,
 ) -> Result<()> {
     let cluster = header.geometry.cluster_size();
+    if mutant!("clean_before_counts") {
+        put64(sector, field::INCOMPATIBLE, header.incompatible & !(DIRTY | CORRUPT));
+        storage.write(0, &mut [IoSlice::new(&sector[..])]).map_err(Error::io("write", 0))?;
+    }
     let (table, end) = refcounts::set(storage, header.geometry, header.refcount_width, table, counts, end)?;
     storage.set_length(end).map_err(Error::io("ftruncate", end))?;
     // B3: what the header is going to vouch for is durable.
-    storage.sync_data().map_err(Error::io("fdatasync", 0))?;
+    if !mutant!("no_b3") {
+        storage.sync_data().map_err(Error::io("fdatasync", 0))?;
+    }
 
     put64(sector, field::REFCOUNT_TABLE_OFFSET, table.offset);
     put32(sector, field::REFCOUNT_TABLE_CLUSTERS, table.clusters as u32);
     put64(sector, field::INCOMPATIBLE, header.incompatible & !(DIRTY | CORRUPT));
     storage.write(0, &mut [IoSlice::new(&sector[..])]).map_err(Error::io("write", 0))?;
     // B4: the image is whole.
-    storage.sync_data().map_err(Error::io("fdatasync", 0))?;
+    if !mutant!("no_b4") {
+        storage.sync_data().map_err(Error::io("fdatasync", 0))?;
+    }
 
     for (first, stop) in counts.unused_runs(end / cluster) {
         // Best effort: a file system that cannot punch keeps the space, nothing else depends on it.

@@ -36,6 +36,7 @@ impl Poison {
 
     pub(crate) fn refuse(&self) -> Result<()> {
         match self.0.get() {
+            Some(_) if mutant!("poison_forgotten") => Ok(()),
             Some(Cause { text, no_space }) => Err(Error::Poisoned { cause: text.clone(), no_space: *no_space }),
             None => Ok(()),
         }

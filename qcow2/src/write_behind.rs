@@ -129,6 +129,11 @@ impl State {
             && before.length + length <= RUN_BYTES
         {
             // The run keeps the id of its oldest write: a flush that waits for that one waits for all of it.
+            if mutant!("merged_as_new") {
+                self.ids.remove(&before.id);
+                self.ids.insert(id, *at);
+                before.id = id;
+            }
             before.length += length;
             before.pieces.extend(pieces);
             return;
@@ -201,6 +206,7 @@ impl Shared {
             let mut submitted = Submitted { shared: self, offset, is_written: false };
             submitted.is_written = match self.storage.write(offset, &mut slices(&run.pieces)) {
                 Ok(()) => true,
+                Err(_) if mutant!("failed_payload_ignored") => true,
                 Err(source) => {
                     self.poison.by(Error::io("write", offset)(source));
                     false
@@ -282,7 +288,11 @@ impl WriteBehind {
         self.shared.present.fetch_add(1, Ordering::Release);
         drop(state);
         let mut submitted = Submitted { shared: &self.shared, offset, is_written: false };
-        let written = self.shared.storage.write_durable(offset, &mut slices(std::slice::from_ref(piece)));
+        let written = if mutant!("fua_as_plain_write") {
+            self.shared.storage.write(offset, &mut slices(std::slice::from_ref(piece)))
+        } else {
+            self.shared.storage.write_durable(offset, &mut slices(std::slice::from_ref(piece)))
+        };
         submitted.is_written = written.is_ok();
         written.map_err(|source| self.shared.poison.by(Error::io("write", offset)(source)))
     }
@@ -337,7 +347,8 @@ impl WriteBehind {
     fn pending(&self, offset: u64, length: u64) -> Result<Vec<(u64, Piece)>> {
         let state = lock(&self.shared.state);
         let end = offset + length;
-        if state.failed.iter().any(|(at, length)| *at < end && offset < at + length) {
+        let failed = |(at, length): &(u64, u64)| *at < end && offset < at + length;
+        if state.failed.iter().any(failed) && !mutant!("failed_payload_readable") {
             let lost = std::io::Error::other("what was written there could not be stored");
             return Err(Error::io("read", offset)(lost));
         }

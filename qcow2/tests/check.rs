@@ -5,8 +5,8 @@ mod support;
 
 use std::path::Path;
 
-use blockyard_qcow2::{CreateOptions, Durability, Error, check, repair};
-use support::{MIB, assert_clean, assert_reads_as, folder, fresh, join, pattern, qemu_check, run, succeed, text};
+use blockyard_qcow2::{Access, CreateOptions, Durability, Error, check, repair};
+use support::{MIB, assert_clean, assert_reads_as, folder, fresh, join, open, pattern, qemu_check, run, succeed, text};
 
 /// A clean image with data, and where its structures are.
 struct Sample {
@@ -114,6 +114,33 @@ fn refcount_structures_that_mean_nothing_are_made_anew() {
         assert_clean(&path);
         assert_reads_as(&path, &sample.content);
     }
+}
+
+/// What neither QEMU nor we make, but both accept.
+#[test]
+fn a_cluster_that_two_entries_share_is_copied_before_one_of_them_is_written() {
+    let folder = folder();
+    let path = join(&folder, "image.qcow2");
+    let sample = sample(&path);
+    let mut bytes = sample.bytes.clone();
+    let entry = |index: usize| sample.l2 + index * 8..sample.l2 + index * 8 + 8;
+    let cluster = |bytes: &[u8], index| u64::from_be_bytes(bytes[entry(index)].try_into().unwrap()) << 1 >> 13;
+    let (kept, dropped) = (cluster(&bytes, 0) as usize, cluster(&bytes, 1) as usize);
+    bytes[entry(0)].copy_from_slice(&(kept as u64 * 4096).to_be_bytes());
+    bytes.copy_within(entry(0), entry(1).start);
+    bytes[sample.refcount_block + 2 * kept + 1] = 2;
+    bytes[sample.refcount_block + 2 * dropped + 1] = 0;
+    std::fs::write(&path, &bytes).unwrap();
+    assert_clean(&path);
+
+    let mut content = sample.content.clone();
+    content.copy_within(0..4096, 4096);
+    content[100..300].fill(7);
+    let image = open(&path, Access::ReadWrite);
+    image.write(100, &[7; 200], Durability::OnFlush).unwrap();
+    image.close().unwrap();
+    assert_clean(&path);
+    assert_reads_as(&path, &content);
 }
 
 #[test]

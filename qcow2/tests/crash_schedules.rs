@@ -39,7 +39,9 @@ const STEPS: usize = 7;
 /// Tables of 512-byte clusters map 64 sectors: six of them.
 const TABLES: usize = 6 * 64 + 1;
 const SPOTS: &[usize] = &[0, 8, 60, 128, 192, 256, 320, 381];
-const SHAPES: [Shape; 6] = [
+const SHAPES: [Shape; 7] = [
+    // Two tables, and everybody at the border between them.
+    Shape { cluster: 512, sectors: 128, below: 128, is_reopened: true, spots: &[60, 65] },
     Shape { cluster: 512, sectors: TABLES, below: 0, is_reopened: false, spots: SPOTS },
     Shape { cluster: 512, sectors: TABLES, below: TABLES, is_reopened: false, spots: SPOTS },
     Shape { cluster: 512, sectors: TABLES, below: 200, is_reopened: true, spots: SPOTS },

@@ -181,6 +181,16 @@ fn features_that_would_be_harmed_or_misread_are_refused() {
     let data_file = format!("data_file={}/data.raw", text(folder.path()));
     let data = make("data.qcow2", &data_file);
     assert!(matches!(try_open(&data, Access::ReadOnly), Err(Error::Unsupported { .. })));
+    // The bit alone is enough, and so is each that nobody knows yet.
+    let bits = join(&folder, "bits.qcow2");
+    create(&bits, &CreateOptions::new(MIB)).unwrap();
+    let plain = std::fs::read(&bits).unwrap();
+    for bit in (5..64).chain([2]) {
+        let mut bytes = plain.clone();
+        bytes[72..80].copy_from_slice(&(1_u64 << bit).to_be_bytes());
+        std::fs::write(&bits, &bytes).unwrap();
+        assert!(matches!(try_open(&bits, Access::ReadOnly), Err(Error::Unsupported { .. })), "bit {bit}");
+    }
     let luks = join(&folder, "luks.qcow2");
     let created = run(
         "qemu-img",

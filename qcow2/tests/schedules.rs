@@ -26,14 +26,14 @@ mod support;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-use blockyard_qcow2::{Durability, ZeroMode};
+use blockyard_qcow2::{Access, Durability, Image, ZeroMode};
 use explore::explore;
 use guest::{Guest, Shape};
-use sim_disk::Clock;
+use sim_disk::{Clock, SimDisk};
 
 const LATER: Durability = Durability::OnFlush;
 const NOW: Durability = Durability::BeforeReply;
-/// Schedules of each of the seven races.
+/// Schedules of each race.
 const SCHEDULES: usize = 1500;
 
 /// Two clusters of eight sectors, all of them backed.
@@ -106,6 +106,22 @@ fn a_partial_write_beside_a_zero_of_the_same_cluster_is_never_lost() {
             },
             |guest| {
                 guest.write(5, 1, NOW);
+            },
+        ],
+    );
+}
+
+#[test]
+fn two_partial_zeroes_of_one_cluster_are_both_kept() {
+    race(
+        "two partial zeroes",
+        &OVERLAY,
+        &[
+            |guest| {
+                guest.zero(1, 2, ZeroMode::Unmap, LATER);
+            },
+            |guest| {
+                guest.zero(4, 2, ZeroMode::Keep, LATER);
             },
         ],
     );
@@ -203,6 +219,33 @@ fn a_request_that_comes_late_is_done_before_the_close_or_refused() {
             },
         ],
     );
+}
+
+#[test]
+fn nothing_is_written_any_more_when_the_locks_are_given_up() {
+    let scale = std::env::var("SCALE").map_or(1, |scale| scale.parse().unwrap());
+    let outcome = explore(SCHEDULES * scale, |seed| {
+        let clock: Clock = Arc::new(AtomicU64::new(0));
+        let mut disk = SimDisk::new(clock.clone(), WRITTEN.first_content(&clock));
+        // The first one makes the dirty bit durable.
+        (disk.failing_sync, disk.slowness) = (Some(1), 1 + seed as usize % 4);
+        let disk = Arc::new(disk);
+        let image = Arc::new(Image::open_on(disk.clone(), Access::ReadWrite, None, 0).unwrap());
+        image.write(0, &[1; 512], LATER).unwrap();
+        let flusher = image.clone();
+        let flush = shuttle::thread::spawn(move || flusher.flush().is_err());
+        // Until it is refused; the last ones accepted are still on their way.
+        let _ = (1..16).all(|write| image.write(write % 4 * 1024, &[1; 512], LATER).is_ok());
+        let has_failed = flush.join().unwrap();
+        assert!(has_failed && image.close().is_err());
+        drop(image);
+        match disk.late_changes() {
+            0 => Ok(1),
+            late => Err(format!("{late} writes after the unlocking")),
+        }
+    });
+    println!("given up: {} schedules, {:?}", outcome.schedules, outcome.fault);
+    assert_eq!(outcome.fault, None, "repeat with SEED=<the number>");
 }
 
 #[test]

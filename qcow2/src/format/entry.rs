@@ -121,7 +121,7 @@ impl L2Entry {
         if !host.is_multiple_of(geometry.cluster_size()) {
             return corrupt("the cluster's offset must be a multiple of the cluster size");
         }
-        if host == 0 && copied {
+        if host == 0 && copied && !mutant!("offset_0_is_data") {
             return corrupt("offset 0 is the header, it cannot be a data cluster");
         }
         if raw & ZERO != 0 {
@@ -130,7 +130,7 @@ impl L2Entry {
             }
             return Ok(Self::Zero { host: (host != 0).then_some(host), copied });
         }
-        Ok(if host == 0 { Self::Unallocated } else { Self::Data { host, copied } })
+        Ok(if host == 0 && !copied { Self::Unallocated } else { Self::Data { host, copied } })
     }
 }
 
@@ -147,7 +147,7 @@ pub(crate) fn zero_kept(host: u64) -> u64 {
 
 /// The entry of a data cluster whose refcount is one.
 pub(crate) fn data(host: u64) -> u64 {
-    host | COPIED
+    if mutant!("l2_not_copied") { host } else { host | COPIED }
 }
 
 /// The entry of a compressed cluster whose `length` bytes (above 0) begin at byte `host`; `None` where offset or length do
@@ -181,7 +181,7 @@ pub(crate) fn decode_l1(raw: u64, geometry: Geometry, at: u64) -> Result<Option<
 
 /// The L1 entry of a table whose refcount is one.
 pub(crate) fn encode_l1(host: u64) -> u64 {
-    host | COPIED
+    if mutant!("l1_not_copied") { host } else { host | COPIED }
 }
 
 #[cfg(test)]

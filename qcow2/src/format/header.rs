@@ -309,6 +309,7 @@ fn refuse_unsupported(crypt_method: u32, incompatible: u64, compression_type: u8
     if crypt_method != 0 {
         return Err(Error::unsupported("encrypted images"));
     }
+    let incompatible = if mutant!("external_data_accepted") { incompatible & !EXTERNAL_DATA } else { incompatible };
     if incompatible & EXTERNAL_DATA != 0 {
         return Err(Error::unsupported("images with an external data file"));
     }

@@ -26,7 +26,9 @@ impl Image {
             return Ok(());
         }
         let finished = if self.access == Access::ReadWrite { self.finish() } else { Ok(()) };
-        self.write_behind.stop();
+        if !mutant!("unlocked_too_early") {
+            self.write_behind.stop();
+        }
         self.unlock();
         finished
     }
@@ -48,6 +50,9 @@ impl Image {
 
     fn finish(&self) -> Result<()> {
         let rebuild = self.header.is_dirty();
+        if mutant!("clean_when_poisoned") && self.poison().is_some() {
+            return self.set_refcounts(rebuild);
+        }
         if !self.session.has_begun() && !rebuild {
             return self.refuse_poisoned();
         }

@@ -69,13 +69,13 @@ impl Image {
         }
         self.write_clones(&clones, payload, &mut state)?;
         self.tables.flushed(&clones);
-        state.covered = covered;
+        state.covered = if mutant!("covers_too_much") { self.changes.load(Ordering::SeqCst) } else { covered };
         Ok(())
     }
 
     fn write_clones(&self, clones: &[TableClone], payload: u64, state: &mut FlushState) -> Result<()> {
         // (a) Tables that nothing on disk points at yet.
-        for clone in clones.iter().filter(|clone| !clone.linked) {
+        for clone in clones.iter().filter(|clone| !clone.linked && !mutant!("links_before_tables")) {
             self.write_runs(&clone.runs)?;
         }
         if !mutant!("no_drain") {
@@ -89,7 +89,7 @@ impl Image {
             return Ok(());
         }
         // (b) From the clone, never from the live tables: those may know entries whose payload B1 did not cover.
-        for clone in clones.iter().filter(|clone| clone.linked) {
+        for clone in clones.iter().filter(|clone| clone.linked || mutant!("links_before_tables")) {
             let live = if mutant!("live_l2") { self.tables.live_runs(clone) } else { Vec::new() };
             let runs = if live.is_empty() { &clone.runs } else { &live };
             self.write_runs(runs)?;

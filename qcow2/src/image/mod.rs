@@ -114,7 +114,8 @@ impl Image {
     }
 
     fn check_range(&self, offset: u64, length: u64) -> Result<()> {
-        match offset.checked_add(length) {
+        let end = if mutant!("range_wraps") { Some(offset.wrapping_add(length)) } else { offset.checked_add(length) };
+        match end {
             Some(end) if end <= self.size() => Ok(()),
             _ => Err(Error::OutOfRange { offset, length, size: self.size() }),
         }
@@ -139,6 +140,7 @@ impl Image {
     }
 
     fn sync(&self) -> Result<()> {
-        self.storage.sync_data().map_err(|source| self.poison.by(Error::io("fdatasync", 0)(source)))
+        let again = |source| if mutant!("sync_retried") { self.storage.sync_data() } else { Err(source) };
+        self.storage.sync_data().or_else(again).map_err(|source| self.poison.by(Error::io("fdatasync", 0)(source)))
     }
 }

@@ -104,11 +104,14 @@ impl Image {
         }
         self.refuse_poisoned()?;
         self.write_behind.start()?;
-        put64(&mut sector, field::INCOMPATIBLE, self.header.incompatible | DIRTY);
-        put64(&mut sector, field::AUTOCLEAR, 0);
+        let dirty = if mutant!("no_dirty_bit") { 0 } else { DIRTY };
+        put64(&mut sector, field::INCOMPATIBLE, self.header.incompatible | dirty);
+        put64(&mut sector, field::AUTOCLEAR, if mutant!("autoclear_kept") { self.header.autoclear } else { 0 });
         self.store(0, &mut [IoSlice::new(&sector[..])])?;
-        self.sync()?;
-        if let Some(at) = self.header.bitmaps_extension {
+        if !mutant!("no_b0") {
+            self.sync()?;
+        }
+        if let Some(at) = self.header.bitmaps_extension.filter(|_| !mutant!("bitmaps_kept")) {
             // Renamed in place: removing it would move the backing file's name across sectors, which a crash could tear.
             let kind = EXTENSION_RETIRED_BITMAPS.to_be_bytes();
             if let Some(bytes) = sector.get_mut(at..at + 4) {

@@ -55,7 +55,11 @@ impl Image {
         let durable = match in_place {
             Some(durable) => durable,
             None => {
-                let _exclusive = self.clusters.exclusive(first, last);
+                let _exclusive = if mutant!("mapping_shares") {
+                    self.clusters.shared(first, last)
+                } else {
+                    self.clusters.exclusive(first, last)
+                };
                 self.write_mapping(offset, data)?;
                 false
             }
@@ -73,7 +77,10 @@ impl Image {
             let (first, last) = (geometry.cluster_of(start), geometry.cluster_of(start + length - 1));
             let Some(table) = self.tables.view(&*self.storage, geometry.l1_index(first))? else { return Ok(None) };
             for cluster in first..=last {
-                let L2Entry::Data { host, copied: true } = table.entry(cluster)? else { return Ok(None) };
+                let L2Entry::Data { host, copied } = table.entry(cluster)? else { return Ok(None) };
+                if !copied && !mutant!("shared_in_place") {
+                    return Ok(None);
+                }
                 let begin = start.max(geometry.start_of(cluster));
                 let piece = (geometry.start_of(cluster) + geometry.cluster_size()).min(start + length) - begin;
                 let at = host + geometry.offset_in_cluster(begin);
@@ -112,15 +119,30 @@ impl Image {
         for target in &targets {
             let start = geometry.start_of(target.first).max(offset);
             let stop = geometry.start_of(target.first + target.clusters).min(end);
+            if mutant!("published_first") {
+                self.publish_target(target)?;
+            }
             self.write_target(target, start, data.part(start - offset, stop - start))?;
         }
-        for target in targets.iter().filter(|target| target.kind != Kind::InPlace) {
-            for index in 0..target.clusters {
-                let raw = entry::data(target.host + index * geometry.cluster_size());
-                self.publish(target.first + index, raw)?;
-            }
-        }
+        targets.iter().try_for_each(|target| self.publish_target(target))?;
         packed.into_iter().try_for_each(|(cluster, raw)| self.publish(cluster, raw))
+    }
+
+    /// Changes the entries of clusters whose payload is on its way.
+    fn publish_target(&self, target: &Target) -> Result<()> {
+        if target.kind == Kind::InPlace {
+            return Ok(());
+        }
+        for index in 0..target.clusters {
+            let cluster = target.first + index;
+            if mutant!("punched_at_overwrite")
+                && let L2Entry::Compressed { host, length } = self.entry(cluster)?
+            {
+                let _ = self.storage.punch(host, length);
+            }
+            self.publish(cluster, entry::data(target.host + index * self.cluster_size()))?;
+        }
+        Ok(())
     }
 
     /// Decides where each cluster goes and reserves everything, so that a full disk is met before anything changes.
@@ -186,6 +208,8 @@ impl Image {
         let stop = start + payload.len();
         let (head, tail) = match target.kind {
             Kind::InPlace => (None, None),
+            Kind::Stale if mutant!("stale_shows") => (None, None),
+            Kind::Fresh if mutant!("no_filling") => (None, None),
             Kind::Stale => (Some(vec![0; (start - begin) as usize]), Some(vec![0; (end - stop) as usize])),
             Kind::Fresh => (self.keep(begin, start)?, self.keep(stop, end.min(self.size()))?),
         };

@@ -62,7 +62,12 @@ impl Image {
     fn zero_step(&self, offset: u64, length: u64, mode: ZeroMode) -> Result<()> {
         let geometry = self.geometry();
         let end = offset + length;
-        let _exclusive = self.clusters.exclusive(geometry.cluster_of(offset), geometry.cluster_of(end - 1));
+        let (first, last) = (geometry.cluster_of(offset), geometry.cluster_of(end - 1));
+        let _exclusive = if mutant!("zero_shares") {
+            self.clusters.shared(first, last)
+        } else {
+            self.clusters.exclusive(first, last)
+        };
         let (start, stop) = self.whole_clusters(offset, end);
         if start >= stop {
             return self.zero_part(offset, end);
@@ -98,6 +103,11 @@ impl Image {
                 None => L2Entry::Unallocated,
             };
             if let Some(raw) = self.zeroed(cluster, entry, mode)? {
+                if mutant!("discarded_reused")
+                    && let (L2Entry::Data { host, .. }, ZeroMode::Unmap) = (entry, mode)
+                {
+                    self.allocator.reuse(host);
+                }
                 self.publish(cluster, raw)?;
             }
         }
@@ -107,7 +117,8 @@ impl Image {
     /// The entry that makes a cluster read as zeroes, `None` when it does already.
     fn zeroed(&self, cluster: u64, entry: L2Entry, mode: ZeroMode) -> Result<Option<u64>> {
         // Without a layer below, an absent entry says the same as a zero entry.
-        let plain = if self.backing.is_some() { entry::ZERO_PLAIN } else { entry::UNALLOCATED };
+        let plain =
+            if self.backing.is_some() && !mutant!("zero_as_absent") { entry::ZERO_PLAIN } else { entry::UNALLOCATED };
         Ok(match (entry, mode) {
             (L2Entry::Zero { host: None, .. }, _) | (L2Entry::Zero { .. }, ZeroMode::Keep) => None,
             (L2Entry::Data { host, copied: true }, ZeroMode::Keep) => Some(entry::zero_kept(host)),

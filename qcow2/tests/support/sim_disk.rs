@@ -148,6 +148,8 @@ struct State {
     /// Host ranges of the writes under way, in whole sectors.
     in_flight: Vec<(u64, u64)>,
     collisions: Vec<(u64, u64)>,
+    is_unlocked: bool,
+    late_changes: usize,
 }
 
 #[derive(Debug)]
@@ -156,7 +158,6 @@ pub struct SimDisk {
     state: Mutex<State>,
     /// Syncs, counted from 0, that are answered and do nothing: what the engine would be without that barrier.
     pub ignored_syncs: Vec<u64>,
-    /// Never interrupted: for what a test makes beforehand.
     /// The sync, counted from 0, that fails.
     pub failing_sync: Option<u64>,
     /// Whether the file system can reserve space.
@@ -178,7 +179,7 @@ impl SimDisk {
         }
     }
 
-    /// As it is, but never interrupted.
+    /// As it is, but never interrupted: for what a test makes beforehand.
     pub fn quiet(self) -> Self {
         Self { slowness: 0, ..self }
     }
@@ -196,9 +197,25 @@ impl SimDisk {
         self.state.lock().unwrap().calls.iter().any(|call| call.has_failed)
     }
 
+    /// After a failed sync, what the disk has, whatever the page cache shows.
+    pub fn truth(&self) -> Option<Content> {
+        let state = self.state.lock().unwrap();
+        let before = &state.calls[..state.calls.iter().position(|call| call.has_failed)?];
+        let last = before.iter().rfind(|call| call.change.is_none()).map_or(0, |sync| sync.started);
+        let covered = before.iter().filter(|call| call.ended < last || call.durable);
+        let mut truth = state.base.clone();
+        covered.filter_map(|call| call.change.as_ref()).for_each(|change| truth.apply(change));
+        Some(truth)
+    }
+
     /// Writes that were under way together although they share a sector: which of them the disk keeps is chance.
     pub fn collisions(&self) -> Vec<(u64, u64)> {
         self.state.lock().unwrap().collisions.clone()
+    }
+
+    /// Changes that took effect when the locks had been given up: somebody else may have the file by then.
+    pub fn late_changes(&self) -> usize {
+        self.state.lock().unwrap().late_changes
     }
 
     /// Lets other threads run, where a scheduler decides who does.
@@ -228,6 +245,7 @@ impl SimDisk {
         self.pause();
         let index = {
             let mut state = self.state.lock().unwrap();
+            state.late_changes += usize::from(state.is_unlocked);
             state.view.apply(&change);
             let change = state.view.in_whole_sectors(change);
             state.calls.push(Call { started, ended: u64::MAX, change: Some(change), durable, has_failed: false });
@@ -309,15 +327,13 @@ impl Storage for SimDisk {
 
     /// After a failed sync, what no successful one covered before is gone with the pages that showed it.
     fn drop_cache(&self) -> io::Result<()> {
-        let mut state = self.state.lock().unwrap();
-        if let Some(failed) = state.calls.iter().position(|call| call.has_failed) {
-            let before = &state.calls[..failed];
-            let last = before.iter().rfind(|call| call.change.is_none()).map_or(0, |sync| sync.started);
-            let covered = before.iter().filter(|call| call.ended < last || call.durable);
-            let mut truth = state.base.clone();
-            covered.filter_map(|call| call.change.as_ref()).for_each(|change| truth.apply(change));
-            state.view = truth;
+        if let Some(truth) = self.truth() {
+            self.state.lock().unwrap().view = truth;
         }
         Ok(())
+    }
+
+    fn unlock(&self) {
+        self.state.lock().unwrap().is_unlocked = true;
     }
 }
