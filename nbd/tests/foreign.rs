@@ -262,7 +262,7 @@ h.shutdown()
 ";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nbdsh_finds_the_errors_and_chunks_that_the_handbook_asks_for() {
+async fn nbdsh_finds_the_errors_and_chunks_that_the_protocol_asks_for() {
     let target = tcp().await;
     let script = target.folder.file("checks.py");
     std::fs::write(&script, CHECKS).unwrap();

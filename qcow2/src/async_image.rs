@@ -8,7 +8,6 @@ use crate::buffer::{Buffer, BufferPool};
 use crate::check::CheckReport;
 use crate::error::{Error, Result};
 use crate::image::{Durability, Extent, Image, OpenOptions, ZeroMode};
-use crate::payload::Piece;
 use crate::sync::Arc;
 
 /// Operations of one image that run at once. More threads only queue up at the file's own lock; fewer leave the disk idle
@@ -83,7 +82,7 @@ impl AsyncImage {
     where
         B: AsRef<[u8]> + Send + Sync + 'static,
     {
-        self.run(move |image| image.write_piece(offset, &Piece::new(Arc::new(buffer)), durability)).await
+        self.run(move |image| image.write_owned(offset, buffer, durability)).await
     }
 
     /// As [`Image::zero`].

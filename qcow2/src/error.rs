@@ -39,7 +39,8 @@ pub enum Error {
         /// The smaller size asked for.
         wanted: u64,
     },
-    /// No room for this request; it changed nothing, and the image is healthy.
+    /// No room for this request, and the image is healthy. A write changed nothing; of zeroes and discards over several L2
+    /// tables, the first tables may have changed.
     #[error("no space left for {length} bytes at host offset {offset}")]
     NoSpace {
         /// Host offset at which space was to be reserved.

@@ -59,6 +59,7 @@ mod refcounts;
 mod references;
 mod regular_file;
 mod repair;
+mod room;
 mod snapshots;
 pub mod storage;
 mod sync;

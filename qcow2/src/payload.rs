@@ -3,11 +3,23 @@
 use std::fmt;
 use std::ops::Range;
 
-use crate::buffer::BufferPool;
+use crate::room::Share;
 use crate::sync::Arc;
 
 /// Bytes that nobody changes any more, owned by whoever still has to write or read them.
 pub(crate) type Memory = Arc<dyn AsRef<[u8]> + Send + Sync>;
+
+/// Memory with the room that it takes up.
+struct Lodged<B> {
+    bytes: B,
+    _share: Share,
+}
+
+impl<B: AsRef<[u8]>> AsRef<[u8]> for Lodged<B> {
+    fn as_ref(&self) -> &[u8] {
+        self.bytes.as_ref()
+    }
+}
 
 /// A part of some memory.
 #[derive(Clone)]
@@ -22,15 +34,9 @@ impl Piece {
         Self { memory, range }
     }
 
-    /// Of bytes that somebody else keeps: in memory that may go around the page cache.
-    pub(crate) fn copy_of(bytes: &[u8]) -> Self {
-        let mut memory = BufferPool::shared().lend(bytes.len());
-        memory.as_mut().copy_from_slice(bytes);
-        Self::new(Arc::new(memory))
-    }
-
-    pub(crate) fn from_vec(bytes: Vec<u8>) -> Self {
-        Self::new(Arc::new(bytes))
+    /// Bytes that take up some room until the last piece of them is gone.
+    pub(crate) fn in_room(bytes: impl AsRef<[u8]> + Send + Sync + 'static, share: Share) -> Self {
+        Self::new(Arc::new(Lodged { bytes, _share: share }))
     }
 
     pub(crate) fn len(&self) -> u64 {

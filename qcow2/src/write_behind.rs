@@ -20,9 +20,6 @@ use crate::sync::{Arc, Condvar, Mutex, MutexGuard, lock, wait};
 /// Threads that write, per image: one would leave the disk idle while it comes back for more. (A guess; to be measured with
 /// the write path.)
 const WORKERS: usize = 2;
-/// Payload of one image that may be acknowledged and not yet in the file; more waits. A fraction of a second of disk time,
-/// so that a flush or a durable write never waits long. (A guess, as above.)
-const BUDGET_BYTES: u64 = 16 << 20;
 /// The longest run that neighbouring payload is merged into. (A guess, as above: beyond it disks gain little.)
 const RUN_BYTES: u64 = 2 << 20;
 /// One run in so many is the oldest, wherever it lies.
@@ -57,8 +54,6 @@ struct State {
     /// `id` and host offset of every run above.
     ids: BTreeMap<u64, u64>,
     last_id: u64,
-    /// Bytes of all runs: at most [`BUDGET_BYTES`], except for one run alone.
-    bytes: u64,
     /// Host offset and length of what could not be written.
     failed: Vec<(u64, u64)>,
     /// Where the last run taken ended: the next is the first one behind it.
@@ -106,7 +101,6 @@ impl State {
     fn supersede(&mut self, offset: u64, length: u64) {
         if let Some(run) = self.queued.get(&offset).filter(|run| run.length == length) {
             self.ids.remove(&run.id);
-            self.bytes -= length;
             self.queued.remove(&offset);
         }
     }
@@ -123,7 +117,6 @@ impl State {
 
     fn queue(&mut self, offset: u64, length: u64, pieces: Vec<Piece>) {
         let id = self.new_id();
-        self.bytes += length;
         if let Some((at, before)) = self.queued.range_mut(..offset).next_back()
             && at + before.length == offset
             && before.length + length <= RUN_BYTES
@@ -158,16 +151,15 @@ impl State {
 }
 
 impl Shared {
-    /// Waits until the range shares no block with a run and `length` bytes have room.
+    /// Waits until the range shares no block with a run.
     fn admit(&self, offset: u64, length: u64) -> Result<MutexGuard<'_, State>> {
         let mut state = lock(&self.state);
         loop {
             self.poison.refuse()?;
-            let is_full = state.bytes > 0 && state.bytes + length > BUDGET_BYTES;
             if mutant!("superseded") {
                 state.supersede(offset, length);
             }
-            if !is_full && !state.is_taken(offset, length) {
+            if !state.is_taken(offset, length) {
                 return Ok(state);
             }
             state = wait(&self.done, state);
@@ -179,7 +171,6 @@ impl Shared {
         let mut state = lock(&self.state);
         if let Some(run) = state.submitted.remove(&offset) {
             state.ids.remove(&run.id);
-            state.bytes -= run.length;
             if is_written {
                 self.present.fetch_sub(1, Ordering::Release);
             } else {
@@ -260,7 +251,7 @@ impl WriteBehind {
 
     /// Takes payload for `offset` of the file. It is readable at once, and in the file after [`WriteBehind::drain`].
     ///
-    /// Waits while there is no room, or while older payload of the same blocks is not in the file.
+    /// Waits while older payload of the same blocks is not in the file.
     pub(crate) fn put(&self, offset: u64, pieces: Vec<Piece>) -> Result<()> {
         let length = pieces.iter().map(Piece::len).sum();
         let mut state = self.shared.admit(offset, length)?;
@@ -282,7 +273,6 @@ impl WriteBehind {
         let mut state = self.shared.admit(offset, piece.len())?;
         let id = state.new_id();
         state.ids.insert(id, offset);
-        state.bytes += piece.len();
         let run = Run { length: piece.len(), id, pieces: vec![piece.clone()] };
         state.submitted.insert(offset, Arc::new(run));
         self.shared.present.fetch_add(1, Ordering::Release);
@@ -397,7 +387,7 @@ mod tests {
     #[test]
     fn an_overwrite_does_not_wait_for_the_end_of_a_stream() {
         let mut state = State { block_size: 512, ..State::default() };
-        let payload = || vec![Piece::from_vec(vec![1; 4096])];
+        let payload = || vec![Piece::new(Arc::new(vec![1; 4096]))];
         let mut end = 1 << 20;
         let mut append = |state: &mut State| {
             state.queue(end, 4096, payload());

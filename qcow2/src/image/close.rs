@@ -1,7 +1,5 @@
 //! Closing: the end of a session. Refcounts are set, the dirty bit goes, and only then is unused space given back.
 
-use crate::sync::atomic::Ordering;
-
 use super::Image;
 use crate::backing::Layer;
 use crate::check::{self, CheckReport};
@@ -11,7 +9,7 @@ use crate::lock::Access;
 use crate::refcounts::RefcountTable;
 use crate::references;
 use crate::repair;
-use crate::sync::{lock, write};
+use crate::sync::lock;
 
 impl Image {
     /// Waits for running operations, writes all metadata, clears the dirty bit, and gives up the locks. Every later
@@ -21,10 +19,7 @@ impl Image {
     /// On success the image is complete on stable storage, and a check finds no error and no leak. On an error (a poisoned
     /// image, a full disk) the dirty bit stays: what was flushed is there, and the image can be opened again.
     pub fn close(&self) -> Result<()> {
-        let _life = write(&self.life);
-        if self.closed.swap(true, Ordering::AcqRel) {
-            return Ok(());
-        }
+        let Some(_operation) = self.closing() else { return Ok(()) };
         let finished = if self.access == Access::ReadWrite { self.finish() } else { Ok(()) };
         if !mutant!("unlocked_too_early") {
             self.write_behind.stop();

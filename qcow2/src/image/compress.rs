@@ -10,7 +10,6 @@ use crate::compressed::{Compression, CompressionLevel, Compressor};
 use crate::error::Result;
 use crate::format::entry;
 use crate::packing::Run;
-use crate::payload::Piece;
 
 /// Narrower refcounts cannot count the compressed clusters that may share one host cluster: with 2 MiB clusters, more than
 /// 20,000 of the smallest ones fit into it.
@@ -69,7 +68,7 @@ impl Image {
     /// Hands the run to the write-behind; returns the entries that may now be published.
     pub(super) fn put_packed(&self, packed: Option<Packed<'_>>) -> Result<Vec<(u64, u64)>> {
         let Some(packed) = packed else { return Ok(Vec::new()) };
-        self.write_behind.put(packed.run.host, vec![Piece::from_vec(packed.bytes)])?;
+        self.write_behind.put(packed.run.host, vec![self.filling(packed.bytes)])?;
         Ok(packed.entries)
     }
 

@@ -44,7 +44,8 @@ impl Image {
     /// A crash after the return loses nothing of what was written before the call. An error means that the image is
     /// poisoned: what was written since the last successful flush may be lost, and no later flush will succeed.
     pub fn flush(&self) -> Result<()> {
-        let _operation = self.reading()?;
+        let mut operation = self.reading()?;
+        operation.changes_image();
         self.flush_changes()
     }
 
@@ -119,6 +120,15 @@ impl Image {
     fn write_runs(&self, runs: &[(u64, Vec<u8>)]) -> Result<()> {
         for (offset, bytes) in runs {
             self.store(*offset, &mut [IoSlice::new(bytes)])?;
+        }
+        Ok(())
+    }
+
+    /// Between the steps of an operation that changes many tables: makes some of their memory droppable when there is much.
+    pub(super) fn flush_crowded(&self) -> Result<()> {
+        if self.tables.is_crowded() {
+            self.changed();
+            self.flush_changes()?;
         }
         Ok(())
     }

@@ -78,10 +78,7 @@ impl Image {
         }
         for (start, length) in geometry.by_table(border, reach - border) {
             self.hide_in_table(start, length, size)?;
-            if self.tables.is_crowded() {
-                self.changed();
-                self.flush_changes()?;
-            }
+            self.flush_crowded()?;
         }
         Ok(())
     }

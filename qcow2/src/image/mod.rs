@@ -33,6 +33,7 @@ use crate::geometry::Geometry;
 use crate::lock::Access;
 use crate::packing::Packing;
 use crate::poison::Poison;
+use crate::room::Room;
 use crate::storage::Storage;
 use crate::sync::{Arc, Mutex, RwLock};
 use crate::tables::Tables;
@@ -69,6 +70,8 @@ pub struct Image {
     flush: Mutex<flush::FlushState>,
     /// Counts changes that are complete but not durable by themselves; a flush covers all up to a value of it.
     changes: AtomicU64,
+    /// For payload until it is in the file.
+    room: Arc<Room>,
     write_behind: WriteBehind,
     /// The first failure of a write or sync. Never cleared.
     poison: Arc<Poison>,

@@ -173,6 +173,7 @@ impl Image {
             inflated: Inflated::default(),
             flush: Mutex::new(FlushState::new(header.l1_offset, l1)),
             changes: AtomicU64::new(0),
+            room: Arc::default(),
             write_behind: WriteBehind::new(storage.clone(), poison.clone()),
             poison,
             session: Session::new(sector),

@@ -50,6 +50,13 @@ impl Drop for Operation<'_> {
     }
 }
 
+impl Operation<'_> {
+    /// A panic from here on leaves things half done, and poisons the image.
+    pub(super) fn changes_image(&mut self) {
+        self.changes = true;
+    }
+}
+
 impl Image {
     /// Begins an operation that changes nothing.
     pub(super) fn reading(&self) -> Result<Operation<'_>> {
@@ -63,13 +70,20 @@ impl Image {
     /// Begins an operation that may change the image; the session has begun when this returns.
     pub(super) fn writing(&self) -> Result<Operation<'_>> {
         let mut operation = self.reading()?;
-        operation.changes = true;
+        operation.changes_image();
         if self.access == Access::ReadOnly {
             return Err(Error::ReadOnly);
         }
         self.refuse_poisoned()?;
         self.begin_session()?;
         Ok(operation)
+    }
+
+    /// Begins the end: waits for all operations, and keeps new ones out. `None`: somebody was here before.
+    pub(super) fn closing(&self) -> Option<Operation<'_>> {
+        let life = write(&self.life);
+        let was_closed = self.closed.swap(true, Ordering::AcqRel);
+        (!was_closed).then(|| Operation { image: self, changes: true, _life: Life::Alone(life) })
     }
 
     /// Begins an operation that waits for all others, keeps new ones out, and may change the image; the caller begins the

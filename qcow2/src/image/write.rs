@@ -3,6 +3,7 @@
 
 use super::Image;
 use super::flush::Durability;
+use crate::buffer::BufferPool;
 use crate::error::Result;
 use crate::format::entry::{self, L2Entry};
 use crate::payload::Piece;
@@ -35,17 +36,35 @@ impl Image {
     /// which every later change, the next flush and the close say. An error here poisons too, except for
     /// [`crate::Error::NoSpace`] and for errors while reading what lies around a partial cluster.
     pub fn write(&self, offset: u64, data: &[u8], durability: Durability) -> Result<()> {
-        self.check_range(offset, data.len() as u64)?;
-        self.write_piece(offset, &Piece::copy_of(data), durability)
+        self.write_from(offset, data.len() as u64, durability, || {
+            // Memory that begins at a page, so that it can go around the page cache.
+            let mut copy = BufferPool::shared().lend(data.len());
+            copy.as_mut().copy_from_slice(data);
+            copy
+        })
     }
 
     /// As [`Image::write`], without a copy.
-    pub(crate) fn write_piece(&self, offset: u64, data: &Piece, durability: Durability) -> Result<()> {
-        self.check_range(offset, data.len())?;
+    pub(crate) fn write_owned<B>(&self, offset: u64, data: B, durability: Durability) -> Result<()>
+    where
+        B: AsRef<[u8]> + Send + Sync + 'static,
+    {
+        let length = data.as_ref().len() as u64;
+        self.write_from(offset, length, durability, || data)
+    }
+
+    /// Writes `length` bytes that `data` makes once there is room for them.
+    fn write_from<B>(&self, offset: u64, length: u64, durability: Durability, data: impl FnOnce() -> B) -> Result<()>
+    where
+        B: AsRef<[u8]> + Send + Sync + 'static,
+    {
+        self.check_range(offset, length)?;
         let _operation = self.writing()?;
-        if data.len() == 0 {
+        if length == 0 {
             return Ok(());
         }
+        let share = self.room.take(length);
+        let data = &Piece::in_room(data(), share);
         let geometry = self.geometry();
         let (first, last) = (geometry.cluster_of(offset), geometry.cluster_of(offset + data.len() - 1));
         let in_place = {
@@ -214,8 +233,15 @@ impl Image {
             Kind::Fresh => (self.keep(begin, start)?, self.keep(stop, end.min(self.size()))?),
         };
         let host = target.host + (start - begin) - head.as_ref().map_or(0, |head| head.len() as u64);
-        let pieces = [head.map(Piece::from_vec), Some(payload), tail.map(Piece::from_vec)];
+        let filling = |bytes| self.filling(bytes);
+        let pieces = [head.map(filling), Some(payload), tail.map(filling)];
         self.write_behind.put(host, pieces.into_iter().flatten().filter(|piece| piece.len() > 0).collect())
+    }
+
+    /// Bytes that go to the file beside a request's payload.
+    pub(super) fn filling(&self, bytes: Vec<u8>) -> Piece {
+        let share = self.room.add(bytes.len() as u64);
+        Piece::in_room(bytes, share)
     }
 
     /// The bytes of a range that new space must be filled with; `None` where they are zeroes, as fresh space is.

@@ -4,7 +4,6 @@ use super::Image;
 use super::flush::Durability;
 use crate::error::Result;
 use crate::format::entry::{self, L2Entry};
-use crate::payload::Piece;
 
 /// What becomes of the space of clusters that are zeroed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -29,6 +28,7 @@ impl Image {
         }
         for (start, piece) in self.geometry().by_table(offset, length) {
             self.zero_step(start, piece, mode)?;
+            self.flush_crowded()?;
         }
         self.settle(durability, false)
     }
@@ -45,6 +45,7 @@ impl Image {
         if start < end {
             for (start, piece) in self.geometry().by_table(start, end - start) {
                 self.zero_step(start, piece, ZeroMode::Unmap)?;
+                self.flush_crowded()?;
             }
         }
         self.settle(durability, false)
@@ -84,7 +85,7 @@ impl Image {
             return Ok(());
         }
         // At most two parts of a cluster, or one: bounded by twice the cluster size.
-        self.write_mapping(from, &Piece::from_vec(vec![0; (to - from) as usize]))
+        self.write_mapping(from, &self.filling(vec![0; (to - from) as usize]))
     }
 
     fn zero_clusters(&self, first: u64, last: u64, mode: ZeroMode) -> Result<()> {

@@ -129,7 +129,12 @@ impl Storage for FileStorage {
 
     fn punch(&self, offset: u64, length: u64) -> io::Result<()> {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        Ok(rustix::fs::fallocate(&self.file, flags, offset, length)?)
+        loop {
+            match rustix::fs::fallocate(&self.file, flags, offset, length) {
+                Err(Errno::INTR) => {}
+                punched => return Ok(punched?),
+            }
+        }
     }
 
     fn data_run(&self, offset: u64, end: u64) -> io::Result<Option<(u64, u64)>> {

@@ -25,8 +25,10 @@ pub(super) fn run(grow: &Grow, output: &Output) -> Result<Exit, CliError> {
     let (path, options) = grow.below.options(&grow.image, Access::ReadWrite)?;
     let image = Image::open(&path, &options)?;
     let before = image.size();
-    image.grow(grow.size.0)?;
+    let grown = image.grow(grow.size.0);
+    // Closed in any case: a refusal must not leave an image that has to be repaired.
     image.close()?;
+    grown?;
     let document = json!({"image": grow.image, "size_bytes": grow.size.0, "size_bytes_before": before});
     output.done(&document, |_| {
         format!("{} has {} now ({} before)", grow.image.display(), readable(grow.size.0), readable(before))
