@@ -10,8 +10,8 @@ use crate::error::{Error, Result};
 use crate::image::{Durability, Extent, Image, OpenOptions, ZeroMode};
 use crate::sync::Arc;
 
-/// Operations of one image that run at once. More threads only queue up at the file's own lock; fewer leave the disk idle
-/// while a flush waits. (A guess; to be measured with the write path.)
+/// Operations of one image that run at once: writes end in memory, so few are enough; reads and flushes wait for the disk.
+/// (A guess; to be measured with the write path.)
 const AT_ONCE: usize = 8;
 
 /// A shared handle on an [`Image`]; clones are cheap and mean the same image.

@@ -3,10 +3,11 @@
 //! Operations are blocking and take `&self`; any number of threads may run them at once. Each runs to its end, so there is
 //! no half-done operation to cancel: an asynchronous caller that goes away ([`crate::AsyncImage`]) changes nothing.
 //!
-//! Lock order: `life` (shared by operations, exclusive for closing and growing), then one claim on clusters, then the flush mutex, then
-//! the mapping or the packing, then the allocator or the write-behind. The mapping and what comes after it are never held across I/O on
-//! payload, nor is the mapping across any I/O. The threads of the write-behind take no lock but its own, so whoever waits
-//! for room or for payload to arrive waits for the disk alone.
+//! Lock order: `life` (shared by operations, exclusive for closing and growing), then room for payload, then one claim on
+//! clusters, then the flush mutex, then the header's sector, then the mapping or the packing, then the allocator, the
+//! write-behind or the state of the room. The mapping and what comes after it are never held across I/O on payload, nor is
+//! the mapping across any I/O. The threads of the write-behind take no lock but its own and the room's, so whoever waits for
+//! payload to arrive waits for the disk alone.
 
 mod close;
 mod compress;
@@ -49,7 +50,7 @@ pub use zero::ZeroMode;
 /// An open qcow2 image.
 ///
 /// Dropping it without [`Image::close`] is what a crash would be: what was flushed is there, the dirty bit stays set, and
-/// the next opening for writing repairs the refcounts.
+/// the close of the next session rebuilds the refcounts.
 #[derive(Debug)]
 pub struct Image {
     path: PathBuf,
