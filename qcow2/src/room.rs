@@ -3,11 +3,15 @@
 //!
 //! Room is waited for before a request claims anything else, so whoever waits here stands in nobody's way.
 
+use std::collections::VecDeque;
+
 use crate::sync::{Arc, Condvar, Mutex, lock, wait};
 
 /// Memory of one image's payload; more waits, except for one request alone. A fraction of a second of disk time, so that a
 /// flush or a durable write never waits long. (A guess; to be measured with the write path.)
 const BUDGET_BYTES: u64 = 16 << 20;
+/// When so much is held or less, the next in line is woken: not for each payload that leaves.
+const WAKE_BYTES: u64 = BUDGET_BYTES / 4 * 3;
 /// What the smallest payload costs: a page for its bytes, and one for all that is kept beside them.
 const PAGE: u64 = 4096;
 
@@ -15,16 +19,26 @@ const PAGE: u64 = 4096;
 struct State {
     /// `held <= BUDGET_BYTES`, but for one request alone and for the filling of those under way.
     held: u64,
-    next_ticket: u64,
-    /// The ticket whose turn it is.
-    turn: u64,
+    /// Who waits, in the order in which they came: only the first is ever woken.
+    line: VecDeque<Arc<Condvar>>,
+}
+
+impl State {
+    fn fits(&self, bytes: u64) -> bool {
+        self.held == 0 || self.held + bytes <= BUDGET_BYTES
+    }
+
+    fn wake_first(&self) {
+        if let Some(first) = self.line.front() {
+            first.notify_one();
+        }
+    }
 }
 
 /// The room of one image.
 #[derive(Debug, Default)]
 pub(crate) struct Room {
     state: Mutex<State>,
-    changed: Condvar,
 }
 
 impl Room {
@@ -32,15 +46,17 @@ impl Room {
     pub(crate) fn take(self: &Arc<Self>, length: u64) -> Share {
         let bytes = cost(length);
         let mut state = lock(&self.state);
-        let ticket = state.next_ticket;
-        state.next_ticket += 1;
-        while state.turn != ticket || (state.held > 0 && state.held + bytes > BUDGET_BYTES) {
-            state = wait(&self.changed, state);
+        if !state.line.is_empty() || !state.fits(bytes) {
+            let mine = Arc::new(Condvar::new());
+            state.line.push_back(mine.clone());
+            while !state.line.front().is_some_and(|first| Arc::ptr_eq(first, &mine)) || !state.fits(bytes) {
+                state = wait(&mine, state);
+            }
+            state.line.pop_front();
+            state.wake_first();
         }
-        state.turn += 1;
         state.held += bytes;
         drop(state);
-        self.changed.notify_all();
         Share { room: self.clone(), bytes }
     }
 
@@ -66,8 +82,11 @@ pub(crate) struct Share {
 
 impl Drop for Share {
     fn drop(&mut self) {
-        lock(&self.room.state).held -= self.bytes;
-        self.room.changed.notify_all();
+        let mut state = lock(&self.room.state);
+        state.held -= self.bytes;
+        if state.held <= WAKE_BYTES {
+            state.wake_first();
+        }
     }
 }
 
@@ -91,19 +110,16 @@ mod tests {
         let first = room.take(BUDGET_BYTES / 2);
         std::thread::scope(|scope| {
             let large = scope.spawn(|| room.take(BUDGET_BYTES - PAGE));
-            while lock(&room.state).next_ticket < 2 {
+            while lock(&room.state).line.is_empty() {
                 std::thread::yield_now();
             }
             // There would be room for this one, but it is not its turn.
             let small = scope.spawn(|| room.take(1));
-            while lock(&room.state).next_ticket < 3 {
+            while lock(&room.state).line.len() < 2 {
                 std::thread::yield_now();
             }
-            assert_eq!(lock(&room.state).turn, 1);
             drop(first);
-            let large = large.join().unwrap();
-            assert!(lock(&room.state).turn >= 2);
-            drop(large);
+            drop(large.join().unwrap());
             drop(small.join().unwrap());
         });
         assert_eq!(lock(&room.state).held, 0);

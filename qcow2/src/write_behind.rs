@@ -60,6 +60,8 @@ struct State {
     cursor: u64,
     taken: u64,
     idle_workers: usize,
+    /// Threads that wait for a run to leave.
+    waiting: usize,
     is_stopping: bool,
 }
 
@@ -162,8 +164,16 @@ impl Shared {
             if !state.is_taken(offset, length) {
                 return Ok(state);
             }
-            state = wait(&self.done, state);
+            state = self.wait_for_one(state);
         }
+    }
+
+    /// Waits until a run has left.
+    fn wait_for_one<'a>(&self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        state.waiting += 1;
+        state = wait(&self.done, state);
+        state.waiting -= 1;
+        state
     }
 
     /// Takes a submitted run out again. One that was not written stays unreadable for good.
@@ -177,8 +187,11 @@ impl Shared {
                 state.failed.push((offset, run.length));
             }
         }
+        let is_awaited = state.waiting > 0;
         drop(state);
-        self.done.notify_all();
+        if is_awaited {
+            self.done.notify_all();
+        }
     }
 
     fn work(&self) {
@@ -305,7 +318,7 @@ impl WriteBehind {
             if state.ids.first_key_value().is_none_or(|(oldest, _)| *oldest > id) {
                 return Ok(());
             }
-            state = wait(&self.shared.done, state);
+            state = self.shared.wait_for_one(state);
         }
     }
 
