@@ -40,17 +40,19 @@ pub(super) fn run_repair(repair: &Repair, output: &Output) -> Result<Exit, CliEr
             return format!("{} is clean; nothing was changed", image.display());
         }
         let closed = if before.dirty { ", not closed" } else { "" };
-        let found = format!("found {} errors, {} leaks{closed}", before.errors, before.leaks);
+        let marked = if before.corrupt { ", marked as corrupt; the mark was taken away" } else { "" };
+        let found = format!("found {} errors, {} leaks{closed}{marked}", before.errors, before.leaks);
         let now = if after.is_clean() { "is clean now" } else { "is still not clean" };
         format!("{found}\n{} {now}", image.display())
     })?;
     Ok(exit(&after))
 }
 
-/// As `qemu-img check` exits; what was not closed wants the same repair as leaks do.
+/// As `qemu-img check` exits; what was not closed wants the same repair as leaks do, and what is marked as corrupt is
+/// refused for writing as damage is.
 fn exit(report: &CheckReport) -> Exit {
     match report {
-        CheckReport { errors: 1.., .. } => Exit::Usage,
+        CheckReport { errors: 1.., .. } | CheckReport { corrupt: true, .. } => Exit::Usage,
         report if report.is_clean() => Exit::Ok,
         _ => Exit::Warnings,
     }
@@ -62,6 +64,7 @@ fn document(image: &Path, report: &CheckReport) -> Value {
         "format": "qcow2",
         "clean": report.is_clean(),
         "dirty": report.dirty,
+        "corrupt": report.corrupt,
         "errors": report.errors,
         "leaks": report.leaks,
         "total_clusters": report.total_clusters,
@@ -89,6 +92,11 @@ fn describe(image: &Path, report: &CheckReport) -> String {
         CheckReport { dirty: true, .. } => {
             "state:         dirty: it was not closed, and its refcounts mean nothing until it is repaired (blockyard image \
              repair); what was flushed is intact"
+                .into()
+        }
+        CheckReport { errors: 0, corrupt: true, .. } => {
+            "state:         marked as corrupt, though nothing is wrong in its tables: it is not written to until blockyard \
+             image repair takes the mark away"
                 .into()
         }
         CheckReport { errors: 0, .. } => "state:         leaks cost space only; blockyard image repair gives it back".into(),
