@@ -4,6 +4,7 @@
 //! API and knows nothing that a script with curl would not.
 
 mod backup;
+mod below;
 mod client;
 mod demo;
 mod error;

@@ -91,11 +91,16 @@ pub enum CliError {
     /// An image cannot be made, opened or used.
     #[error(transparent)]
     Image(#[from] blockyard_qcow2::Error),
-    /// Two disks cannot be compared to the end.
+    /// Two disks cannot be compared to the end, and what came in between.
     #[error(transparent)]
-    NotCompared {
-        /// What came in between.
-        source: blockyard_qcow2::Error,
+    NotCompared(Box<CliError>),
+    /// The folder for backing files is none.
+    #[error("--backing-root {} cannot be used", path.display())]
+    BackingRoot {
+        /// The folder.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
     },
     /// An address cannot be listened on.
     #[error("cannot listen on {address}: is it in use?")]
@@ -146,10 +151,12 @@ impl CliError {
             Self::Bind { .. } => Exit::Conflict,
             Self::Start(StartError::StateInUse { .. }) | Self::Ambiguous { .. } => Exit::Conflict,
             Self::NotFound { .. } => Exit::NotFound,
+            Self::BackingRoot { source, .. } if source.kind() == std::io::ErrorKind::NotFound => Exit::NotFound,
+            Self::BackingRoot { .. } => Exit::Usage,
             Self::Client(error) => error.exit(),
             Self::Image(error) => image_exit(error),
             // 1 is the answer "different", which nobody can give here.
-            Self::NotCompared { source } => match image_exit(source) {
+            Self::NotCompared(error) => match error.exit() {
                 Exit::Failed => Exit::Usage,
                 exit => exit,
             },

@@ -9,11 +9,12 @@ mod info;
 mod map;
 mod work;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use blockyard_qcow2::{self as qcow2, Access, BackingFormat, Disk, OpenOptions};
-use clap::{Args, Subcommand, ValueEnum};
+use blockyard_qcow2::{Access, BackingFormat, Disk};
+use clap::{Subcommand, ValueEnum};
 
+use super::below::Below;
 use super::{CliError, Exit, Output};
 
 #[derive(Debug, Subcommand)]
@@ -80,40 +81,14 @@ impl From<BackingFormat> for Format {
 
 const NOT_CLOSED: &str = "the image was not closed: this is what was flushed";
 
-/// Where what lies below an image may be.
-#[derive(Debug, Args)]
-struct Below {
-    /// Folder that backing files must be in, or beneath; the image's own when left out.
-    #[arg(long, value_name = "DIR")]
-    backing_root: Option<PathBuf>,
-}
-
-impl Below {
-    /// The path to open an image by, and the folder for its backing files: beneath is a matter of names, so both begin at
-    /// the same place.
-    fn paths(&self, image: &Path) -> Result<(PathBuf, Option<PathBuf>), qcow2::Error> {
-        let Some(root) = &self.backing_root else { return Ok((image.to_owned(), None)) };
-        let absolute = |path: &Path| {
-            std::path::absolute(path).map_err(|source| qcow2::Error::Open { path: path.to_owned(), source })
-        };
-        Ok((absolute(image)?, Some(absolute(root)?)))
+/// Opens a whole disk for reading.
+fn disk(below: &Below, image: &Path, format: Format, output: &Output) -> Result<Disk, CliError> {
+    let (path, options) = below.options(image, Access::ReadOnly)?;
+    let disk = Disk::open(&path, format.into(), &options)?;
+    if disk.is_dirty() {
+        output.note(&format!("{}: {NOT_CLOSED}", image.display()));
     }
-
-    /// How to open an image, and by which path.
-    fn options(&self, image: &Path, access: Access) -> Result<(PathBuf, OpenOptions), qcow2::Error> {
-        let (path, backing_root) = self.paths(image)?;
-        Ok((path, OpenOptions { backing_root, ..OpenOptions::new(access) }))
-    }
-
-    /// Opens a whole disk for reading.
-    fn disk(&self, image: &Path, format: Format, output: &Output) -> Result<Disk, qcow2::Error> {
-        let (path, options) = self.options(image, Access::ReadOnly)?;
-        let disk = Disk::open(&path, format.into(), &options)?;
-        if disk.is_dirty() {
-            output.note(&format!("{}: {NOT_CLOSED}", image.display()));
-        }
-        Ok(disk)
-    }
+    Ok(disk)
 }
 
 pub(super) async fn run(command: Command, output: &Output) -> Result<Exit, CliError> {

@@ -90,9 +90,13 @@ fn backing_files_outside_the_folder_need_the_option() {
     let (code, error) = refused(&["nbd", text(&overlay), "--port", "0"]);
     assert_eq!(code, 1, "{error}");
     assert!(error.contains("backing"), "{error}");
-    let server = NbdServer::start(&overlay, &["--backing-root", text(folder.path())]);
-    succeed("nbdinfo", &["--size", &server.uri]);
-    server.stop();
+    let (code, error) = refused(&["nbd", text(&overlay), "--port", "0", "--backing-root", "/nowhere"]);
+    assert!(code == 4 && error.contains("--backing-root /nowhere"), "{code}: {error}");
+    for root in [folder.path(), &inside.join("..")] {
+        let server = NbdServer::start(&overlay, &["--backing-root", text(root)]);
+        succeed("nbdinfo", &["--size", &server.uri]);
+        server.stop();
+    }
 }
 
 #[test]

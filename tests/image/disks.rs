@@ -222,7 +222,7 @@ fn a_chain_is_flattened_into_an_image_or_a_raw_file() {
         (&["--cluster-size", "1000"][..], 2),
         (&["--cluster-size", "4K", "--format", "raw"], 2),
         (&["--format", "vmdk"], 2),
-        (&["--backing-root", "/nowhere"], 1),
+        (&["--backing-root", "/nowhere"], 4),
     ] {
         let (code, error) = refused(&[&["flatten", text(&top), text(&new)], wrong].concat());
         assert_eq!(code, exit, "{wrong:?}: {error}");
@@ -333,11 +333,22 @@ fn backing_files_outside_the_folder_need_the_option_everywhere() {
         let output = call(&[command, &root].concat());
         assert!(output.status.success(), "{command:?}: {output:?}");
     }
-    // Names are taken from the working directory.
-    let map =
-        |arguments: &[&str]| blockyard().current_dir(folder.path()).args(["image", "map"]).args(arguments).output();
-    let output = map(&["vm/overlay.qcow2", "--backing-root", "."]).unwrap();
-    assert!(output.status.success(), "{output:?}");
+    // Names are taken from the working directory, and mean what they mean to the file system.
+    std::os::unix::fs::symlink("vm", folder.path().join("link")).unwrap();
+    for (from, arguments) in [
+        (folder.path(), ["vm/overlay.qcow2", "."]),
+        (&inside, ["overlay.qcow2", ".."]),
+        (&inside, ["../link/overlay.qcow2", "../vm/.."]),
+    ] {
+        let output = blockyard()
+            .current_dir(from)
+            .args(["image", "map", arguments[0], "--backing-root", arguments[1]])
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+    }
+    let (code, error) = refused(&["map", overlay, "--backing-root", "/nowhere"]);
+    assert!(code == 4 && error.contains("--backing-root /nowhere"), "{code}: {error}");
 }
 
 #[test]

@@ -6,7 +6,7 @@ use blockyard_qcow2::{self as qcow2, CreateOptions, Error, Target};
 use clap::Args;
 use serde_json::json;
 
-use super::{Below, Format, work};
+use super::{Below, Format, disk, work};
 use crate::cli::size::{Size, readable};
 use crate::cli::{CliError, Exit, Output};
 
@@ -47,8 +47,8 @@ pub(super) async fn run(flatten: Flatten, output: &Output) -> Result<Exit, CliEr
     let (form, notes) = (flatten.form()?, *output);
     let (image, target, format) = (flatten.image.clone(), flatten.target.clone(), flatten.format);
     let done = work::run("flatten", output, move |watch| {
-        let disk = flatten.below.disk(&flatten.image, Format::Qcow2, &notes)?;
-        qcow2::flatten(&disk, &flatten.target, &form, watch)
+        let disk = disk(&flatten.below, &flatten.image, Format::Qcow2, &notes)?;
+        Ok(qcow2::flatten(&disk, &flatten.target, &form, watch)?)
     })
     .await??;
     let document = json!({
