@@ -303,7 +303,7 @@ fn a_disk_grows_and_never_shrinks() {
     );
     succeed("qemu-img", &["check", "-q", "-f", "qcow2", text(&top)]);
     succeed("qemu-io", &["-f", "qcow2", "-c", "read -P 0 6M 3M", "-c", "read -P 2 5M 64k", text(&top)]);
-    for wrong in ["1M", "513", "12X"] {
+    for wrong in ["1M", "513", "12X", "+1G", "-1M"] {
         let (code, error) = refused(&["grow", text(&top), "--size", wrong]);
         assert_eq!(code, 2, "{wrong}: {error}");
     }
