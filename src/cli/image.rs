@@ -25,7 +25,8 @@ pub(super) enum Command {
     Info(info::Info),
     /// Look for errors and leaks; nothing is changed.
     ///
-    /// Exits with 0 when the image is clean, 2 when it has errors, 3 when it has leaks only or was not closed, and otherwise
+    /// Exits with 0 when the image is clean; 2 when it has errors, is marked as corrupt, or was not closed and has new
+    /// clusters (their refcounts are written at the close); 3 when it has leaks only, or was merely not closed; and otherwise
     /// when it cannot be checked.
     Check(check::Check),
     /// Set right what follows from the tables: refcounts, leaks, an image that was not closed. Nothing is guessed, and the

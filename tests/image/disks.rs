@@ -75,7 +75,7 @@ fn a_check_exits_as_qemu_does_and_says_what_to_do() {
         ("leaks", block + 2 * clusters, &[0, 1], 3, "gives it back"),
         ("errors", block + 2 * (clusters - 1), &[0, 0], 2, "damaged"),
         ("dirty with counts of its own", 79, &[1], 3, "not closed"),
-        ("marked", 79, &[2], 2, "marked as corrupt"),
+        ("marked", 79, &[2], 2, "as corrupt"),
     ];
     for (name, at, patched, code, said) in cases {
         std::fs::write(&path, &bytes).unwrap();
@@ -102,11 +102,20 @@ fn a_check_exits_as_qemu_does_and_says_what_to_do() {
         }
         let output = call(&["check", text(&path)]);
         let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert_eq!(document["dirty"], name.starts_with("dirty"), "{name}: {document}");
+        assert_eq!(printed.contains("errors:  "), document["dirty"] == false, "{name}: {printed}");
+        assert_eq!(document["corrupt"], name == "marked", "{name}: {document}");
         assert!(
             printed.contains(said) && (code == 0 || printed.contains("blockyard image repair")),
             "{name}: {printed}"
         );
 
+        if name == "marked" {
+            let copy = folder.path().join("copy.qcow2");
+            std::fs::copy(&path, &copy).unwrap();
+            let told = String::from_utf8(call(&["repair", text(&copy)]).stdout).unwrap();
+            assert!(told.contains("the mark as corrupt was taken away"), "{told}");
+        }
         let (exit, document) = json(&["repair", text(&path)]);
         assert_eq!((exit, &document["repaired"]), (0, &Value::Bool(code != 0)), "{name}: {document}");
         assert_eq!(document["after"]["clean"], true, "{name}");

@@ -39,9 +39,19 @@ pub(super) fn run_repair(repair: &Repair, output: &Output) -> Result<Exit, CliEr
         if before.is_clean() {
             return format!("{} is clean; nothing was changed", image.display());
         }
-        let closed = if before.dirty { ", not closed" } else { "" };
-        let marked = if before.corrupt { ", marked as corrupt; the mark was taken away" } else { "" };
-        let found = format!("found {} errors, {} leaks{closed}{marked}", before.errors, before.leaks);
+        // Refcounts are written at the close: before it, how many are wrong tells nothing.
+        let mut found = if before.dirty {
+            "it was not closed: refcounts made anew".to_owned()
+        } else {
+            format!("found {} errors, {} leaks", before.errors, before.leaks)
+        };
+        if before.corrupt {
+            found.push_str(if after.corrupt {
+                "; it is marked as corrupt"
+            } else {
+                "; the mark as corrupt was taken away"
+            });
+        }
         let now = if after.is_clean() { "is clean now" } else { "is still not clean" };
         format!("{found}\n{} {now}", image.display())
     })?;
@@ -77,30 +87,35 @@ fn document(image: &Path, report: &CheckReport) -> Value {
 }
 
 fn describe(image: &Path, report: &CheckReport) -> String {
-    let mut lines = vec![
-        format!("image:         {}", image.display()),
-        format!("errors:        {}", report.errors),
-        format!("leaks:         {} clusters", report.leaks),
+    let mut lines = vec![format!("image:         {}", image.display())];
+    if report.dirty {
+        lines.push("refcounts:     mean nothing until the image is repaired or closed".into());
+    } else {
+        lines.push(format!("errors:        {}", report.errors));
+        lines.push(format!("leaks:         {} clusters", report.leaks));
+    }
+    lines.extend([
         format!("allocated:     {} of {} clusters", report.allocated_clusters, report.total_clusters),
         format!("compressed:    {} clusters", report.compressed_clusters),
         format!("fragmented:    {} clusters", report.fragmented_clusters),
         format!("end of image:  {} ({} bytes)", readable(report.image_end), report.image_end),
-    ];
+    ]);
     lines.extend(report.details.iter().map(|detail| format!("error:         {detail}")));
     lines.push(match report {
         report if report.is_clean() => "state:         clean".into(),
         CheckReport { dirty: true, .. } => {
-            "state:         dirty: it was not closed, and its refcounts mean nothing until it is repaired (blockyard image \
-             repair); what was flushed is intact"
+            "state:         dirty: it was not closed; what was flushed is intact, and blockyard image repair, or the next \
+             use that writes, sets the refcounts right"
                 .into()
         }
-        CheckReport { errors: 0, corrupt: true, .. } => {
-            "state:         marked as corrupt, though nothing is wrong in its tables: it is not written to until blockyard \
-             image repair takes the mark away"
-                .into()
-        }
+        CheckReport { errors: 0, leaks: 0, .. } => "state:         nothing is wrong in its tables".into(),
         CheckReport { errors: 0, .. } => "state:         leaks cost space only; blockyard image repair gives it back".into(),
         _ => "state:         damaged; blockyard image repair sets right what can be known for certain".into(),
     });
+    if report.corrupt {
+        lines.push(
+            "marked:        as corrupt; it is not written to until blockyard image repair takes the mark away".into(),
+        );
+    }
     lines.join("\n")
 }
