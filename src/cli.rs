@@ -9,6 +9,7 @@ mod client;
 mod demo;
 mod error;
 mod image;
+mod image_error;
 mod nbd;
 mod output;
 mod point;

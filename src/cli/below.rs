@@ -3,10 +3,11 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use blockyard_qcow2::{self as qcow2, Access, OpenOptions};
+use blockyard_qcow2::{Access, Error, OpenOptions};
 use clap::Args;
 
 use super::CliError;
+use super::image_error::ImageError;
 
 /// Where what lies below an image may be.
 #[derive(Debug, Args)]
@@ -40,10 +41,10 @@ fn folder(path: &Path) -> io::Result<PathBuf> {
 }
 
 /// The path with its folder as the file system has it.
-fn resolved(image: &Path) -> Result<PathBuf, qcow2::Error> {
+fn resolved(image: &Path) -> Result<PathBuf, ImageError> {
     // A path without a name is a folder, which the engine refuses.
     let Some(name) = image.file_name() else { return Ok(image.to_owned()) };
     let parent = image.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let folder = parent.canonicalize();
-    Ok(folder.map_err(|source| qcow2::Error::Open { path: image.to_owned(), source })?.join(name))
+    Ok(folder.map_err(|source| Error::Open { path: image.to_owned(), source })?.join(name))
 }

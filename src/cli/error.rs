@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use super::client::ClientError;
 use super::demo::DemoError;
+use super::image_error::ImageError;
 use crate::config::ConfigError;
 use crate::serve::StartError;
 
@@ -90,7 +91,7 @@ pub enum CliError {
     },
     /// An image cannot be made, opened or used.
     #[error(transparent)]
-    Image(#[from] blockyard_qcow2::Error),
+    Image(#[from] ImageError),
     /// Two disks cannot be compared to the end, and what came in between.
     #[error(transparent)]
     NotCompared(Box<CliError>),
@@ -154,7 +155,7 @@ impl CliError {
             Self::BackingRoot { source, .. } if source.kind() == std::io::ErrorKind::NotFound => Exit::NotFound,
             Self::BackingRoot { .. } => Exit::Usage,
             Self::Client(error) => error.exit(),
-            Self::Image(error) => image_exit(error),
+            Self::Image(error) => error.exit(),
             // 1 is the answer "different", which nobody can give here.
             Self::NotCompared(error) => match error.exit() {
                 Exit::Failed => Exit::Usage,
@@ -163,20 +164,5 @@ impl CliError {
             Self::Demo(error) => error.exit(),
             Self::Start(_) | Self::Runtime { .. } | Self::Output { .. } | Self::Signals { .. } => Exit::Failed,
         }
-    }
-}
-
-/// The exit code of what went wrong with an image.
-fn image_exit(error: &blockyard_qcow2::Error) -> Exit {
-    use blockyard_qcow2::Error;
-    match error {
-        Error::Open { source, .. } if source.kind() == std::io::ErrorKind::NotFound => Exit::NotFound,
-        Error::Open { source, .. } if source.kind() == std::io::ErrorKind::AlreadyExists => Exit::Conflict,
-        Error::Locked { .. } => Exit::Conflict,
-        Error::InvalidOption { .. } | Error::WouldShrink { .. } => Exit::Usage,
-        Error::Unreadable { source, .. } => image_exit(source),
-        Error::Cancelled => Exit::Interrupted,
-        Error::Corrupt { .. } | Error::NotQcow2 => Exit::Damaged,
-        _ => Exit::Failed,
     }
 }

@@ -15,6 +15,7 @@ use blockyard_qcow2::{Access, BackingFormat, Disk};
 use clap::{Subcommand, ValueEnum};
 
 use super::below::Below;
+use super::image_error::ImageError;
 use super::{CliError, Exit, Output};
 
 #[derive(Debug, Subcommand)]
@@ -85,7 +86,7 @@ const NOT_CLOSED: &str = "the image was not closed: this is what was flushed";
 /// Opens a whole disk for reading.
 fn disk(below: &Below, image: &Path, format: Format, output: &Output) -> Result<Disk, CliError> {
     let (path, options) = below.options(image, Access::ReadOnly)?;
-    let disk = Disk::open(&path, format.into(), &options)?;
+    let disk = Disk::open(&path, format.into(), &options).map_err(|error| ImageError::of(image, error))?;
     if disk.is_dirty() {
         output.note(&format!("{}: {NOT_CLOSED}", image.display()));
     }

@@ -14,6 +14,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::net::{TcpListener, UnixListener};
 
 use super::below::Below;
+use super::image_error::ImageError;
 use super::serve::Stop;
 use super::{CliError, Exit, Format, Output};
 use crate::export::{Access, Caching, ImageExport, OpenOptions};
@@ -73,10 +74,12 @@ pub(super) async fn run(arguments: Arguments, output: &Output) -> Result<Exit, C
     };
     let (path, options) = arguments.below.options(&arguments.image, access)?;
     let options = OpenOptions { caching, ..options };
-    let export = ImageExport::open(&arguments.export, path, options).await?;
+    let export = ImageExport::open(&arguments.export, path, options).await;
+    let failed = |error| ImageError::of(&arguments.image, error);
+    let export = export.map_err(failed)?;
     let served = serve(&arguments, &export, &mut stop, output).await;
     // Whatever came in between: what was written is made whole, and a failure of that is the one to tell.
-    export.image().close().await?;
+    export.image().close().await.map_err(failed)?;
     served
 }
 

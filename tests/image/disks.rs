@@ -383,3 +383,45 @@ fn an_image_is_created_in_every_shape() {
     assert_eq!(refused(&[&["create", text(&new)], &over[..]].concat()).0, 2);
     assert!(!new.exists());
 }
+
+#[test]
+fn an_error_names_the_file_that_it_is_about() {
+    let folder = folder();
+    let path = |name: &str| folder.path().join(name);
+    let raw = source(&folder, "raw.qcow2", MIB);
+    let good = image(&folder, "good.qcow2", MIB);
+    let over = path("over.qcow2");
+    let unsafely = ["create", "-q", "-f", "qcow2", "-u", "-b", "raw.qcow2", "-F", "qcow2", text(&over), "1M"];
+    succeed("qemu-img", &unsafely);
+    let large = path("large.qcow2");
+    succeed("qemu-img", &["create", "-q", "-f", "qcow2", "-o", "extended_l2=on", text(&large), "2M"]);
+    let new = path("new.qcow2");
+    let (raw, good, over, large, new) = (text(&raw), text(&good), text(&over), text(&large), text(&new));
+    // What is called, its exit code, the file that is named, what is said of it.
+    let cases: [(&[&str], i32, &str, &str); 11] = [
+        (&["info", raw], 6, raw, ": not a qcow2 image"),
+        (&["check", raw], 6, raw, ": not a qcow2 image"),
+        (&["repair", raw], 6, raw, ": not a qcow2 image"),
+        (&["map", raw], 6, raw, ": not a qcow2 image"),
+        (&["compare", good, raw], 6, raw, ": not a qcow2 image"),
+        (&["flatten", raw, new], 6, raw, ": not a qcow2 image"),
+        (&["map", over], 6, over, ", a file below it: not a qcow2 image"),
+        (&["create", new, "--backing", "raw.qcow2"], 6, raw, ": not a qcow2 image"),
+        (&["grow", large, "--size", "4M"], 1, large, ": unsupported: "),
+        (&["grow", good, "--size", "512K"], 2, good, ": the disk of 1048576 bytes cannot shrink"),
+        (&["create", new, "--backing", "../base", "--size", "1M"], 1, new, "(see --backing-root)"),
+    ];
+    for (command, code, file, said) in cases {
+        let (exit, error) = refused(command);
+        assert_eq!(exit, code, "{command:?}: {error}");
+        assert!(error.starts_with(&format!("blockyard: {file}")) && error.contains(said), "{command:?}: {error}");
+    }
+    // What a killed flatten leaves is in the way of the next one, and no other file is called so.
+    let leftover = format!("{new}.partial");
+    std::fs::write(&leftover, "half").unwrap();
+    let (code, error) = refused(&["flatten", good, new]);
+    assert!(code == 5 && error.contains(&leftover) && error.contains("interrupted flatten"), "{code}: {error}");
+    let (code, error) = refused(&["flatten", good, &leftover]);
+    assert!(code == 5 && error.contains(&leftover) && !error.contains("interrupted"), "{code}: {error}");
+    assert_eq!(std::fs::read(&leftover).unwrap(), b"half");
+}

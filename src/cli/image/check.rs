@@ -6,6 +6,7 @@ use blockyard_qcow2::{self as qcow2, CheckReport};
 use clap::Args;
 use serde_json::{Value, json};
 
+use crate::cli::image_error::ImageError;
 use crate::cli::size::readable;
 use crate::cli::{CliError, Exit, Output};
 
@@ -22,15 +23,16 @@ pub(in crate::cli) struct Repair {
 }
 
 pub(super) fn run(check: &Check, output: &Output) -> Result<Exit, CliError> {
-    let report = qcow2::check(&check.image)?;
+    let report = qcow2::check(&check.image).map_err(|error| ImageError::of(&check.image, error))?;
     output.answer(&document(&check.image, &report), |_| describe(&check.image, &report))?;
     Ok(exit(&report))
 }
 
 pub(super) fn run_repair(repair: &Repair, output: &Output) -> Result<Exit, CliError> {
     let image = &repair.image;
-    let before = qcow2::repair(image)?;
-    let after = qcow2::check(image)?;
+    let failed = |error| ImageError::of(image, error);
+    let before = qcow2::repair(image).map_err(failed)?;
+    let after = qcow2::check(image).map_err(failed)?;
     let document = json!({
         "image": image, "repaired": !before.is_clean(), "before": document(image, &before),
         "after": document(image, &after),

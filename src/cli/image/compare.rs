@@ -7,6 +7,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::{Below, Format, disk, work};
+use crate::cli::image_error::ImageError;
 use crate::cli::size::readable;
 use crate::cli::{CliError, Exit, Output};
 
@@ -32,7 +33,8 @@ pub(super) async fn run(compare: Compare, output: &Output) -> Result<Exit, CliEr
     let compared = work::run("compare", output, move |watch| {
         let first = disk(&compare.below, &compare.first, compare.format, &notes)?;
         let second = disk(&compare.below, &compare.second, compare.other_format, &notes)?;
-        Ok(qcow2::compare(&first, &second, watch)?)
+        let compared = qcow2::compare(&first, &second, watch);
+        Ok(compared.map_err(|error| ImageError::of_either(&compare.first, &compare.second, error))?)
     })
     .await?;
     let Comparison { sizes, difference } = compared.map_err(|error| CliError::NotCompared(Box::new(error)))?;

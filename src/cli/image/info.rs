@@ -7,6 +7,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::Format;
+use crate::cli::image_error::ImageError;
 use crate::cli::size::readable;
 use crate::cli::{CliError, Exit, Output};
 
@@ -17,7 +18,7 @@ pub(in crate::cli) struct Info {
 }
 
 pub(super) fn run(info: &Info, output: &Output) -> Result<Exit, CliError> {
-    let facts = qcow2::info(&info.image)?;
+    let facts = qcow2::info(&info.image).map_err(|error| ImageError::of(&info.image, error))?;
     let document = json!({
         "image": info.image,
         "format": "qcow2",

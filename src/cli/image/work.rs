@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use blockyard_qcow2::{Error, Progress, Watch};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressStyle};
 
+use crate::cli::image_error::ImageError;
 use crate::cli::serve::Stop;
 use crate::cli::{CliError, Output};
 
@@ -38,7 +39,7 @@ pub(super) async fn run<T: Send + 'static>(
     });
     loop {
         tokio::select! {
-            done = &mut task => return Ok(done.unwrap_or(Err(Error::Panicked.into()))),
+            done = &mut task => return Ok(done.unwrap_or(Err(ImageError::from(Error::Panicked).into()))),
             () = stop.wait() => is_over.store(true, Ordering::Relaxed),
         }
     }
