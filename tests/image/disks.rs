@@ -372,6 +372,14 @@ fn an_image_is_created_in_every_shape() {
     let data = &information["format-specific"]["data"];
     assert_eq!((&data["refcount-bits"], &data["compression-type"]), (&32.into(), &"zstd".into()));
     assert_eq!(data["lazy-refcounts"], true);
+    let told = |path: &Path| String::from_utf8(call(&["info", text(path)]).stdout).unwrap();
+    let said = told(&path);
+    assert!(said.contains("32 bits, lazy\n") && said.contains("zstd") && !said.contains("extended"), "{said}");
+    let large = folder.path().join("large.qcow2");
+    succeed("qemu-img", &["create", "-q", "-f", "qcow2", "-o", "extended_l2=on", text(&large), "2M"]);
+    let said = told(&large);
+    assert!(said.contains("extended") && !said.contains("lazy") && !said.contains("zstd"), "{said}");
+    assert_eq!(json(&["info", text(&large)]).1["extended_l2"], true);
     assert_eq!(json(&["check", text(&path)]).1["allocated_clusters"], 48);
     succeed("qemu-img", &["check", "-q", "-f", "qcow2", text(&path)]);
     let new = folder.path().join("new.qcow2");
