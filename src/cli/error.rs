@@ -9,6 +9,20 @@ use super::image_error::ImageError;
 use crate::config::ConfigError;
 use crate::serve::StartError;
 
+/// The exit codes as `--help` tells them.
+pub(super) const EXIT_CODES: &str = "\
+Exit codes:
+    0  done; image check: clean; image compare: equal
+    1  it failed; image compare: different
+    2  the command line, a value or the configuration is wrong;
+       image check and repair: errors, or marked as corrupt; image compare: not compared
+    3  done, with warnings; image check and repair: leaks, or not closed
+    4  what was named does not exist
+    5  it exists already, is in use, or is running
+    6  not an image, or a corrupt one
+    7  the service does not answer, or refuses the token
+  130  interrupted by Ctrl-C";
+
 /// The exit codes of every command; scripts may branch on them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -17,7 +31,8 @@ pub enum Exit {
     Ok = 0,
     /// It failed.
     Failed = 1,
-    /// The command line or the configuration is wrong. Of `image check`, as of `qemu-img check`: the image has errors.
+    /// The command line or the configuration is wrong. Of `image check`, as of `qemu-img check`: the image has errors, or is marked
+    /// as corrupt.
     Usage = 2,
     /// Done, with warnings. Of `image check`, as of `qemu-img check`: the image has leaks, or was not closed.
     Warnings = 3,
