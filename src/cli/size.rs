@@ -24,7 +24,8 @@ impl FromStr for Size {
 
     fn from_str(text: &str) -> Result<Self, SizeError> {
         let error = || SizeError::Unreadable { text: text.to_owned() };
-        if text.trim_start().starts_with(['+', '-']) {
+        // Two of them begin an option that stands where the size should.
+        if text.trim_start().starts_with(['+', '-']) && !text.starts_with("--") {
             return Err(SizeError::Sign { text: text.to_owned() });
         }
         let number = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());

@@ -315,6 +315,7 @@ fn a_disk_grows_and_never_shrinks() {
     for wrong in ["1M", "513", "12X", "+1G", "-1M"] {
         let (code, error) = refused(&["grow", text(&top), "--size", wrong]);
         assert_eq!(code, 2, "{wrong}: {error}");
+        assert_eq!(error.contains("has a sign"), wrong.starts_with(['+', '-']), "{wrong}: {error}");
     }
     assert_eq!(json(&["info", text(&top)]).1["size_bytes"], 9 * MIB);
 }

@@ -16,7 +16,7 @@ pub(in crate::cli) struct Create {
     /// The file to create.
     image: PathBuf,
     /// Virtual size, such as 40G: a multiple of 512 bytes. Left out for an overlay: the size of what lies below.
-    #[arg(long, required_unless_present = "backing")]
+    #[arg(long, required_unless_present = "backing", allow_hyphen_values = true)]
     size: Option<Size>,
     /// Cluster size: a power of two from 512 to 2M.
     #[arg(long, default_value = "64K")]

@@ -16,7 +16,7 @@ pub(in crate::cli) struct Grow {
     /// The image, which nobody may be using.
     image: PathBuf,
     /// New virtual size, such as 80G: a multiple of 512 bytes, not below the present one. What is new reads as zeroes.
-    #[arg(long)]
+    #[arg(long, allow_hyphen_values = true)]
     size: Size,
     #[command(flatten)]
     below: Below,
