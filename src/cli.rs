@@ -4,10 +4,12 @@
 //! API and knows nothing that a script with curl would not.
 
 mod backup;
+mod below;
 mod client;
 mod demo;
 mod error;
 mod image;
+mod image_error;
 mod nbd;
 mod output;
 mod point;
@@ -27,7 +29,7 @@ pub use output::{Format, Output};
 
 /// Backs up all disks of a VM from one snapshot.
 #[derive(Debug, Parser)]
-#[command(name = "blockyard", version, propagate_version = true)]
+#[command(name = "blockyard", version, propagate_version = true, after_help = error::EXIT_CODES)]
 struct Cli {
     /// Form of what is printed: text for people, json for programs (one document).
     #[arg(long, global = true, value_enum, default_value_t = Format::Text)]
@@ -60,7 +62,7 @@ enum Command {
     /// Serve one qcow2 image over NBD until SIGTERM or Ctrl-C.
     Nbd(nbd::Arguments),
     /// qcow2 images, without a service.
-    #[command(subcommand)]
+    #[command(subcommand, after_help = error::EXIT_CODES)]
     Image(image::Command),
 }
 

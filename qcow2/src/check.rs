@@ -4,6 +4,7 @@ use std::path::Path;
 
 use crate::bitmaps;
 use crate::error::{Error, Result};
+use crate::format::header::CORRUPT;
 use crate::image::read_header;
 use crate::lock::{self, Access};
 use crate::refcounts::{self, RefcountTable};
@@ -39,14 +40,16 @@ pub struct CheckReport {
     pub image_end: u64,
     /// The image was not closed; its refcounts mean nothing until it is repaired.
     pub dirty: bool,
+    /// The image is marked as damaged, whatever else was found: it is not written to until it is repaired.
+    pub corrupt: bool,
     /// The first broken rules, in words.
     pub details: Vec<String>,
 }
 
 impl CheckReport {
-    /// No errors, no leaks, closed.
+    /// No errors, no leaks, closed, not marked as damaged.
     pub fn is_clean(&self) -> bool {
-        self.errors == 0 && self.leaks == 0 && !self.dirty
+        self.errors == 0 && self.leaks == 0 && !self.dirty && !self.corrupt
     }
 }
 
@@ -78,6 +81,7 @@ pub fn check_on(storage: &dyn Storage) -> Result<CheckReport> {
         total_clusters: header.geometry.clusters(),
         image_end: differences.end.saturating_mul(header.geometry.cluster_size()),
         dirty: header.is_dirty(),
+        corrupt: header.incompatible & CORRUPT != 0,
         details: found.faults.first.iter().map(Error::to_string).collect(),
     })
 }

@@ -31,6 +31,8 @@ pub struct ImageInfo {
     pub lazy_refcounts: bool,
     /// zstd instead of deflate for compressed clusters.
     pub zstd: bool,
+    /// Entries of 16 bytes, which tell of parts of a cluster too. Such an image is read only.
+    pub extended_l2: bool,
     /// Internal snapshots.
     pub snapshots: u32,
     /// Length of the file in bytes.
@@ -59,6 +61,7 @@ pub fn info_on(storage: &dyn Storage) -> Result<ImageInfo> {
         corrupt: header.incompatible & CORRUPT != 0,
         lazy_refcounts: header.compatible & 1 != 0,
         zstd: header.compression_type == 1,
+        extended_l2: header.geometry.extended,
         snapshots: header.snapshots,
         backing: header.backing,
         file_length: length,

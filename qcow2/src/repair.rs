@@ -10,7 +10,7 @@ use crate::check::{CheckReport, check_on};
 use crate::error::{Error, Result};
 use crate::finish::{finish, put64};
 use crate::format::entry::{COPIED, L2Entry, decode_l1};
-use crate::format::header::{CORRUPT, DIRTY, Header, field};
+use crate::format::header::{DIRTY, Header, field};
 use crate::geometry::ENTRY;
 use crate::image::{read_header, refuse_read_only_features};
 use crate::lock::{self, Access};
@@ -22,8 +22,8 @@ use crate::storage::{FileStorage, Storage};
 /// Makes an image clean if that can be done without guessing, and returns what a check found before. The disk's content
 /// does not change.
 ///
-/// An image that is clean already is not touched, but for a mark that says it is corrupt, which goes. An error means that
-/// the image cannot be repaired; it is then as before, or, after a failed write, dirty.
+/// An image that is clean already is not touched. A mark that says it is corrupt goes. An error means that the image cannot
+/// be repaired; it is then as before, or, after a failed write, dirty.
 ///
 /// # Durability
 /// The repair is on stable storage when this returns. A crash on the way leaves a dirty image with the same content.
@@ -46,7 +46,7 @@ pub fn repair_on(storage: &dyn Storage) -> Result<CheckReport> {
         storage.drop_cache().map_err(Error::io("fadvise", 0))?;
     }
     let before = check_on(storage)?;
-    if before.is_clean() && header.incompatible & CORRUPT == 0 {
+    if before.is_clean() {
         return Ok(before);
     }
     // The refcount structures are kept if they are sound and their numbers are all that is wrong.

@@ -45,7 +45,7 @@ fn damage_that_the_tables_explain_is_counted_as_qemu_does_and_repaired() {
     let folder = folder();
     let path = join(&folder, "image.qcow2");
     let sample = sample(&path);
-    let cases: [(&str, Damage); 7] = [
+    let cases: [(&str, Damage); 8] = [
         ("a refcount too high", |sample, bytes| flip(bytes, sample.refcount_block + 2 * 5, 1)),
         ("a leaked cluster", |_, bytes| bytes.extend([0; 4096])),
         ("a refcount of zero", |sample, bytes| bytes[sample.refcount_block + 2 * 6 + 1] = 0),
@@ -53,6 +53,7 @@ fn damage_that_the_tables_explain_is_counted_as_qemu_does_and_repaired() {
         ("a data cluster without COPIED", |sample, bytes| flip(bytes, sample.l2, 0x80)),
         ("a table without COPIED", |sample, bytes| flip(bytes, sample.l1, 0x80)),
         ("the dirty bit", |_, bytes| bytes[79] |= 1),
+        ("the corrupt bit", |_, bytes| bytes[79] |= 2),
     ];
     for (name, damage) in cases {
         let mut bytes = sample.bytes.clone();
@@ -64,6 +65,7 @@ fn damage_that_the_tables_explain_is_counted_as_qemu_does_and_repaired() {
         std::fs::write(&path, &bytes).unwrap();
         let report = check(&path).unwrap();
         assert_eq!((report.errors, report.leaks), qemu_check(&path), "{name}: {report:?}");
+        assert!(!report.is_clean() && report.corrupt == (name == "the corrupt bit"), "{name}: {report:?}");
         assert!(std::fs::read(&path).unwrap() == bytes, "{name}: a check must not change anything");
         let before = repair(&path).unwrap();
         assert_eq!(before, report, "{name}");

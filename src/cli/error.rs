@@ -5,8 +5,23 @@ use std::process::ExitCode;
 
 use super::client::ClientError;
 use super::demo::DemoError;
+use super::image_error::ImageError;
 use crate::config::ConfigError;
 use crate::serve::StartError;
+
+/// The exit codes as `--help` tells them.
+pub(super) const EXIT_CODES: &str = "\
+Exit codes:
+    0  done; image check: clean; image compare: equal
+    1  it failed; image compare: different
+    2  the command line, a value or the configuration is wrong;
+       image check and repair: errors, or marked as corrupt; image compare: not compared
+    3  done, with warnings; image check and repair: leaks, or not closed
+    4  what was named does not exist
+    5  it exists already, is in use, or is running
+    6  not an image, or a corrupt one
+    7  the service does not answer, or refuses the token
+  130  interrupted by Ctrl-C";
 
 /// The exit codes of every command; scripts may branch on them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,7 +31,8 @@ pub enum Exit {
     Ok = 0,
     /// It failed.
     Failed = 1,
-    /// The command line or the configuration is wrong. Of `image check`, as of `qemu-img check`: the image has errors.
+    /// The command line or the configuration is wrong. Of `image check`, as of `qemu-img check`: the image has errors, or is marked
+    /// as corrupt.
     Usage = 2,
     /// Done, with warnings. Of `image check`, as of `qemu-img check`: the image has leaks, or was not closed.
     Warnings = 3,
@@ -90,12 +106,17 @@ pub enum CliError {
     },
     /// An image cannot be made, opened or used.
     #[error(transparent)]
-    Image(#[from] blockyard_qcow2::Error),
-    /// Two disks cannot be compared to the end.
+    Image(#[from] ImageError),
+    /// Two disks cannot be compared to the end, and what came in between.
     #[error(transparent)]
-    NotCompared {
-        /// What came in between.
-        source: blockyard_qcow2::Error,
+    NotCompared(Box<CliError>),
+    /// The folder for backing files is none.
+    #[error("--backing-root {} cannot be used", path.display())]
+    BackingRoot {
+        /// The folder.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
     },
     /// An address cannot be listened on.
     #[error("cannot listen on {address}: is it in use?")]
@@ -146,30 +167,17 @@ impl CliError {
             Self::Bind { .. } => Exit::Conflict,
             Self::Start(StartError::StateInUse { .. }) | Self::Ambiguous { .. } => Exit::Conflict,
             Self::NotFound { .. } => Exit::NotFound,
+            Self::BackingRoot { source, .. } if source.kind() == std::io::ErrorKind::NotFound => Exit::NotFound,
+            Self::BackingRoot { .. } => Exit::Usage,
             Self::Client(error) => error.exit(),
-            Self::Image(error) => image_exit(error),
+            Self::Image(error) => error.exit(),
             // 1 is the answer "different", which nobody can give here.
-            Self::NotCompared { source } => match image_exit(source) {
+            Self::NotCompared(error) => match error.exit() {
                 Exit::Failed => Exit::Usage,
                 exit => exit,
             },
             Self::Demo(error) => error.exit(),
             Self::Start(_) | Self::Runtime { .. } | Self::Output { .. } | Self::Signals { .. } => Exit::Failed,
         }
-    }
-}
-
-/// The exit code of what went wrong with an image.
-fn image_exit(error: &blockyard_qcow2::Error) -> Exit {
-    use blockyard_qcow2::Error;
-    match error {
-        Error::Open { source, .. } if source.kind() == std::io::ErrorKind::NotFound => Exit::NotFound,
-        Error::Open { source, .. } if source.kind() == std::io::ErrorKind::AlreadyExists => Exit::Conflict,
-        Error::Locked { .. } => Exit::Conflict,
-        Error::InvalidOption { .. } | Error::WouldShrink { .. } => Exit::Usage,
-        Error::Unreadable { source, .. } => image_exit(source),
-        Error::Cancelled => Exit::Interrupted,
-        Error::Corrupt { .. } | Error::NotQcow2 => Exit::Damaged,
-        _ => Exit::Failed,
     }
 }

@@ -9,11 +9,13 @@ mod info;
 mod map;
 mod work;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use blockyard_qcow2::{self as qcow2, Access, BackingFormat, Disk, OpenOptions};
-use clap::{Args, Subcommand, ValueEnum};
+use blockyard_qcow2::{Access, BackingFormat, Disk};
+use clap::{Subcommand, ValueEnum};
 
+use super::below::Below;
+use super::image_error::ImageError;
 use super::{CliError, Exit, Output};
 
 #[derive(Debug, Subcommand)]
@@ -24,7 +26,8 @@ pub(super) enum Command {
     Info(info::Info),
     /// Look for errors and leaks; nothing is changed.
     ///
-    /// Exits with 0 when the image is clean, 2 when it has errors, 3 when it has leaks only or was not closed, and otherwise
+    /// Exits with 0 when the image is clean; 2 when it has errors, is marked as corrupt, or was not closed and has new
+    /// clusters (their refcounts are written at the close); 3 when it has leaks only, or was merely not closed; and otherwise
     /// when it cannot be checked.
     Check(check::Check),
     /// Set right what follows from the tables: refcounts, leaks, an image that was not closed. Nothing is guessed, and the
@@ -80,40 +83,14 @@ impl From<BackingFormat> for Format {
 
 const NOT_CLOSED: &str = "the image was not closed: this is what was flushed";
 
-/// Where what lies below an image may be.
-#[derive(Debug, Args)]
-struct Below {
-    /// Folder that backing files must be in, or beneath; the image's own when left out.
-    #[arg(long, value_name = "DIR")]
-    backing_root: Option<PathBuf>,
-}
-
-impl Below {
-    /// The path to open an image by, and the folder for its backing files: beneath is a matter of names, so both begin at
-    /// the same place.
-    fn paths(&self, image: &Path) -> Result<(PathBuf, Option<PathBuf>), qcow2::Error> {
-        let Some(root) = &self.backing_root else { return Ok((image.to_owned(), None)) };
-        let absolute = |path: &Path| {
-            std::path::absolute(path).map_err(|source| qcow2::Error::Open { path: path.to_owned(), source })
-        };
-        Ok((absolute(image)?, Some(absolute(root)?)))
+/// Opens a whole disk for reading.
+fn disk(below: &Below, image: &Path, format: Format, output: &Output) -> Result<Disk, CliError> {
+    let (path, options) = below.options(image, Access::ReadOnly)?;
+    let disk = Disk::open(&path, format.into(), &options).map_err(|error| ImageError::of(image, error))?;
+    if disk.is_dirty() {
+        output.note(&format!("{}: {NOT_CLOSED}", image.display()));
     }
-
-    /// How to open an image, and by which path.
-    fn options(&self, image: &Path, access: Access) -> Result<(PathBuf, OpenOptions), qcow2::Error> {
-        let (path, backing_root) = self.paths(image)?;
-        Ok((path, OpenOptions { backing_root, ..OpenOptions::new(access) }))
-    }
-
-    /// Opens a whole disk for reading.
-    fn disk(&self, image: &Path, format: Format, output: &Output) -> Result<Disk, qcow2::Error> {
-        let (path, options) = self.options(image, Access::ReadOnly)?;
-        let disk = Disk::open(&path, format.into(), &options)?;
-        if disk.is_dirty() {
-            output.note(&format!("{}: {NOT_CLOSED}", image.display()));
-        }
-        Ok(disk)
-    }
+    Ok(disk)
 }
 
 pub(super) async fn run(command: Command, output: &Output) -> Result<Exit, CliError> {

@@ -13,6 +13,8 @@ use serde_json::json;
 use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::net::{TcpListener, UnixListener};
 
+use super::below::Below;
+use super::image_error::ImageError;
 use super::serve::Stop;
 use super::{CliError, Exit, Format, Output};
 use crate::export::{Access, Caching, ImageExport, OpenOptions};
@@ -48,9 +50,8 @@ pub(super) struct Arguments {
     /// `writeback` everything through it.
     #[arg(long, value_enum, default_value_t = Cache::Auto)]
     cache: Cache,
-    /// Folder that backing files must be in, or beneath; the image's own when left out.
-    #[arg(long, value_name = "DIR")]
-    backing_root: Option<PathBuf>,
+    #[command(flatten)]
+    below: Below,
 }
 
 /// How writes reach the file before a flush.
@@ -71,11 +72,14 @@ pub(super) async fn run(arguments: Arguments, output: &Output) -> Result<Exit, C
         Cache::Auto => Caching::Auto,
         Cache::Writeback => Caching::PageCache,
     };
-    let options = OpenOptions { backing_root: arguments.backing_root.clone(), caching, ..OpenOptions::new(access) };
-    let export = ImageExport::open(&arguments.export, arguments.image.clone(), options).await?;
+    let (path, options) = arguments.below.options(&arguments.image, access)?;
+    let options = OpenOptions { caching, ..options };
+    let export = ImageExport::open(&arguments.export, path, options).await;
+    let failed = |error| ImageError::of(&arguments.image, error);
+    let export = export.map_err(failed)?;
     let served = serve(&arguments, &export, &mut stop, output).await;
     // Whatever came in between: what was written is made whole, and a failure of that is the one to tell.
-    export.image().close().await?;
+    export.image().close().await.map_err(failed)?;
     served
 }
 

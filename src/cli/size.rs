@@ -6,11 +6,15 @@ use std::str::FromStr;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Size(pub(super) u64);
 
-/// The text is no size.
+/// Why a text is no size.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("{text:?} is no size: write bytes, or a whole number with K, M, G or T (powers of 1024)")]
-pub(super) struct SizeError {
-    text: String,
+pub(super) enum SizeError {
+    /// Nothing that could be read as one.
+    #[error("{text:?} is no size: write bytes, or a whole number with K, M, G or T (powers of 1024)")]
+    Unreadable { text: String },
+    /// What other tools take for a change of the size.
+    #[error("{text:?} has a sign: write the whole size that is wanted, not what is added or taken away")]
+    Sign { text: String },
 }
 
 const UNITS: [(char, u32); 4] = [('K', 10), ('M', 20), ('G', 30), ('T', 40)];
@@ -19,7 +23,11 @@ impl FromStr for Size {
     type Err = SizeError;
 
     fn from_str(text: &str) -> Result<Self, SizeError> {
-        let error = || SizeError { text: text.to_owned() };
+        let error = || SizeError::Unreadable { text: text.to_owned() };
+        // Two of them begin an option that stands where the size should.
+        if text.trim_start().starts_with(['+', '-']) && !text.starts_with("--") {
+            return Err(SizeError::Sign { text: text.to_owned() });
+        }
         let number = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
         let unit = text[number.len()..].to_ascii_uppercase();
         let unit = unit.strip_suffix("IB").or(unit.strip_suffix('B')).unwrap_or(&unit);
@@ -54,6 +62,9 @@ mod tests {
         }
         for wrong in ["", "G", "-1", "1.5G", "1X", "99999999999T", "1GG"] {
             assert!(wrong.parse::<Size>().is_err(), "{wrong}");
+        }
+        for signed in ["+1G", "-1", " +5", "-0"] {
+            assert_eq!(signed.parse::<Size>(), Err(SizeError::Sign { text: signed.into() }));
         }
     }
 

@@ -29,6 +29,21 @@ fn what_is_no_image_is_never_served() {
 }
 
 #[test]
+fn the_help_and_the_readme_tell_every_exit_code() {
+    let readme = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
+    for arguments in [&["--help"][..], &["image", "--help"]] {
+        let output = blockyard().args(arguments).output().unwrap();
+        let help = String::from_utf8(output.stdout).unwrap();
+        let table = help.split_once("Exit codes:\n").unwrap().1;
+        let codes: Vec<u8> = table.lines().filter_map(|line| line.split_whitespace().next()?.parse().ok()).collect();
+        assert_eq!(codes, [0, 1, 2, 3, 4, 5, 6, 7, 130], "{table}");
+        for code in codes {
+            assert!(readme.contains(&format!("\n| {code} | ")), "{code} is missing in the README");
+        }
+    }
+}
+
+#[test]
 fn an_address_that_others_can_reach_is_refused() {
     let folder = folder();
     let image = image(&folder, "image.qcow2", MIB);
@@ -90,9 +105,13 @@ fn backing_files_outside_the_folder_need_the_option() {
     let (code, error) = refused(&["nbd", text(&overlay), "--port", "0"]);
     assert_eq!(code, 1, "{error}");
     assert!(error.contains("backing"), "{error}");
-    let server = NbdServer::start(&overlay, &["--backing-root", text(folder.path())]);
-    succeed("nbdinfo", &["--size", &server.uri]);
-    server.stop();
+    let (code, error) = refused(&["nbd", text(&overlay), "--port", "0", "--backing-root", "/nowhere"]);
+    assert!(code == 4 && error.contains("--backing-root /nowhere"), "{code}: {error}");
+    for root in [folder.path(), &inside.join("..")] {
+        let server = NbdServer::start(&overlay, &["--backing-root", text(root)]);
+        succeed("nbdinfo", &["--size", &server.uri]);
+        server.stop();
+    }
 }
 
 #[test]

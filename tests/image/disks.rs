@@ -70,11 +70,12 @@ fn a_check_exits_as_qemu_does_and_says_what_to_do() {
     let number = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
     let block = number(number(48) as usize);
     // Name, what is patched where, the exit code of both, what the text says.
-    let cases: [(&str, u64, &[u8], i32, &str); 4] = [
+    let cases: [(&str, u64, &[u8], i32, &str); 5] = [
         ("clean", 0, &bytes[..1], 0, "clean"),
         ("leaks", block + 2 * clusters, &[0, 1], 3, "gives it back"),
         ("errors", block + 2 * (clusters - 1), &[0, 0], 2, "damaged"),
         ("dirty with counts of its own", 79, &[1], 3, "not closed"),
+        ("marked", 79, &[2], 2, "as corrupt"),
     ];
     for (name, at, patched, code, said) in cases {
         std::fs::write(&path, &bytes).unwrap();
@@ -83,7 +84,8 @@ fn a_check_exits_as_qemu_does_and_says_what_to_do() {
         assert_eq!(exit, code, "{name}: {document}");
         let judge = run("qemu-img", &["check", "--output=json", "-f", "qcow2", text(&path)]);
         let theirs: Value = serde_json::from_slice(&judge.stdout).unwrap();
-        if !name.starts_with("dirty") {
+        // Two marks that QEMU does not tell of.
+        if !name.starts_with("dirty") && name != "marked" {
             assert_eq!(judge.status.code(), Some(code), "{name}");
         }
         let fields = [
@@ -100,11 +102,20 @@ fn a_check_exits_as_qemu_does_and_says_what_to_do() {
         }
         let output = call(&["check", text(&path)]);
         let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert_eq!(document["dirty"], name.starts_with("dirty"), "{name}: {document}");
+        assert_eq!(printed.contains("errors:  "), document["dirty"] == false, "{name}: {printed}");
+        assert_eq!(document["corrupt"], name == "marked", "{name}: {document}");
         assert!(
             printed.contains(said) && (code == 0 || printed.contains("blockyard image repair")),
             "{name}: {printed}"
         );
 
+        if name == "marked" {
+            let copy = folder.path().join("copy.qcow2");
+            std::fs::copy(&path, &copy).unwrap();
+            let told = String::from_utf8(call(&["repair", text(&copy)]).stdout).unwrap();
+            assert!(told.contains("the mark as corrupt was taken away"), "{told}");
+        }
         let (exit, document) = json(&["repair", text(&path)]);
         assert_eq!((exit, &document["repaired"]), (0, &Value::Bool(code != 0)), "{name}: {document}");
         assert_eq!(document["after"]["clean"], true, "{name}");
@@ -220,7 +231,7 @@ fn a_chain_is_flattened_into_an_image_or_a_raw_file() {
         (&["--cluster-size", "1000"][..], 2),
         (&["--cluster-size", "4K", "--format", "raw"], 2),
         (&["--format", "vmdk"], 2),
-        (&["--backing-root", "/nowhere"], 1),
+        (&["--backing-root", "/nowhere"], 4),
     ] {
         let (code, error) = refused(&[&["flatten", text(&top), text(&new)], wrong].concat());
         assert_eq!(code, exit, "{wrong:?}: {error}");
@@ -301,9 +312,10 @@ fn a_disk_grows_and_never_shrinks() {
     );
     succeed("qemu-img", &["check", "-q", "-f", "qcow2", text(&top)]);
     succeed("qemu-io", &["-f", "qcow2", "-c", "read -P 0 6M 3M", "-c", "read -P 2 5M 64k", text(&top)]);
-    for wrong in ["1M", "513", "12X"] {
+    for wrong in ["1M", "513", "12X", "+1G", "-1M"] {
         let (code, error) = refused(&["grow", text(&top), "--size", wrong]);
         assert_eq!(code, 2, "{wrong}: {error}");
+        assert_eq!(error.contains("has a sign"), wrong.starts_with(['+', '-']), "{wrong}: {error}");
     }
     assert_eq!(json(&["info", text(&top)]).1["size_bytes"], 9 * MIB);
 }
@@ -331,11 +343,22 @@ fn backing_files_outside_the_folder_need_the_option_everywhere() {
         let output = call(&[command, &root].concat());
         assert!(output.status.success(), "{command:?}: {output:?}");
     }
-    // Names are taken from the working directory.
-    let map =
-        |arguments: &[&str]| blockyard().current_dir(folder.path()).args(["image", "map"]).args(arguments).output();
-    let output = map(&["vm/overlay.qcow2", "--backing-root", "."]).unwrap();
-    assert!(output.status.success(), "{output:?}");
+    // Names are taken from the working directory, and mean what they mean to the file system.
+    std::os::unix::fs::symlink("vm", folder.path().join("link")).unwrap();
+    for (from, arguments) in [
+        (folder.path(), ["vm/overlay.qcow2", "."]),
+        (&inside, ["overlay.qcow2", ".."]),
+        (&inside, ["../link/overlay.qcow2", "../vm/.."]),
+    ] {
+        let output = blockyard()
+            .current_dir(from)
+            .args(["image", "map", arguments[0], "--backing-root", arguments[1]])
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+    }
+    let (code, error) = refused(&["map", overlay, "--backing-root", "/nowhere"]);
+    assert!(code == 4 && error.contains("--backing-root /nowhere"), "{code}: {error}");
 }
 
 #[test]
@@ -350,6 +373,14 @@ fn an_image_is_created_in_every_shape() {
     let data = &information["format-specific"]["data"];
     assert_eq!((&data["refcount-bits"], &data["compression-type"]), (&32.into(), &"zstd".into()));
     assert_eq!(data["lazy-refcounts"], true);
+    let told = |path: &Path| String::from_utf8(call(&["info", text(path)]).stdout).unwrap();
+    let said = told(&path);
+    assert!(said.contains("32 bits, lazy\n") && said.contains("zstd") && !said.contains("extended"), "{said}");
+    let large = folder.path().join("large.qcow2");
+    succeed("qemu-img", &["create", "-q", "-f", "qcow2", "-o", "extended_l2=on", text(&large), "2M"]);
+    let said = told(&large);
+    assert!(said.contains("extended") && !said.contains("lazy") && !said.contains("zstd"), "{said}");
+    assert_eq!(json(&["info", text(&large)]).1["extended_l2"], true);
     assert_eq!(json(&["check", text(&path)]).1["allocated_clusters"], 48);
     succeed("qemu-img", &["check", "-q", "-f", "qcow2", text(&path)]);
     let new = folder.path().join("new.qcow2");
@@ -360,4 +391,46 @@ fn an_image_is_created_in_every_shape() {
     let over = ["--backing", "image.qcow2", "--preallocation", "full"];
     assert_eq!(refused(&[&["create", text(&new)], &over[..]].concat()).0, 2);
     assert!(!new.exists());
+}
+
+#[test]
+fn an_error_names_the_file_that_it_is_about() {
+    let folder = folder();
+    let path = |name: &str| folder.path().join(name);
+    let raw = source(&folder, "raw.qcow2", MIB);
+    let good = image(&folder, "good.qcow2", MIB);
+    let over = path("over.qcow2");
+    let unsafely = ["create", "-q", "-f", "qcow2", "-u", "-b", "raw.qcow2", "-F", "qcow2", text(&over), "1M"];
+    succeed("qemu-img", &unsafely);
+    let large = path("large.qcow2");
+    succeed("qemu-img", &["create", "-q", "-f", "qcow2", "-o", "extended_l2=on", text(&large), "2M"]);
+    let new = path("new.qcow2");
+    let (raw, good, over, large, new) = (text(&raw), text(&good), text(&over), text(&large), text(&new));
+    // What is called, its exit code, the file that is named, what is said of it.
+    let cases: [(&[&str], i32, &str, &str); 11] = [
+        (&["info", raw], 6, raw, ": not a qcow2 image"),
+        (&["check", raw], 6, raw, ": not a qcow2 image"),
+        (&["repair", raw], 6, raw, ": not a qcow2 image"),
+        (&["map", raw], 6, raw, ": not a qcow2 image"),
+        (&["compare", good, raw], 6, raw, ": not a qcow2 image"),
+        (&["flatten", raw, new], 6, raw, ": not a qcow2 image"),
+        (&["map", over], 6, over, ", a file below it: not a qcow2 image"),
+        (&["create", new, "--backing", "raw.qcow2"], 6, raw, ": not a qcow2 image"),
+        (&["grow", large, "--size", "4M"], 1, large, ": unsupported: "),
+        (&["grow", good, "--size", "512K"], 2, good, ": the disk of 1048576 bytes cannot shrink"),
+        (&["create", new, "--backing", "../base", "--size", "1M"], 1, new, "(see --backing-root)"),
+    ];
+    for (command, code, file, said) in cases {
+        let (exit, error) = refused(command);
+        assert_eq!(exit, code, "{command:?}: {error}");
+        assert!(error.starts_with(&format!("blockyard: {file}")) && error.contains(said), "{command:?}: {error}");
+    }
+    // What a killed flatten leaves is in the way of the next one, and no other file is called so.
+    let leftover = format!("{new}.partial");
+    std::fs::write(&leftover, "half").unwrap();
+    let (code, error) = refused(&["flatten", good, new]);
+    assert!(code == 5 && error.contains(&leftover) && error.contains("interrupted flatten"), "{code}: {error}");
+    let (code, error) = refused(&["flatten", good, &leftover]);
+    assert!(code == 5 && error.contains(&leftover) && !error.contains("interrupted"), "{code}: {error}");
+    assert_eq!(std::fs::read(&leftover).unwrap(), b"half");
 }

@@ -3,6 +3,7 @@
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Stdio};
 
+use crate::process::blockyard;
 use crate::server::NbdServer;
 use crate::tools::{assert_whole, folder, image, run, source, succeed, text};
 
@@ -21,6 +22,10 @@ fn what_was_flushed_is_there_after_a_kill_and_qemu_repairs_the_rest() {
 
     let plain = run("qemu-img", &["check", "-q", "-f", "qcow2", text(&image)]);
     assert_eq!(plain.status.code(), Some(2), "refcounts are written at the close: {plain:?}");
+    let ours = blockyard().args(["image", "check", text(&image)]).output().unwrap();
+    let told = String::from_utf8_lossy(&ours.stdout);
+    assert_eq!(ours.status.code(), Some(2), "{ours:?}");
+    assert!(told.contains("not closed") && !told.contains("errors:") && !told.contains("damaged"), "{told}");
     succeed("qemu-img", &["compare", "-q", "-f", "raw", "-F", "qcow2", text(&raw), text(&image)]);
     succeed("qemu-img", &["check", "-q", "-r", "all", "-f", "qcow2", text(&image)]);
     assert_whole(&image, &raw);

@@ -6,6 +6,7 @@ use blockyard_qcow2::{self as qcow2, CheckReport};
 use clap::Args;
 use serde_json::{Value, json};
 
+use crate::cli::image_error::ImageError;
 use crate::cli::size::readable;
 use crate::cli::{CliError, Exit, Output};
 
@@ -22,15 +23,16 @@ pub(in crate::cli) struct Repair {
 }
 
 pub(super) fn run(check: &Check, output: &Output) -> Result<Exit, CliError> {
-    let report = qcow2::check(&check.image)?;
+    let report = qcow2::check(&check.image).map_err(|error| ImageError::of(&check.image, error))?;
     output.answer(&document(&check.image, &report), |_| describe(&check.image, &report))?;
     Ok(exit(&report))
 }
 
 pub(super) fn run_repair(repair: &Repair, output: &Output) -> Result<Exit, CliError> {
     let image = &repair.image;
-    let before = qcow2::repair(image)?;
-    let after = qcow2::check(image)?;
+    let failed = |error| ImageError::of(image, error);
+    let before = qcow2::repair(image).map_err(failed)?;
+    let after = qcow2::check(image).map_err(failed)?;
     let document = json!({
         "image": image, "repaired": !before.is_clean(), "before": document(image, &before),
         "after": document(image, &after),
@@ -39,18 +41,30 @@ pub(super) fn run_repair(repair: &Repair, output: &Output) -> Result<Exit, CliEr
         if before.is_clean() {
             return format!("{} is clean; nothing was changed", image.display());
         }
-        let closed = if before.dirty { ", not closed" } else { "" };
-        let found = format!("found {} errors, {} leaks{closed}", before.errors, before.leaks);
+        // Refcounts are written at the close: before it, how many are wrong tells nothing.
+        let mut found = if before.dirty {
+            "it was not closed: refcounts made anew".to_owned()
+        } else {
+            format!("found {} errors, {} leaks", before.errors, before.leaks)
+        };
+        if before.corrupt {
+            found.push_str(if after.corrupt {
+                "; it is marked as corrupt"
+            } else {
+                "; the mark as corrupt was taken away"
+            });
+        }
         let now = if after.is_clean() { "is clean now" } else { "is still not clean" };
         format!("{found}\n{} {now}", image.display())
     })?;
     Ok(exit(&after))
 }
 
-/// As `qemu-img check` exits; what was not closed wants the same repair as leaks do.
+/// As `qemu-img check` exits; what was not closed wants the same repair as leaks do, and what is marked as corrupt is
+/// refused for writing as damage is.
 fn exit(report: &CheckReport) -> Exit {
     match report {
-        CheckReport { errors: 1.., .. } => Exit::Usage,
+        CheckReport { errors: 1.., .. } | CheckReport { corrupt: true, .. } => Exit::Usage,
         report if report.is_clean() => Exit::Ok,
         _ => Exit::Warnings,
     }
@@ -62,6 +76,7 @@ fn document(image: &Path, report: &CheckReport) -> Value {
         "format": "qcow2",
         "clean": report.is_clean(),
         "dirty": report.dirty,
+        "corrupt": report.corrupt,
         "errors": report.errors,
         "leaks": report.leaks,
         "total_clusters": report.total_clusters,
@@ -74,25 +89,35 @@ fn document(image: &Path, report: &CheckReport) -> Value {
 }
 
 fn describe(image: &Path, report: &CheckReport) -> String {
-    let mut lines = vec![
-        format!("image:         {}", image.display()),
-        format!("errors:        {}", report.errors),
-        format!("leaks:         {} clusters", report.leaks),
+    let mut lines = vec![format!("image:         {}", image.display())];
+    if report.dirty {
+        lines.push("refcounts:     mean nothing until the image is repaired or closed".into());
+    } else {
+        lines.push(format!("errors:        {}", report.errors));
+        lines.push(format!("leaks:         {} clusters", report.leaks));
+    }
+    lines.extend([
         format!("allocated:     {} of {} clusters", report.allocated_clusters, report.total_clusters),
         format!("compressed:    {} clusters", report.compressed_clusters),
         format!("fragmented:    {} clusters", report.fragmented_clusters),
         format!("end of image:  {} ({} bytes)", readable(report.image_end), report.image_end),
-    ];
+    ]);
     lines.extend(report.details.iter().map(|detail| format!("error:         {detail}")));
     lines.push(match report {
         report if report.is_clean() => "state:         clean".into(),
         CheckReport { dirty: true, .. } => {
-            "state:         dirty: it was not closed, and its refcounts mean nothing until it is repaired (blockyard image \
-             repair); what was flushed is intact"
+            "state:         dirty: it was not closed; what was flushed is intact, and blockyard image repair, or the next \
+             use that writes, sets the refcounts right"
                 .into()
         }
+        CheckReport { errors: 0, leaks: 0, .. } => "state:         nothing is wrong in its tables".into(),
         CheckReport { errors: 0, .. } => "state:         leaks cost space only; blockyard image repair gives it back".into(),
         _ => "state:         damaged; blockyard image repair sets right what can be known for certain".into(),
     });
+    if report.corrupt {
+        lines.push(
+            "marked:        as corrupt; it is not written to until blockyard image repair takes the mark away".into(),
+        );
+    }
     lines.join("\n")
 }

@@ -6,7 +6,8 @@ use blockyard_qcow2::{self as qcow2, Comparison, Difference};
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::{Below, Format, work};
+use super::{Below, Format, disk, work};
+use crate::cli::image_error::ImageError;
 use crate::cli::size::readable;
 use crate::cli::{CliError, Exit, Output};
 
@@ -30,12 +31,13 @@ pub(super) async fn run(compare: Compare, output: &Output) -> Result<Exit, CliEr
     let names = (compare.first.clone(), compare.second.clone());
     let notes = *output;
     let compared = work::run("compare", output, move |watch| {
-        let first = compare.below.disk(&compare.first, compare.format, &notes)?;
-        let second = compare.below.disk(&compare.second, compare.other_format, &notes)?;
-        qcow2::compare(&first, &second, watch)
+        let first = disk(&compare.below, &compare.first, compare.format, &notes)?;
+        let second = disk(&compare.below, &compare.second, compare.other_format, &notes)?;
+        let compared = qcow2::compare(&first, &second, watch);
+        Ok(compared.map_err(|error| ImageError::of_either(&compare.first, &compare.second, error))?)
     })
     .await?;
-    let Comparison { sizes, difference } = compared.map_err(|source| CliError::NotCompared { source })?;
+    let Comparison { sizes, difference } = compared.map_err(|error| CliError::NotCompared(Box::new(error)))?;
     let document = json!({
         "first": names.0, "second": names.1, "equal": difference.is_none(),
         "first_size_bytes": sizes.0, "second_size_bytes": sizes.1,

@@ -2,11 +2,12 @@
 
 use std::path::PathBuf;
 
-use blockyard_qcow2::{self as qcow2, Backing, CreateOptions};
+use blockyard_qcow2::{self as qcow2, Backing, CreateOptions, Error};
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use super::{Below, Format};
+use crate::cli::image_error::ImageError;
 use crate::cli::size::{Size, readable};
 use crate::cli::{CliError, Exit, Output};
 
@@ -15,7 +16,7 @@ pub(in crate::cli) struct Create {
     /// The file to create.
     image: PathBuf,
     /// Virtual size, such as 40G: a multiple of 512 bytes. Left out for an overlay: the size of what lies below.
-    #[arg(long, required_unless_present = "backing")]
+    #[arg(long, required_unless_present = "backing", allow_hyphen_values = true)]
     size: Option<Size>,
     /// Cluster size: a power of two from 512 to 2M.
     #[arg(long, default_value = "64K")]
@@ -66,7 +67,12 @@ pub(super) fn run(create: &Create, output: &Output) -> Result<Exit, CliError> {
     let backing =
         create.backing.as_ref().map(|name| Backing { name: name.clone(), format: create.backing_format.into() });
     let (path, root) = create.below.paths(&create.image)?;
-    let below = backing.as_ref().map(|backing| qcow2::backing_size(backing, &path, root.as_deref())).transpose()?;
+    let failed = |error| ImageError::of(&create.image, error);
+    let below = backing.as_ref().map(|backing| qcow2::backing_size(backing, &path, root.as_deref()));
+    let below = below.transpose().map_err(|error| match (&error, &create.backing) {
+        (Error::Backing { .. }, _) | (_, None) => failed(error),
+        (_, Some(name)) => ImageError::of(&create.image.with_file_name(name), error),
+    })?;
     let options = CreateOptions {
         // More than 32 bits is more than any cluster size; the engine says which ones there are.
         cluster_size: u32::try_from(create.cluster_size.0).unwrap_or(u32::MAX),
@@ -85,7 +91,7 @@ pub(super) fn run(create: &Create, output: &Output) -> Result<Exit, CliError> {
         },
         ..CreateOptions::new(create.size.map(|size| size.0).or(below).unwrap_or(0))
     };
-    qcow2::create(&path, &options)?;
+    qcow2::create(&path, &options).map_err(failed)?;
     let document = json!({
         "image": create.image, "size_bytes": options.size, "cluster_bytes": options.cluster_size,
         "backing": create.backing,

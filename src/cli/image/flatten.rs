@@ -6,7 +6,8 @@ use blockyard_qcow2::{self as qcow2, CreateOptions, Error, Target};
 use clap::Args;
 use serde_json::json;
 
-use super::{Below, Format, work};
+use super::{Below, Format, disk, work};
+use crate::cli::image_error::ImageError;
 use crate::cli::size::{Size, readable};
 use crate::cli::{CliError, Exit, Output};
 
@@ -44,11 +45,12 @@ impl Flatten {
 }
 
 pub(super) async fn run(flatten: Flatten, output: &Output) -> Result<Exit, CliError> {
-    let (form, notes) = (flatten.form()?, *output);
+    let (form, notes) = (flatten.form().map_err(ImageError::from)?, *output);
     let (image, target, format) = (flatten.image.clone(), flatten.target.clone(), flatten.format);
     let done = work::run("flatten", output, move |watch| {
-        let disk = flatten.below.disk(&flatten.image, Format::Qcow2, &notes)?;
-        qcow2::flatten(&disk, &flatten.target, &form, watch)
+        let disk = disk(&flatten.below, &flatten.image, Format::Qcow2, &notes)?;
+        let done = qcow2::flatten(&disk, &flatten.target, &form, watch);
+        Ok(done.map_err(|error| ImageError::of_flatten(&flatten.image, &flatten.target, error))?)
     })
     .await??;
     let document = json!({

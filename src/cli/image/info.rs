@@ -7,6 +7,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::Format;
+use crate::cli::image_error::ImageError;
 use crate::cli::size::readable;
 use crate::cli::{CliError, Exit, Output};
 
@@ -17,7 +18,7 @@ pub(in crate::cli) struct Info {
 }
 
 pub(super) fn run(info: &Info, output: &Output) -> Result<Exit, CliError> {
-    let facts = qcow2::info(&info.image)?;
+    let facts = qcow2::info(&info.image).map_err(|error| ImageError::of(&info.image, error))?;
     let document = json!({
         "image": info.image,
         "format": "qcow2",
@@ -31,6 +32,7 @@ pub(super) fn run(info: &Info, output: &Output) -> Result<Exit, CliError> {
         "backing_format": facts.backing.as_ref().map(|backing| Format::from(backing.format).as_str()),
         "compression": if facts.zstd { "zstd" } else { "zlib" },
         "lazy_refcounts": facts.lazy_refcounts,
+        "extended_l2": facts.extended_l2,
         "snapshots": facts.snapshots,
         "dirty": facts.dirty,
         "corrupt": facts.corrupt,
@@ -51,8 +53,19 @@ fn describe(facts: &Value) -> String {
         format!("virtual size:  {}", bytes("size_bytes")),
         format!("on disk:       {}", bytes("disk_bytes")),
         format!("cluster size:  {}", bytes("cluster_bytes")),
-        format!("refcounts:     {} bits", facts["refcount_bits"]),
+        format!(
+            "refcounts:     {} bits{}",
+            facts["refcount_bits"],
+            if facts["lazy_refcounts"] == true { ", lazy" } else { "" }
+        ),
     ];
+    // What every other image has is not told.
+    if facts["compression"] == "zstd" {
+        lines.push("compression:   zstd".into());
+    }
+    if facts["extended_l2"] == true {
+        lines.push("L2 entries:    extended (subclusters); the image is read only here".into());
+    }
     if let (Some(name), Some(format)) = (facts["backing"].as_str(), facts["backing_format"].as_str()) {
         lines.push(format!("backing file:  {name} ({format})"));
     }

@@ -7,6 +7,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::{Below, NOT_CLOSED};
+use crate::cli::image_error::ImageError;
 use crate::cli::table;
 use crate::cli::{CliError, Exit, Output};
 
@@ -20,12 +21,13 @@ pub(in crate::cli) struct Map {
 
 pub(super) fn run(map: &Map, output: &Output) -> Result<Exit, CliError> {
     let (path, options) = map.below.options(&map.image, Access::ReadOnly)?;
-    let image = Image::open(&path, &options)?;
+    let failed = |error| ImageError::of(&map.image, error);
+    let image = Image::open(&path, &options).map_err(failed)?;
     if image.is_dirty() {
         output.note(NOT_CLOSED);
     }
     let files = image.chain();
-    let extents = image.map(0, image.size(), usize::MAX)?;
+    let extents = image.map(0, image.size(), usize::MAX).map_err(failed)?;
     let rows: Vec<Value> = extents.iter().map(|extent| row(extent, &files)).collect();
     output.answer(&Value::Array(rows), describe)?;
     Ok(Exit::Ok)

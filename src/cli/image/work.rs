@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use blockyard_qcow2::{Error, Progress, Watch};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressStyle};
 
+use crate::cli::image_error::ImageError;
 use crate::cli::serve::Stop;
 use crate::cli::{CliError, Output};
 
@@ -20,8 +21,8 @@ const BAR: &str = "{prefix} {bar:32} {percent:>3}% {binary_bytes:>10} {binary_by
 pub(super) async fn run<T: Send + 'static>(
     name: &'static str,
     output: &Output,
-    work: impl FnOnce(&mut Watch<'_>) -> Result<T, Error> + Send + 'static,
-) -> Result<Result<T, Error>, CliError> {
+    work: impl FnOnce(&mut Watch<'_>) -> Result<T, CliError> + Send + 'static,
+) -> Result<Result<T, CliError>, CliError> {
     // Listened for before anything is made: what a signal interrupts is also cleared away.
     let mut stop = Stop::new()?;
     let is_over = Arc::new(AtomicBool::new(false));
@@ -38,7 +39,7 @@ pub(super) async fn run<T: Send + 'static>(
     });
     loop {
         tokio::select! {
-            done = &mut task => return Ok(done.unwrap_or(Err(Error::Panicked))),
+            done = &mut task => return Ok(done.unwrap_or(Err(ImageError::from(Error::Panicked).into()))),
             () = stop.wait() => is_over.store(true, Ordering::Relaxed),
         }
     }
