@@ -1,5 +1,6 @@
 //! An image for asynchronous callers: each operation runs to its end on tokio's threads for blocking work.
 
+use std::ops::Range;
 use std::path::PathBuf;
 
 use tokio::sync::Semaphore;
@@ -69,6 +70,17 @@ impl AsyncImage {
         B: AsMut<[u8]> + Send + 'static,
     {
         self.run(move |image| image.read(offset, buffer.as_mut()).map(|()| buffer)).await
+    }
+
+    /// As [`Image::read_sparse`]: hands the buffer back, and which parts of it are zeroes and were not filled.
+    ///
+    /// # Cancellation
+    /// As for [`AsyncImage::read`].
+    pub async fn read_sparse<B>(&self, offset: u64, mut buffer: B) -> Result<(B, Vec<Range<usize>>)>
+    where
+        B: AsMut<[u8]> + Send + 'static,
+    {
+        self.run(move |image| image.read_sparse(offset, buffer.as_mut()).map(|holes| (buffer, holes))).await
     }
 
     /// As [`Image::write`], without a copy of the payload: the buffer is dropped when nobody needs its bytes any more.
