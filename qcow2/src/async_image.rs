@@ -149,6 +149,18 @@ impl AsyncImage {
         self.run(move |image| image.map(offset, length, max)).await
     }
 
+    /// As [`Image::prefetch`].
+    ///
+    /// # Cancellation
+    /// Changes nothing.
+    pub async fn prefetch(&self, offset: u64, length: u64) {
+        let hint = move |image: &Image| {
+            image.prefetch(offset, length);
+            Ok(())
+        };
+        let _ = self.run(hint).await;
+    }
+
     /// As [`Image::close`]. It waits for operations that have begun; those still waiting for a turn then fail with
     /// [`Error::Closed`].
     ///

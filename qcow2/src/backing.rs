@@ -117,6 +117,16 @@ impl Layer {
         }
         Ok(())
     }
+
+    /// As [`Image::prefetch`]; the range may reach past the end of the layer.
+    pub(crate) fn prefetch(&self, offset: u64, length: u64) {
+        let inside = self.size().saturating_sub(offset).min(length);
+        match self {
+            _ if inside == 0 => {}
+            Self::Image(image) => image.prefetch(offset, inside),
+            Self::Raw { storage, .. } => storage.prefetch(offset, inside),
+        }
+    }
 }
 
 /// Reads raw bytes, but for steps that are a hole as a whole. That costs one question for each step; to know where

@@ -16,6 +16,7 @@ mod grow;
 mod identical;
 mod map;
 mod open;
+mod prefetch;
 mod read;
 mod session;
 mod write;
