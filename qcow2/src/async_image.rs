@@ -108,6 +108,14 @@ impl AsyncImage {
         self.run(move |image| image.zero(offset, length, mode, durability)).await
     }
 
+    /// As [`Image::zero_is_fast`].
+    ///
+    /// # Cancellation
+    /// Changes nothing.
+    pub async fn zero_is_fast(&self, offset: u64, length: u64) -> bool {
+        self.run(move |image| Ok(image.zero_is_fast(offset, length))).await.unwrap_or(false)
+    }
+
     /// As [`Image::discard`].
     ///
     /// # Durability

@@ -60,7 +60,7 @@ fn the_storage_of_each_layer_hears_of_its_own_data_and_nothing_is_read() {
     assert_eq!(length(&of_base.prefetches), CLUSTER, "{of_base:?}");
     assert_eq!(of_raw.prefetches, vec![10..100_000]);
     for asked in [of_top, of_base, of_raw] {
-        assert!(asked.reads.is_empty() && asked.writes.is_empty(), "{asked:?}");
+        assert!(asked.reads.is_empty() && asked.payload.is_empty() && asked.metadata.is_empty(), "{asked:?}");
     }
     // The bytes that were announced are those that a read then asks for.
     image.prefetch(3 * MIB + 5, 100);

@@ -17,13 +17,21 @@ pub struct Watched {
 #[derive(Clone, Debug, Default)]
 pub struct Asked {
     pub reads: Vec<Range<u64>>,
-    pub writes: Vec<Range<u64>>,
+    /// Of payload: by the threads that write behind.
+    pub payload: Vec<Range<u64>>,
+    /// All others, of tables and headers.
+    pub metadata: Vec<Range<u64>>,
     pub prefetches: Vec<Range<u64>>,
 }
 
 impl Watched {
     pub fn with_content(bytes: Vec<u8>) -> Self {
         Self { inner: MemoryStorage::with_content(bytes, u64::MAX), asked: Mutex::default() }
+    }
+
+    /// The bytes of the file.
+    pub fn content(&self) -> Vec<u8> {
+        self.inner.content()
     }
 
     /// What was asked since the last time.
@@ -33,7 +41,10 @@ impl Watched {
 
     fn wrote(&self, offset: u64, slices: &[IoSlice<'_>]) {
         let length: usize = slices.iter().map(|slice| slice.len()).sum();
-        self.asked.lock().unwrap().writes.push(offset..offset + length as u64);
+        let is_payload = std::thread::current().name() == Some("write-behind");
+        let mut asked = self.asked.lock().unwrap();
+        let writes = if is_payload { &mut asked.payload } else { &mut asked.metadata };
+        writes.push(offset..offset + length as u64);
     }
 }
 
