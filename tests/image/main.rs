@@ -9,5 +9,7 @@ mod ending;
 #[path = "../support/process.rs"]
 #[allow(dead_code, reason = "every test binary uses its own part")]
 mod process;
+#[allow(dead_code, reason = "the load tests use it as well")]
 mod server;
+mod sockets;
 mod tools;
