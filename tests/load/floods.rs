@@ -1,6 +1,6 @@
 //! Connections that come in thousands and do nothing, or vanish: they cost a while what the caps allow, and then nothing.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use blockyard_nbd::wire::option::{OptionCode, ReplyType};
 use tokio::io::AsyncReadExt;
@@ -15,6 +15,8 @@ use crate::tools::{folder, succeed};
 const FLOOD: usize = 10_000;
 /// Connections of one listener that may be in the handshake.
 const HALF_OPEN: usize = 128;
+/// What each may take for its handshake.
+const HANDSHAKE: Duration = Duration::from_secs(10);
 /// What a flood may leave in memory: tasks and buffers that the allocator keeps for the next ones.
 const LEFT: u64 = 16 * MIB;
 
@@ -55,10 +57,13 @@ async fn ten_thousand_half_open_connections() {
         }
     }
     println!("{FLOOD} half-open connections in {:.1?}: at most {most} descriptors in the server", start.elapsed());
-    // The oldest are closed.
+    let all_here = Instant::now();
+    // The oldest are closed, and not at their deadline.
     let oldest = FLOOD - HALF_OPEN;
     until("all but the last are closed", || strays[..oldest].iter().all(closed)).await;
+    assert!(all_here.elapsed() < HANDSHAKE, "it was the deadline that closed them");
     let open = strays[oldest..].iter().filter(|stray| !closed(stray)).count();
+    assert!(open > HALF_OPEN / 2, "the youngest made room: {open} are left");
     println!("{open} of the last {HALF_OPEN} are open after {:.1?}", start.elapsed());
     // Whoever comes now is served: the oldest make room.
     let copy = folder.path().join("copy.raw");
