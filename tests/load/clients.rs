@@ -18,8 +18,9 @@ use crate::server::NbdServer;
 use crate::tools::image;
 
 pub const MIB: u64 = 1 << 20;
-/// Longest that a good client may wait for an answer: tells served from starved.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+/// Longest that a good client may wait for an answer: tells served from starved, which ends when the others are closed after
+/// a minute.
+pub const PATIENCE: Duration = Duration::from_secs(45);
 
 /// Bytes of one number, none of them zero.
 pub fn filled(number: u64, length: usize) -> Vec<u8> {

@@ -55,7 +55,7 @@ impl Loaded {
         println!("{name}: resident {} in the end", mib(memory(self.server.id()).now));
         println!("{name}: {}", self.good.end(ROUNDS).await);
         load();
-        self.before.comes_back(2 * BESIDE, &name).await;
+        self.before.comes_back(BESIDE, &name).await;
         let peak = memory(self.server.id()).peak;
         assert!(peak <= self.budget + BESIDE, "{name}: {} of memory", mib(peak));
         self.server.stop();
