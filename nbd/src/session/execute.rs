@@ -143,10 +143,11 @@ async fn read_pieces(slot: Slot, request: Request, offset: u64, length: u64) {
     let Some(header) = chunk_header(connection.terms.mode, &request) else { return };
     let end = offset + length;
     let mut at = offset;
-    let mut line = Line::new(&connection.output, u32::try_from(length).unwrap_or(u32::MAX).min(connection.piece));
+    let largest = u32::try_from(length).unwrap_or(u32::MAX).min(connection.piece);
+    let mut line = Line::new(&connection.output, connection.cost(largest));
     loop {
         let wanted = first_piece(&connection, at, end);
-        let Some(permit) = unless_dead(&connection, line.next(wanted)).await else { return };
+        let Some(permit) = unless_dead(&connection, line.next(connection.cost(wanted))).await else { return };
         let next = piece_end(at, at + u64::from(wanted), permit.bytes());
         let bytes = u32::try_from(next - at).unwrap_or(u32::MAX);
         let content = match read(&connection, at, bytes as usize).await {
@@ -230,6 +231,16 @@ fn worth_telling(at: u64, holes: Vec<Range<usize>>, buffer: &mut [u8]) -> Vec<Ra
     told.collect()
 }
 
+/// The pieces of a range: where each begins, and its length, which fits 32 bits by the bound on it.
+fn pieces(offset: u64, end: u64, piece: u32) -> impl Iterator<Item = (u64, u32)> {
+    let mut at = offset;
+    std::iter::from_fn(move || {
+        let start = at;
+        at = if start < end { piece_end(start, end, piece) } else { return None };
+        Some((start, u32::try_from(at - start).unwrap_or(u32::MAX)))
+    })
+}
+
 async fn read_whole(slot: Slot, request: Request, offset: u64, length: u64) {
     let connection = slot.connection().clone();
     let bytes = match u32::try_from(length) {
@@ -242,14 +253,13 @@ async fn read_whole(slot: Slot, request: Request, offset: u64, length: u64) {
             return slot.answer(&request, Err(Error::new(kind, "more than the memory of this server")));
         }
     };
-    let Some(permit) = unless_dead(&connection, connection.output.acquire(bytes)).await else { return };
-    let end = offset + length;
+    let pieces = || pieces(offset, offset + length, connection.piece);
+    let cost = pieces().map(|(_, piece)| connection.cost(piece)).fold(0, u32::saturating_add);
+    let cost = cost.min(connection.output.largest());
+    let Some(permit) = unless_dead(&connection, connection.output.acquire(cost)).await else { return };
     let mut buffers = Vec::new();
-    let mut at = offset;
-    while at < end {
-        let next = piece_end(at, end, connection.piece);
-        let piece = usize::try_from(next - at).unwrap_or(usize::MAX);
-        match read(&connection, at, piece).await {
+    for (at, piece) in pieces() {
+        match read(&connection, at, piece as usize).await {
             Ok(Content { mut buffer, holes }) => {
                 for hole in holes {
                     (*buffer).as_mut()[hole].fill(0);
@@ -261,7 +271,6 @@ async fn read_whole(slot: Slot, request: Request, offset: u64, length: u64) {
         if connection.flight.is_dead() {
             return;
         }
-        at = next;
     }
     connection.stats().bytes_read.fetch_add(length, Relaxed);
     let head = match chunk_header(connection.terms.mode, &request) {

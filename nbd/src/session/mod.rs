@@ -102,6 +102,13 @@ impl Connection {
     fn stats(&self) -> &ExportStats {
         self.place.stats()
     }
+
+    /// What a buffer for a piece or less costs of the budget, in bytes.
+    fn cost(&self, length: u32) -> u32 {
+        let memory = u32::try_from(self.device.buffer_memory(length as usize)).unwrap_or(u32::MAX);
+        // More than there can ever be would be waited for for ever.
+        memory.min(self.input.largest()).max(length)
+    }
 }
 
 /// The place of one request in its connection; see [`Flight`].
@@ -279,9 +286,10 @@ async fn receive_one<R: AsyncRead + Unpin>(
     match verdict {
         Verdict::Disconnect | Verdict::Run(Task::Nothing) => slot.answer(&request, Ok(())),
         Verdict::Run(Task::Write { offset, length, durability }) => {
-            let mut line = Line::new(&connection.input, length.min(connection.piece));
-            let permit = line.next(first_piece(connection, offset, offset + u64::from(length))).await;
-            if permit.bytes() < length {
+            let mut line = Line::new(&connection.input, connection.cost(length.min(connection.piece)));
+            let first = first_piece(connection, offset, offset + u64::from(length));
+            let permit = line.next(connection.cost(first)).await;
+            if first < length || permit.bytes() < first {
                 long_write(intake, slot, request, length, durability, (permit, line)).await?;
             } else {
                 let mut buffer = charged(connection.device.buffer(offset, length as usize), permit);
@@ -333,13 +341,12 @@ async fn long_write<R: AsyncRead + Unpin>(
     let mut next_permit = Some(first);
     while at < end {
         if write.has_failed() {
-            drop(next_permit.take());
             intake.discard(u32::try_from(end - at).unwrap_or(u32::MAX)).await?;
             break;
         }
         let permit = match next_permit.take() {
             Some(permit) => permit,
-            None => line.next(first_piece(&connection, at, end)).await,
+            None => line.next(connection.cost(first_piece(&connection, at, end))).await,
         };
         let next = piece_end(at, piece_end(at, end, connection.piece), permit.bytes());
         let bytes = usize::try_from(next - at).unwrap_or(usize::MAX);
