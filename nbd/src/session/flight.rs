@@ -103,6 +103,12 @@ impl Flight {
         Ok(())
     }
 
+    /// Whether the request in this slot is still to be answered.
+    pub(crate) fn is_wanted(&self, index: usize) -> bool {
+        let state = self.lock();
+        state.unanswered[index].is_some() && state.stage != Stage::Dead
+    }
+
     /// Gives a slot back.
     pub(crate) fn end(&self, index: usize) {
         let mut state = self.lock();
