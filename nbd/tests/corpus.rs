@@ -46,7 +46,8 @@ fn handshakes() -> Vec<(&'static str, Vec<u8>)> {
 }
 
 fn write_seeds() {
-    let plans = [0u8, 1, 2, 3, 6, 7, 8, 14].map(|plan| (format!("plan-{plan}"), fuzzed::conversation(plan)));
+    let plans =
+        [0u8, 1, 2, 3, 6, 7, 8, 14, 16, 18, 20, 21].map(|plan| (format!("plan-{plan}"), fuzzed::conversation(plan)));
     let handshakes = handshakes().into_iter().map(|(name, bytes)| (name.to_owned(), bytes));
     for (target, files) in [("nbd_handshake", handshakes.collect()), ("nbd_client", Vec::from(plans))] {
         std::fs::create_dir_all(seeds(target)).unwrap();

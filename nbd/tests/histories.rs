@@ -139,7 +139,7 @@ async fn work(client: Client, recorder: Arc<Recorder>, task: u64, mut seed: u64)
                 recorder.note(first, start, (0..count).map(|_| Act::Wrote(value)));
             }
             3 => {
-                client.zero(offset, length, ZeroFlags::default(), Durability::OnFlush).await.unwrap();
+                client.zero(offset, u64::from(length), ZeroFlags::default(), Durability::OnFlush).await.unwrap();
                 recorder.note(first, start, (0..count).map(|_| Act::Wrote(0)));
             }
             _ => {
@@ -163,8 +163,10 @@ async fn every_sector_behaves_like_a_register_under_concurrent_clients() {
         let mut tasks = Vec::new();
         for connection in 0..4u64 {
             let mut negotiation = Negotiation::over(served.pipe(2000)).await.unwrap();
-            if connection % 2 == 0 {
-                negotiation.structured_replies().await.unwrap();
+            match connection % 3 {
+                0 => negotiation.structured_replies().await.unwrap(),
+                1 => negotiation.extended_headers().await.unwrap(),
+                _ => {}
             }
             let client = negotiation.go(NAME).await.unwrap();
             tasks.extend((0..4).map(|part| {

@@ -6,11 +6,11 @@
 use std::sync::Arc;
 
 use blockyard_nbd::handshake::{Action, ExportFacts, Handshake, ListPolicy, Negotiated, Policy, Stance};
-use blockyard_nbd::transmission::{ContextSet, Mode};
+use blockyard_nbd::transmission::Mode;
 use blockyard_nbd::wire::option::{
     InfoRequest, MetaRequest, OptionCode, OptionReplyHeader, ReplyType, WantedInfo, encode_option,
 };
-use blockyard_nbd::{Error, ErrorKind};
+use blockyard_nbd::{ContextSet, Error, ErrorKind};
 
 const NAMES: [&str; 2] = ["disk0", "the other disk"];
 
@@ -22,6 +22,7 @@ enum Ask {
     /// Options that take no data, and how many bytes come with them.
     List(usize),
     Structured(usize),
+    Extended(usize),
     Abort(usize),
     /// INFO and GO: the name, which may be nobody's, and what is wrong with the data.
     Info {
@@ -69,15 +70,16 @@ struct Course {
 /// The model: what the text says of each option in each state.
 fn expected(asks: &[Ask], opening: Opening) -> Course {
     let mut course = Course::default();
-    let mut structured = false;
-    let mut set: Option<(usize, bool)> = None;
+    let mut mode = Mode::Simple;
+    let mut set: Option<(usize, ContextSet)> = None;
     let find = |name: &str| NAMES.iter().position(|known| *known == name);
     for ask in asks {
         let (code, _) = encode(ask);
         let mut say = |reply| course.replies.push((code.0, reply, None));
-        let mode = if structured { Mode::Structured } else { Mode::Simple };
-        let agreed =
-            |export| Negotiated { export, mode, contexts: ContextSet { base_allocation: set == Some((export, true)) } };
+        let agreed = |export| {
+            let contexts = set.filter(|(selected, _)| *selected == export).map(|(_, contexts)| contexts);
+            Negotiated { export, mode, contexts: contexts.unwrap_or_default() }
+        };
         match ask {
             Ask::Unknown(..) => say(ReplyType::ERR_UNSUP),
             Ask::List(0) => {
@@ -86,11 +88,16 @@ fn expected(asks: &[Ask], opening: Opening) -> Course {
                 }
                 course.replies.push((code.0, ReplyType::ACK, None));
             }
-            Ask::Structured(0) if !structured => {
-                structured = true;
+            Ask::Structured(0) if mode == Mode::Extended => say(ReplyType::ERR_EXT_HEADER_REQD),
+            Ask::Structured(0) if mode == Mode::Simple => {
+                mode = Mode::Structured;
                 say(ReplyType::ACK);
             }
-            Ask::List(_) | Ask::Structured(_) => say(ReplyType::ERR_INVALID),
+            Ask::Extended(0) if mode != Mode::Extended => {
+                mode = Mode::Extended;
+                say(ReplyType::ACK);
+            }
+            Ask::List(_) | Ask::Structured(_) | Ask::Extended(_) => say(ReplyType::ERR_INVALID),
             Ask::Abort(_) => {
                 say(ReplyType::ACK);
                 course.closed = true;
@@ -125,7 +132,7 @@ fn expected(asks: &[Ask], opening: Opening) -> Course {
                     continue;
                 }
                 let lie = matches!(flaw, Flaw::Short | Flaw::Long) || queries.iter().any(|query| !query.contains(':'));
-                if lie || (*replaces && !structured) {
+                if lie || (*replaces && mode == Mode::Simple) {
                     say(ReplyType::ERR_INVALID);
                     continue;
                 }
@@ -133,15 +140,31 @@ fn expected(asks: &[Ask], opening: Opening) -> Course {
                     say(ReplyType::ERR_UNKNOWN);
                     continue;
                 };
-                let named = queries.contains(&"base:allocation");
-                let listed = !replaces && (queries.is_empty() || queries.contains(&"base:"));
-                if named || listed {
-                    course.replies.push((code.0, ReplyType::META_CONTEXT, Some("base:allocation".into())));
+                let told = |name, wildcard| {
+                    let listed = !replaces && (queries.is_empty() || queries.contains(&wildcard));
+                    listed || queries.contains(&name)
+                };
+                let contexts = ContextSet {
+                    base_allocation: told("base:allocation", "base:"),
+                    allocation_depth: told("qemu:allocation-depth", "qemu:"),
+                };
+                for (one, name) in [
+                    (contexts.base_allocation, "base:allocation"),
+                    (contexts.allocation_depth, "qemu:allocation-depth"),
+                ] {
+                    if one {
+                        course.replies.push((code.0, ReplyType::META_CONTEXT, Some(name.into())));
+                    }
                 }
                 if *replaces {
-                    set = Some((export, named));
+                    set = Some((export, contexts));
                 }
                 course.replies.push((code.0, ReplyType::ACK, None));
+            }
+            // It has no place for what extended headers are about.
+            Ask::ExportName(_) if mode == Mode::Extended => {
+                course.closed = true;
+                return course;
             }
             Ask::ExportName(name) => {
                 let export = find(name);
@@ -171,6 +194,7 @@ fn encode(ask: &Ask) -> (OptionCode, Vec<u8>) {
         Ask::Unknown(code, length) => (OptionCode(*code), vec![7; *length]),
         Ask::List(length) => (OptionCode::LIST, vec![0; *length]),
         Ask::Structured(length) => (OptionCode::STRUCTURED_REPLY, vec![0; *length]),
+        Ask::Extended(length) => (OptionCode::EXTENDED_HEADERS, vec![0; *length]),
         Ask::Abort(length) => (OptionCode::ABORT, vec![0; *length]),
         Ask::Info { go, name, flaw } => {
             let code = if *go { OptionCode::GO } else { OptionCode::INFO };
@@ -192,6 +216,8 @@ fn actual(asks: &[Ask], opening: Opening, step: usize) -> Course {
         description: "a disk".into(),
         size: 1 << 20,
         read_only: false,
+        fast_zero: true,
+        contexts: ContextSet::ALL,
         preferred_block_size: 4096,
     });
     let policy = Policy { list: ListPolicy::Show, options: 256, option_bytes: 4 << 20 };
@@ -270,15 +296,16 @@ impl Random {
             _ => Flaw::None,
         };
         match self.below(16) {
-            0 => Ask::Unknown(self.of(&[0, 4, 5, 11, 12, 0xffff, u32::MAX]), self.of(&[0, 1, 16, 70_000])),
+            0 => Ask::Unknown(self.of(&[0, 4, 5, 12, 0xffff, u32::MAX]), self.of(&[0, 1, 16, 70_000])),
             1 => Ask::List(self.of(&[0, 0, 1])),
-            2..5 => Ask::Structured(self.of(&[0, 0, 0, 0, 0, 1])),
+            2..4 => Ask::Structured(self.of(&[0, 0, 0, 0, 0, 1])),
+            4 => Ask::Extended(self.of(&[0, 0, 0, 1])),
             5..7 => Ask::Info { go: false, name, flaw },
             7 if self.below(2) == 0 => Ask::Info { go: true, name, flaw },
             8 if self.below(4) == 0 => Ask::ExportName(name),
             9 if self.below(4) == 0 => Ask::Abort(self.of(&[0, 5])),
             more => {
-                let known = ["base:allocation", "base:", "base:nosuch", "x:y", ":"];
+                let known = ["base:allocation", "qemu:allocation-depth", "base:", "qemu:", "base:nosuch", "x:y", ":"];
                 let mut queries: Vec<_> = (0..self.below(4)).map(|_| self.of(&known)).collect();
                 if self.below(16) == 0 {
                     queries.push("colonless");

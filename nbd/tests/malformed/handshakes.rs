@@ -4,10 +4,9 @@ use blockyard_nbd::transmission::Mode;
 use blockyard_nbd::wire::Command;
 use blockyard_nbd::wire::option::{MetaRequest, OptionCode, ReplyType, encode_option};
 
-use super::MODES;
 use super::script::{Answer, Conversation, base, go_data};
 use crate::common::request;
-use crate::common::servers::NAME;
+use crate::common::servers::{MODES, NAME};
 
 const ACK: ReplyType = ReplyType::ACK;
 const INVALID: ReplyType = ReplyType::ERR_INVALID;
@@ -65,7 +64,9 @@ fn answer_to(code: OptionCode, length: usize, mode: Mode) -> Option<ReplyType> {
         OptionCode::EXPORT_NAME => return None,
         OptionCode::LIST if right => ACK,
         OptionCode::STRUCTURED_REPLY if right && mode == Mode::Simple => ACK,
-        OptionCode::LIST | OptionCode::STRUCTURED_REPLY => INVALID,
+        OptionCode::STRUCTURED_REPLY if right && mode == Mode::Extended => ReplyType::ERR_EXT_HEADER_REQD,
+        OptionCode::EXTENDED_HEADERS if right && mode != Mode::Extended => ACK,
+        OptionCode::LIST | OptionCode::STRUCTURED_REPLY | OptionCode::EXTENDED_HEADERS => INVALID,
         OptionCode::INFO | OptionCode::GO | OptionCode::LIST_META_CONTEXT | OptionCode::SET_META_CONTEXT => {
             if length > 65536 {
                 ReplyType::ERR_TOO_BIG
@@ -105,7 +106,10 @@ pub fn options() -> Vec<Conversation> {
                 Some(ACK) if code == OptionCode::GO => opening.option(code, &data, ACK).entered().disconnect(),
                 Some(answer) => opening.option(code, &data, answer).goodbye(),
                 // The only right length of a name, and the empty one, which is the only export.
-                None if code == OptionCode::EXPORT_NAME && (data == exact || data.is_empty()) => {
+                None if code == OptionCode::EXPORT_NAME
+                    && mode != Mode::Extended
+                    && (data == exact || data.is_empty()) =>
+                {
                     let mut named = opening.unanswered(code, length, &data).entered();
                     named.answers.push(Answer::Name(10));
                     named.disconnect()
@@ -152,7 +156,12 @@ fn frames() -> Vec<Conversation> {
     all.push(large.unanswered(OptionCode(77), 1, b"x").closes());
     for mode in MODES {
         let late = Conversation::new(format!("an option behind GO, {mode:?}")).enter(mode);
-        all.push(late.babble(&encode_option(OptionCode::LIST, b"")).raw(&[0; 12]));
+        all.push(late.babble(&encode_option(OptionCode::LIST, b"")).raw(&[0; 16]));
+        let both = Conversation::new(format!("extended headers behind structured replies, {mode:?}"));
+        let both = both.option(OptionCode::STRUCTURED_REPLY, b"", ACK);
+        if mode == Mode::Extended {
+            all.push(both.enter(mode).disconnect());
+        }
         let failed = Conversation::new(format!("GO behind a failed GO, {mode:?}")).agree(mode);
         all.push(failed.option(OptionCode::GO, &go_data("nosuch"), UNKNOWN).go().disconnect());
         for code in [OptionCode::STARTTLS, OptionCode::PEEK_EXPORT, OptionCode(99)] {
@@ -312,6 +321,10 @@ pub fn contexts() -> Vec<Conversation> {
         all.push(early.option(code, &good, answer).go().request(status(1), b"", 22).disconnect());
         let unknown = Conversation::new(format!("{code:?} of an unknown export")).agree(Mode::Structured);
         all.push(unknown.option(code, &base("nosuch"), UNKNOWN).goodbye());
+        let late =
+            Conversation::new(format!("extended headers, {code:?}, and structured replies, which come too late"));
+        let late = late.agree(Mode::Extended).option(code, &good, ACK);
+        all.push(late.option(OptionCode::STRUCTURED_REPLY, b"", ReplyType::ERR_EXT_HEADER_REQD).go().disconnect());
     }
     all
 }

@@ -1,12 +1,13 @@
 //! Malformed requests in every form of replies: flags, ranges, lengths, magics, and streams that break off.
 
 use blockyard_nbd::transmission::Mode;
-use blockyard_nbd::wire::request::Request;
+use blockyard_nbd::wire::request::{Request, StatusFilter};
 use blockyard_nbd::wire::{Command, CommandFlags};
 
-use super::script::{Conversation, Disk, JUNK};
-use super::{MODES, SIZE};
+use super::SIZE;
+use super::script::{Conversation, Disk, JUNK, encode};
 use crate::common::request;
+use crate::common::servers::MODES;
 
 const MIB: u64 = 1 << 20;
 const COMMANDS: [Command; 7] = [
@@ -30,6 +31,7 @@ fn is_legal(command: Command, flag: CommandFlags, mode: Mode) -> bool {
     match (flag, command) {
         (F::FUA, _) => true,
         (F::DF, Command::READ) => mode != Mode::Simple,
+        (F::PAYLOAD_LEN, Command::WRITE) => mode == Mode::Extended,
         (F::NO_HOLE | F::FAST_ZERO, Command::WRITE_ZEROES) | (F::REQ_ONE, Command::BLOCK_STATUS) => true,
         _ => false,
     }
@@ -48,10 +50,13 @@ pub fn flags() -> Vec<Conversation> {
             let flags = CommandFlags(1 << bit);
             let asked = Request { flags, ..request(command, 7, 65536, 65536) };
             // A payload short enough to be cut everywhere.
-            let asked = if command == Command::WRITE { Request { length: 64, ..asked } } else { asked };
+            let announces = mode == Mode::Extended && flags == CommandFlags::PAYLOAD_LEN;
+            let has_payload = command == Command::WRITE || announces;
+            let asked = if has_payload { Request { length: 64, ..asked } } else { asked };
+            let payload = if has_payload { vec![JUNK; 64] } else { Vec::new() };
             let errno = if is_legal(command, flags, mode) { errno(command, mode) } else { 22 };
             let conversation = Conversation::new(format!("{command:?} with flag {bit}, {mode:?}")).enter(mode);
-            all.push(conversation.request(asked, &payload(&asked), errno).disconnect());
+            all.push(conversation.request(asked, &payload, errno).disconnect());
         }
         for command in [8, 9, 200, 0x7fff, 0xffff].map(Command) {
             for (offset, length) in [(0, 0), (0, 512), (u64::MAX, u64::from(u32::MAX))] {
@@ -60,7 +65,7 @@ pub fn flags() -> Vec<Conversation> {
                 all.push(Conversation::new(about).enter(mode).request(unknown, b"", 22).disconnect());
             }
         }
-        for (flags, offset, length) in [(0, 0, 0), (0xffff, u64::MAX, 0), (0, 1, 123), (0x20, 0, u64::from(u32::MAX))] {
+        for (flags, offset, length) in [(0, 0, 0), (0xffff, u64::MAX, 0), (0, 1, 123), (0x40, 0, u64::from(u32::MAX))] {
             let goodbye = Request { flags: CommandFlags(flags), ..request(Command::DISC, 9, offset, length) };
             let about = format!("DISC with flags {flags:#x} and length {length}, {mode:?}");
             let conversation = Conversation::new(about).enter(mode);
@@ -109,9 +114,12 @@ pub fn ranges() -> Vec<Conversation> {
         }
         // Lengths that only name an effect need neither payload nor memory; 32 bits of them are more than the disk has.
         if command != Command::WRITE {
-            for length in [64 * MIB, 64 * MIB + 1, 1 << 31, u64::from(u32::MAX)] {
+            let wide: &[u64] = if mode == Mode::Extended { &[1 << 32, 1 << 63, u64::MAX] } else { &[] };
+            for length in [64 * MIB, 64 * MIB + 1, 1 << 31, u64::from(u32::MAX)].into_iter().chain(wide.iter().copied())
+            {
                 let errno = match (command, length <= SIZE) {
                     (Command::FLUSH, _) => 0,
+                    (Command::READ, _) if length > u64::from(u32::MAX) => 75,
                     (Command::READ, _) if mode == Mode::Simple && length > 64 * MIB => 22,
                     (_, true) => base,
                     (_, false) => past,
@@ -123,7 +131,10 @@ pub fn ranges() -> Vec<Conversation> {
         }
     }
     for mode in MODES {
-        for length in [64 * MIB + 1, 64 * MIB + 512, 1 << 31, u64::from(u32::MAX)] {
+        let wide: &[u64] = if mode == Mode::Extended { &[1 << 32, 1 << 63, u64::MAX] } else { &[] };
+        for length in
+            [64 * MIB + 1, 64 * MIB + 512, 1 << 31, u64::from(u32::MAX)].into_iter().chain(wide.iter().copied())
+        {
             for offset in [0, SIZE, u64::MAX] {
                 let about = format!("a WRITE of {length} at {offset}, {mode:?}");
                 let conversation = Conversation::new(about).enter(mode);
@@ -135,6 +146,62 @@ pub fn ranges() -> Vec<Conversation> {
         let errno = if mode == Mode::Simple { 22 } else { 75 };
         let conversation = Conversation::new(format!("DF beyond 64 MiB, {mode:?}")).enter(mode);
         all.push(conversation.request(long, b"", errno).disconnect());
+    }
+    all
+}
+
+/// Payloads that extended headers announce, and the one that BLOCK_STATUS may have.
+pub fn payloads() -> Vec<Conversation> {
+    let mut all = Vec::new();
+    let mode = Mode::Extended;
+    let announced = |command, length| {
+        let flags = CommandFlags::PAYLOAD_LEN;
+        Request { flags, ..request(command, 7, 0, length) }
+    };
+    for command in COMMANDS.into_iter().chain([Command(8), Command(0xffff)]) {
+        for length in [0u64, 1, 31, 32, 33, 1000] {
+            let about = format!("{command:?} with a payload of {length}");
+            let conversation = Conversation::new(about).enter(mode);
+            let asked = announced(command, length);
+            let errno = if command == Command::WRITE { 0 } else { 22 };
+            all.push(conversation.request(asked, &vec![JUNK; length as usize], errno).disconnect());
+        }
+        for length in [64 * MIB + 1, 1 << 31, 1 << 32, 1 << 63, u64::MAX] {
+            let conversation = Conversation::new(format!("{command:?} with a payload of {length}")).enter(mode);
+            all.push(conversation.request(announced(command, length), &[JUNK; 40], 22).closes());
+        }
+        let short = Conversation::new(format!("{command:?} with half a payload")).enter(mode);
+        all.push(short.header(announced(command, 64)).raw(&[JUNK; 32]));
+    }
+    let status = |payload: &[u8]| announced(Command::BLOCK_STATUS, payload.len() as u64);
+    let filter = |length, ids: &[u32]| StatusFilter::encode(length, ids);
+    for (about, payload, errno) in [
+        ("one context", filter(65536, &[1]), 0),
+        ("the whole disk", filter(SIZE, &[1]), 0),
+        ("nothing", filter(65536, &[]), 22),
+        ("a context that was not negotiated", filter(65536, &[2]), 22),
+        ("context 0", filter(65536, &[0]), 22),
+        ("context 2^32-1", filter(65536, &[u32::MAX]), 22),
+        ("a context twice", filter(65536, &[1, 1]), 22),
+        ("a good context and an unknown one", filter(65536, &[1, 9]), 22),
+        ("a thousand contexts", filter(65536, &[1; 1000]), 22),
+        ("an empty range", filter(0, &[1]), 22),
+        ("a byte past the end", filter(SIZE + 1, &[1]), 22),
+        ("2^63 bytes", filter(1 << 63, &[1]), 22),
+        ("2^64-1 bytes", filter(u64::MAX, &[1]), 22),
+        ("7 bytes", vec![0; 7], 22),
+        ("9 bytes", vec![0; 9], 22),
+        ("11 bytes", vec![0; 11], 22),
+        ("13 bytes", vec![0; 13], 22),
+    ] {
+        let conversation = Conversation::new(format!("a status filter of {about}")).enter(mode);
+        all.push(conversation.request(status(&payload), &payload, errno).disconnect());
+        let bare = Conversation::new(format!("a status filter of {about} without contexts")).agree(mode).go();
+        all.push(bare.request(status(&payload), &payload, 22).disconnect());
+        let structured = Conversation::new(format!("a status filter of {about} without extended headers"));
+        let structured = structured.enter(Mode::Structured).request(status(&payload), b"", 22);
+        // The payload that was not agreed upon is taken for a request.
+        all.push(structured.babble(&[&payload[..], &[0; 32]].concat()));
     }
     all
 }
@@ -173,9 +240,13 @@ pub fn forbidden() -> Vec<Conversation> {
 pub fn streams() -> Vec<Conversation> {
     let mut all = Vec::new();
     for mode in MODES {
-        let good = request(Command::READ, 7, 0, 512).encode_compact().unwrap();
+        let good = encode(request(Command::READ, 7, 0, 512), mode);
+        let (other, name) = match mode {
+            Mode::Extended => (0x2560_9513, "compact requests"),
+            _ => (0x21e4_1c71u32, "extended requests"),
+        };
         for (name, magic) in [
-            ("extended requests", 0x21e4_1c71u32),
+            (name, other),
             ("extended replies", 0x6e8a_278c),
             ("simple replies", 0x6744_6698),
             ("structured replies", 0x668e_33ef),
@@ -184,7 +255,7 @@ pub fn streams() -> Vec<Conversation> {
             ("nothing", 0),
             ("nonsense", u32::MAX),
         ] {
-            let mut wrong = good;
+            let mut wrong = good.clone();
             wrong[..4].copy_from_slice(&magic.to_be_bytes());
             let conversation = Conversation::new(format!("the magic of {name}, {mode:?}")).enter(mode);
             all.push(conversation.babble(&wrong).raw(&[0; 4]));
@@ -193,15 +264,18 @@ pub fn streams() -> Vec<Conversation> {
             all.push(behind.request(read, b"", 0).babble(&wrong).raw(&[0; 4]));
         }
         for byte in 0..4 {
-            let mut wrong = good;
+            let mut wrong = good.clone();
             wrong[byte] ^= 1;
             let conversation = Conversation::new(format!("byte {byte} of the request magic, {mode:?}")).enter(mode);
             all.push(conversation.babble(&wrong));
         }
         for (announced, sent) in [(1, 0), (64, 0), (64, 1), (64, 63), (4096, 100), (64 * MIB, 100)] {
-            for offset in [0, SIZE] {
-                let about = format!("a WRITE of {announced} at {offset} with {sent} bytes, {mode:?}");
-                let header = request(Command::WRITE, 7, offset, announced);
+            let flags: &[_] = if mode == Mode::Extended { &[0, CommandFlags::PAYLOAD_LEN.0] } else { &[0] };
+            for (offset, flags) in
+                [0, SIZE].into_iter().flat_map(|offset| flags.iter().map(move |bits| (offset, *bits)))
+            {
+                let about = format!("a WRITE of {announced} at {offset} with {sent} bytes, flags {flags}, {mode:?}");
+                let header = Request { flags: CommandFlags(flags), ..request(Command::WRITE, 7, offset, announced) };
                 all.push(Conversation::new(about).enter(mode).header(header).raw(&vec![JUNK; sent]));
             }
         }
@@ -221,9 +295,11 @@ pub fn streams() -> Vec<Conversation> {
         let long = request(Command::FLUSH, 7, u64::MAX, u64::from(u32::MAX));
         let conversation = Conversation::new(format!("FLUSH with offset and length, {mode:?}")).enter(mode);
         all.push(conversation.request(long, b"", 0).disconnect());
-        let read = Request { flags: CommandFlags(0x20), ..request(Command::READ, 7, 0, 28) };
-        let conversation = Conversation::new(format!("a payload for a READ, {mode:?}")).enter(mode);
-        all.push(conversation.request(read, b"", 22).babble(&[0; 28]));
+        if mode != Mode::Extended {
+            let read = Request { flags: CommandFlags::PAYLOAD_LEN, ..request(Command::READ, 7, 0, 28) };
+            let conversation = Conversation::new(format!("a payload for a READ, {mode:?}")).enter(mode);
+            all.push(conversation.request(read, b"", 22).babble(&[0; 28]));
+        }
     }
     all
 }

@@ -9,7 +9,7 @@ use blockyard_nbd::wire::option::{
 };
 use blockyard_nbd::wire::reply::{ChunkType, ErrorChunk, ReplyHeader};
 use blockyard_nbd::wire::request::Request;
-use blockyard_nbd::wire::{Command, IHAVEOPT, MAX_ERROR_TEXT};
+use blockyard_nbd::wire::{Command, CommandFlags, IHAVEOPT, MAX_ERROR_TEXT};
 
 use crate::common::request;
 use crate::common::servers::NAME;
@@ -52,8 +52,8 @@ pub struct Conversation {
     pub mode: Mode,
     /// Cookie and error of each reply, in order of the requests.
     pub replies: Vec<(u64, u32)>,
-    /// How much data the simple reply to a READ has.
-    reads: HashMap<u64, usize>,
+    /// The requests by their cookies, equal ones being equal.
+    asked: HashMap<u64, Request>,
     pub end: End,
     /// The client stops speaking NBD in the end: replies that had not left may be lost.
     pub lossy: bool,
@@ -63,6 +63,11 @@ pub struct Conversation {
 
 /// What a request is behind, where it has payload.
 pub const JUNK: u8 = 0x25;
+
+/// A request header in the form of the mode.
+pub fn encode(request: Request, mode: Mode) -> Vec<u8> {
+    if mode == Mode::Extended { request.encode_extended() } else { request.encode_compact().unwrap() }
+}
 
 pub fn go_data(name: &str) -> Vec<u8> {
     InfoRequest { name, wanted: WantedInfo { name: true, description: true } }.encode()
@@ -83,7 +88,7 @@ impl Conversation {
             enters: None,
             mode: Mode::Simple,
             replies: Vec::new(),
-            reads: HashMap::new(),
+            asked: HashMap::new(),
             end: End::Open,
             lossy: false,
             heavy: false,
@@ -152,6 +157,7 @@ impl Conversation {
         match mode {
             Mode::Simple => self,
             Mode::Structured => self.option(OptionCode::STRUCTURED_REPLY, b"", ReplyType::ACK),
+            Mode::Extended => self.option(OptionCode::EXTENDED_HEADERS, b"", ReplyType::ACK),
         }
     }
 
@@ -166,7 +172,7 @@ impl Conversation {
         let agreed = self.agree(mode);
         let set = match mode {
             Mode::Simple => agreed,
-            Mode::Structured => agreed.option(OptionCode::SET_META_CONTEXT, &base(NAME), ReplyType::ACK),
+            _ => agreed.option(OptionCode::SET_META_CONTEXT, &base(NAME), ReplyType::ACK),
         };
         set.go()
     }
@@ -179,15 +185,13 @@ impl Conversation {
     /// A request with its payload, answered with this error, 0 for success.
     pub fn request(mut self, request: Request, payload: &[u8], errno: u32) -> Self {
         self.replies.push((request.cookie, errno));
-        if request.command == Command::READ {
-            self.reads.insert(request.cookie, request.length as usize);
-        }
+        self.asked.insert(request.cookie, request);
         self.header(request).raw(payload)
     }
 
     /// A request header that gets no reply.
     pub fn header(self, request: Request) -> Self {
-        let bytes = request.encode_compact().unwrap();
+        let bytes = encode(request, self.mode);
         self.raw(&bytes)
     }
 
@@ -204,13 +208,16 @@ impl Conversation {
     pub fn is_idle_at(&self, cut: usize) -> bool {
         let Some(mut at) = self.enters else { return false };
         while at < cut {
-            let header = self.sent.get(at..at + 28);
-            let Some(header) = header.and_then(|bytes| Request::decode_compact(bytes.first_chunk()?)) else {
-                return false;
+            let behind = &self.sent[at..];
+            let (length, header) = match self.mode {
+                Mode::Extended => (32, behind.first_chunk().and_then(Request::decode_extended)),
+                _ => (28, behind.first_chunk().and_then(Request::decode_compact)),
             };
-            at += 28;
-            if header.command == Command::WRITE {
-                at += header.length as usize;
+            let Some(header) = header else { return false };
+            at += length;
+            let announced = self.mode == Mode::Extended && header.flags.contains(CommandFlags::PAYLOAD_LEN);
+            if header.command == Command::WRITE || announced {
+                at = at.saturating_add(header.length as usize);
             }
         }
         at == cut
@@ -242,7 +249,7 @@ impl Conversation {
             return Ok(());
         }
         let mut open = self.replies.clone();
-        for told in parse_replies(&bytes[handshake..], self.mode, &self.reads)?.0 {
+        for told in parse_replies(&bytes[handshake..], self.mode, &self.asked)?.0 {
             let place = open.iter().position(|expected| *expected == told);
             open.swap_remove(place.ok_or_else(|| format!("the reply {told:?} is not due"))?);
         }
@@ -262,7 +269,7 @@ impl Conversation {
             }
         }
         let behind = bytes.get(at..).ok_or("the answer to EXPORT_NAME is short")?;
-        let (replies, left) = parse_replies(behind, self.mode, &self.reads)?;
+        let (replies, left) = parse_replies(behind, self.mode, &self.asked)?;
         if left > 0 {
             return Err(format!("half a reply, {left} bytes"));
         }
@@ -300,7 +307,7 @@ fn header_length(data: u32) -> Result<usize, String> {
 pub fn parse_replies(
     bytes: &[u8],
     mode: Mode,
-    reads: &HashMap<u64, usize>,
+    asked: &HashMap<u64, Request>,
 ) -> Result<(Vec<(u64, u32)>, usize), String> {
     let mut replies = Vec::new();
     let mut failed: HashMap<u64, u32> = HashMap::new();
@@ -312,20 +319,27 @@ pub fn parse_replies(
         let payload = &bytes[at + length..];
         match ReplyHeader::decode(header).ok_or("a header that is no reply")? {
             ReplyHeader::Simple { errno, cookie } => {
-                let read = reads.get(&cookie);
-                if mode != Mode::Simple && read.is_some() {
-                    return Err("a simple reply to a READ".into());
+                let asked = asked.get(&cookie).ok_or("a reply to nobody")?;
+                let is_read = asked.command == Command::READ;
+                if mode == Mode::Extended || (mode == Mode::Structured && is_read) {
+                    return Err("a simple reply that was given up".into());
                 }
-                let data = if errno == 0 { read.copied().unwrap_or(0) } else { 0 };
+                let data = if is_read && errno == 0 { asked.length as usize } else { 0 };
                 if payload.len() < data {
                     break;
                 }
                 at += length + data;
                 replies.push((cookie, errno));
             }
-            ReplyHeader::Chunk { flags, kind, cookie, length: data } => {
-                if mode == Mode::Simple {
-                    return Err("a chunk that was not agreed".into());
+            ReplyHeader::Chunk { flags, kind, cookie, offset, length: data } => {
+                let asked = asked.get(&cookie).ok_or("a chunk for nobody")?;
+                let echoed = (mode == Mode::Extended).then_some(asked.offset);
+                if mode == Mode::Simple || offset != echoed {
+                    return Err("a chunk of a form that was not agreed".into());
+                }
+                let status = if mode == Mode::Extended { ChunkType::BLOCK_STATUS } else { ChunkType::BLOCK_STATUS_EXT };
+                if kind == status {
+                    return Err("a status of a form that was not agreed".into());
                 }
                 let Some(payload) = payload.get(..data as usize) else { break };
                 at += length + payload.len();

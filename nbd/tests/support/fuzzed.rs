@@ -13,7 +13,7 @@ use blockyard_nbd::client::{Client, ClientError, Negotiation};
 use blockyard_nbd::handshake::{Action, ExportFacts, Handshake, ListPolicy, Policy, Stance};
 use blockyard_nbd::wire::option::{OptionCode, OptionHeader, OptionReplyHeader, ReplyType, greeting};
 use blockyard_nbd::wire::{CommandFlags, MAX_ERROR_TEXT, SIZE_LIMIT};
-use blockyard_nbd::{Durability, ZeroFlags};
+use blockyard_nbd::{ContextSet, Durability, ZeroFlags};
 use common::devices::Mem;
 pub use common::servers::{NAME, Served};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -56,6 +56,8 @@ fn hear(bytes: &[u8], step: usize, policy: Policy, stance: Stance) -> Heard {
         description: "a disk for tests".into(),
         size: SIZE,
         read_only: false,
+        fast_zero: true,
+        contexts: ContextSet::ALL,
         preferred_block_size: 65536,
     };
     let mut handshake = Handshake::new(Arc::new([facts]), policy, stance);
@@ -171,12 +173,15 @@ pub async fn exercise(stream: impl AsyncRead + AsyncWrite + Send + 'static, plan
         refusable(negotiation.list().await.map(drop))?;
         refusable(negotiation.info(NAME).await.map(drop))?;
     }
+    if plan & 16 != 0 {
+        refusable(negotiation.extended_headers().await)?;
+    }
     if plan & 2 != 0 {
         refusable(negotiation.structured_replies().await)?;
     }
     if plan & 4 != 0 {
         refusable(negotiation.list_meta_contexts(NAME, &[]).await.map(drop))?;
-        refusable(negotiation.set_meta_contexts(NAME, &["base:allocation"]).await.map(drop))?;
+        refusable(negotiation.set_meta_contexts(NAME, &["base:allocation", "qemu:allocation-depth"]).await.map(drop))?;
     }
     let client = match plan & 8 {
         0 => negotiation.go(NAME).await?,
@@ -205,6 +210,7 @@ async fn requests(client: &Client) {
         async { client.write(512, vec![7; 512], Durability::BeforeReply).await },
         status(CommandFlags(0)),
         status(CommandFlags::REQ_ONE),
+        async { client.block_status_of(0, 1 << 20, &[2]).await },
         async { client.zero(0, 65536, ZeroFlags::default(), Durability::OnFlush).await },
         async { client.trim(65536, 65536, Durability::OnFlush).await },
         async { client.cache(0, 4096).await },
