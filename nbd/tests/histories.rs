@@ -1,5 +1,6 @@
 //! Recorded histories of concurrent clients: each 512-byte sector is a register, and what was read of it is explained by
 //! some order of its requests in which each takes effect between its start and its end ("Ordering of messages and writes").
+//! `SCALE` multiplies the number of histories.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on fails")]
 #![allow(clippy::print_stdout, reason = "the figures of the run")]
 
@@ -153,7 +154,8 @@ async fn work(client: Client, recorder: Arc<Recorder>, task: u64, mut seed: u64)
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_sector_behaves_like_a_register_under_concurrent_clients() {
     let mut judged = 0;
-    for seed in 0..150u64 {
+    let scale: u64 = std::env::var("SCALE").map_or(1, |scale| scale.parse().unwrap());
+    for seed in 0..150 * scale {
         let mut options = options();
         // Requests of up to 10 KiB are worked on in pieces.
         options.limits.piece_bytes = 4096;

@@ -1,5 +1,5 @@
 //! Random handshakes against a reference model that knows the protocol text and nothing of the server: the same replies,
-//! the same end, the same terms.
+//! the same end, the same terms. `SCALE` multiplies the number of handshakes.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on fails")]
 #![allow(clippy::print_stdout, reason = "the figures of the run")]
 
@@ -316,10 +316,15 @@ impl Random {
     }
 }
 
+fn scale() -> u64 {
+    std::env::var("SCALE").map_or(1, |scale| scale.parse().unwrap())
+}
+
 #[test]
 fn random_handshakes_go_as_the_model_says() {
     let (mut entered, mut closed, mut with_contexts) = (0, 0, 0);
-    for seed in 0..20_000u64 {
+    let handshakes = 20_000 * scale();
+    for seed in 0..handshakes {
         let mut random = Random(seed);
         let mut asks: Vec<Ask> = (0..random.below(16)).map(|_| random.ask()).collect();
         asks.push(Ask::Info { go: true, name: NAMES[0], flaw: Flaw::None });
@@ -334,6 +339,6 @@ fn random_handshakes_go_as_the_model_says() {
         closed += usize::from(model.closed);
         with_contexts += usize::from(model.entered.is_some_and(|agreed| agreed.contexts != ContextSet::default()));
     }
-    println!("20000 handshakes: {entered} entered, {with_contexts} with contexts, {closed} closed");
+    println!("{handshakes} handshakes: {entered} entered, {with_contexts} with contexts, {closed} closed");
     assert!(entered > 10_000 && with_contexts > 500 && closed > 1000);
 }
