@@ -2,11 +2,12 @@
 //! corpus: any bytes as the requests of a connection, with a qcow2 image behind it. A finding is a panic.
 //!
 //! The image is in memory and every call of it ends at once, so requests take effect in the order sent and a byte array
-//! knows what each READ has to bring.
+//! knows what each READ has to bring. For the same reason replies come in the order of their requests, so that equal cookies
+//! can be told apart.
 #![allow(dead_code, reason = "the target uses one function")]
 #![allow(unreachable_pub, clippy::unwrap_used, clippy::panic, clippy::expect_used, reason = "a finding is a panic")]
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -242,7 +243,8 @@ struct Reply {
 
 /// The replies in what the server sent, each with its cookie; half of one at the end only if `partial`.
 fn replies(terms: Terms, mut bytes: &[u8], asked: &[Asked], partial: bool) -> Vec<(u64, Reply)> {
-    let known: HashMap<u64, &Request> = asked.iter().map(|(request, _)| (request.cookie, request)).collect();
+    let mut known: Known<'_> = HashMap::new();
+    asked.iter().for_each(|(request, _)| known.entry(request.cookie).or_default().push_back(request));
     let mut open: HashMap<u64, Reply> = HashMap::new();
     let mut done = Vec::new();
     while !bytes.is_empty() {
@@ -251,7 +253,7 @@ fn replies(terms: Terms, mut bytes: &[u8], asked: &[Asked], partial: bool) -> Ve
         bytes = &bytes[header.len() + payload.len()..];
         match ReplyHeader::decode(header).unwrap() {
             ReplyHeader::Simple { errno, cookie } => {
-                let request = known[&cookie];
+                let request = known.get_mut(&cookie).and_then(VecDeque::pop_front).expect("a reply to nobody");
                 let is_read = request.command == Command::READ;
                 assert!(terms.mode == Mode::Simple || (terms.mode == Mode::Structured && !is_read), "{request:?}");
                 let content = vec![(request.offset, payload.len() as u64, Some(payload.clone()))];
@@ -260,13 +262,14 @@ fn replies(terms: Terms, mut bytes: &[u8], asked: &[Asked], partial: bool) -> Ve
             }
             ReplyHeader::Chunk { flags, kind, cookie, offset, .. } => {
                 assert!(terms.mode != Mode::Simple && flags & !1 == 0, "a chunk with flags {flags}");
-                let request = known.get(&cookie).expect("a chunk for nobody");
+                let request = front(&known, cookie);
                 assert_eq!(offset, (terms.mode == Mode::Extended).then_some(request.offset), "the echoed offset");
                 let reply = open.entry(cookie).or_default();
                 chunk(terms, kind, payload, reply);
                 assert!(kind != ChunkType::NONE || flags == 1, "an empty chunk that is not the last");
                 if flags == 1 {
                     done.push((cookie, open.remove(&cookie).unwrap()));
+                    known.entry(cookie).or_default().pop_front();
                 }
             }
         }
@@ -275,19 +278,27 @@ fn replies(terms: Terms, mut bytes: &[u8], asked: &[Asked], partial: bool) -> Ve
     done
 }
 
+/// The requests that have no whole reply yet, by cookie and in order.
+type Known<'a> = HashMap<u64, VecDeque<&'a Request>>;
+
+/// The request that the next reply with this cookie is for.
+fn front<'a>(known: &Known<'a>, cookie: u64) -> &'a Request {
+    known.get(&cookie).and_then(|requests| requests.front()).expect("a reply to nobody")
+}
+
 /// Header and payload of the message at the front of `bytes`, if it is there as a whole.
-fn message(terms: Terms, bytes: &[u8], known: &HashMap<u64, &Request>) -> Option<(Vec<u8>, Vec<u8>)> {
+fn message(terms: Terms, bytes: &[u8], known: &Known<'_>) -> Option<(Vec<u8>, Vec<u8>)> {
     let magic = u32::from_be_bytes(*bytes.first_chunk()?);
     let length = ReplyHeader::length_for(magic).unwrap_or_else(|| panic!("{magic:#010x} is no reply"));
     let header = bytes.get(..length)?;
     let payload = match ReplyHeader::decode(header).unwrap() {
         ReplyHeader::Simple { errno: 0, cookie } => {
-            let request = known.get(&cookie).expect("a reply to nobody");
+            let request = front(known, cookie);
             let is_read = terms.mode == Mode::Simple && request.command == Command::READ;
             if is_read { request.length as usize } else { 0 }
         }
         ReplyHeader::Simple { cookie, .. } => {
-            assert!(known.contains_key(&cookie), "an error for nobody");
+            let _ = front(known, cookie);
             0
         }
         ReplyHeader::Chunk { length, .. } => {
@@ -462,14 +473,12 @@ fn compare(terms: Terms, asked: &[Asked], replies: Vec<(u64, Reply)>, complete: 
         return;
     }
     assert_eq!(told, due, "one reply for each request");
-    // With equal cookies nobody can tell which reply is whose.
-    if due.values().any(|count| *count > 1) {
-        return;
-    }
-    let replies: HashMap<u64, Reply> = replies.into_iter().collect();
+    let mut sorted = HashMap::<u64, VecDeque<Reply>>::new();
+    replies.into_iter().for_each(|(cookie, reply)| sorted.entry(cookie).or_default().push_back(reply));
     let mut model = vec![0; SIZE as usize];
     for one in asked {
-        judge(terms, one, &replies[&one.0.cookie], &mut model);
+        let reply = sorted.get_mut(&one.0.cookie).and_then(VecDeque::pop_front).unwrap();
+        judge(terms, one, &reply, &mut model);
     }
     let mut content = vec![0; SIZE as usize];
     disk.image.read(0, &mut content).unwrap();
