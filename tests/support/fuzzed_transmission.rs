@@ -35,6 +35,7 @@ struct Disk {
     file: Arc<MemoryStorage>,
 }
 
+#[allow(clippy::needless_pass_by_value, reason = "for map_err")]
 fn failed(error: qcow2::Error) -> nbd::Error {
     panic!("the engine failed: {error}")
 }
