@@ -12,6 +12,7 @@ use blockyard_nbd::wire::option::{
 };
 use blockyard_nbd::{ContextSet, Error, ErrorKind};
 
+/// The second one is read-only.
 const NAMES: [&str; 2] = ["disk0", "the other disk"];
 
 /// One option, as the generator means it.
@@ -60,7 +61,7 @@ enum Opening {
 
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Course {
-    /// Option and reply type of each reply, and which export or context it names.
+    /// Option and reply type of each reply, and which export, context or flags it names.
     replies: Vec<(u32, ReplyType, Option<String>)>,
     entered: Option<Negotiated>,
     closed: bool,
@@ -112,10 +113,11 @@ fn expected(asks: &[Ask], opening: Opening) -> Course {
                     course.replies.push((code.0, ReplyType::ERR_PLATFORM, None));
                 }
                 Some(export) => {
-                    for _ in 0..3 {
-                        say(ReplyType::INFO);
+                    let flags = format!("{:#06x}", flags_of(agreed(export)));
+                    course.replies.push((code.0, ReplyType::INFO, Some(flags)));
+                    for reply in [ReplyType::INFO, ReplyType::INFO, ReplyType::ACK] {
+                        course.replies.push((code.0, reply, None));
                     }
-                    say(ReplyType::ACK);
                     if *go {
                         course.opened += 1;
                         course.entered = Some(agreed(export));
@@ -180,6 +182,14 @@ fn expected(asks: &[Ask], opening: Opening) -> Course {
     course
 }
 
+/// The transmission flags, the same from INFO as from GO.
+fn flags_of(Negotiated { export, mode, contexts }: Negotiated) -> u16 {
+    let all = if export == 0 { 0x0d6d } else { 0x050f };
+    let fragments = if mode == Mode::Simple { 0 } else { 0x0080 };
+    let filters = if mode == Mode::Extended && contexts != ContextSet::NONE { 0x1000 } else { 0 };
+    all | fragments | filters
+}
+
 fn encode(ask: &Ask) -> (OptionCode, Vec<u8>) {
     let spoil = |mut data: Vec<u8>, flaw| {
         match flaw {
@@ -215,7 +225,7 @@ fn actual(asks: &[Ask], opening: Opening, step: usize) -> Course {
         name: name.into(),
         description: "a disk".into(),
         size: 1 << 20,
-        read_only: false,
+        read_only: name != NAMES[0],
         fast_zero: true,
         contexts: ContextSet::ALL,
         preferred_block_size: 4096,
@@ -264,6 +274,7 @@ fn actual(asks: &[Ask], opening: Opening, step: usize) -> Course {
                 text(&data[4..4 + length])
             }
             ReplyType::META_CONTEXT => text(&data[4..]),
+            ReplyType::INFO if data.starts_with(&[0, 0]) => Some(format!("0x{:02x}{:02x}", data[10], data[11])),
             _ => None,
         };
         course.replies.push((header.code.0, header.reply, named));
