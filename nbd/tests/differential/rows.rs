@@ -16,9 +16,9 @@ use crate::programs::Folder;
 use crate::script::{Form, NAME, SIZE, enter, one, request};
 use crate::servers::{Ours, Theirs, glance};
 
-/// A disk of QEMU that takes a second for each read.
+/// A disk of QEMU that takes ten seconds for each read: none ends before its test.
 const SLOW: [&str; 5] =
-    ["qemu-nbd", "-t", "-e0", "--image-opts", "driver=null-co,size=1M,read-zeroes=off,latency-ns=1000000000"];
+    ["qemu-nbd", "-t", "-e0", "--image-opts", "driver=null-co,size=1M,read-zeroes=off,latency-ns=10000000000"];
 
 fn ours(device: Arc<dyn Device>) -> Ours {
     Ours::start(Export::new(NAME, SIZE, device), options())
@@ -109,7 +109,9 @@ fn a_stop_waits_for_what_is_under_way() {
     runtime.block_on(soon("the read", gated.hook.arrived(1)));
     let stop = runtime.spawn(handle.stop(Duration::from_secs(60)));
     // It has begun when later requests are turned away.
-    while player.step(&one(command::FLUSH, 0, 0, 0), false) != "ESHUTDOWN" {}
+    let flush = one(command::FLUSH, 0, 0, 0);
+    let turned_away = std::iter::repeat_with(|| player.step(&flush, false)).find(|line| line != "OK");
+    assert_eq!(turned_away.as_deref(), Some("ESHUTDOWN"));
     gated.hook.open(1);
     let answer = player.hear(&read, false, false).unwrap();
     assert!(answer.starts_with("OK"), "{answer}");
