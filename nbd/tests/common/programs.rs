@@ -35,7 +35,7 @@ fn bounded<S: AsRef<OsStr>>(arguments: &[S]) -> Command {
     assert!(found, "{name} is missing: apt-get install {}", package(name));
     let search = std::env::var("PATH").unwrap_or_default();
     let mut command = Command::new("timeout");
-    command.args(["--kill-after=5", LIMIT]).args(arguments);
+    command.args(["--kill-after=1", LIMIT]).args(arguments);
     command.env("PATH", format!("/usr/bin:/usr/sbin:{search}")).stdin(Stdio::null());
     command
 }
