@@ -40,7 +40,9 @@ const NBDKIT_MEMORY: By = By(Kind::NbdkitMemory, &[(1, 32)]);
 const NBDKIT_FILE: By = By(Kind::NbdkitFile, &[(1, 32)]);
 const NBDKIT: &[By] = &[NBDKIT_MEMORY, NBDKIT_FILE];
 const ALL: &[By] = &[QEMU, NBDKIT_MEMORY, NBDKIT_FILE];
-/// Those without extended headers.
+/// Those with extended headers.
+const EXTENDED: &[By] = &[By(Kind::QemuNbd, &[(10, 0)])];
+/// Those without.
 const COMPACT: &[By] = &[By(Kind::QemuNbd, &[(7, 2)]), NBDKIT_MEMORY, NBDKIT_FILE];
 
 #[rustfmt::skip]
@@ -240,7 +242,8 @@ const TABLE: &[Difference] = &[
         right: Right::Both,
         seen: &[
             Seen { by: ALL, ours: "OK", theirs: "EINVAL",
-                conversations: &["*: FLUSH at each edge", "*: each command over 4294967295 bytes"] },
+                conversations: &["*: FLUSH at each edge", "*: each command over 4294967295 bytes",
+                    "extended: each command over 2^32 and 2^62 bytes"] },
             Seen { by: NBDKIT, ours: "OK", theirs: "EINVAL", conversations: &["*: each command, read-only"] },
         ],
     },
@@ -251,7 +254,7 @@ const TABLE: &[Difference] = &[
         seen: &[
             Seen { by: &[QEMU], ours: "ENOSPC", theirs: "EINVAL",
                 conversations: &["*: WRITE at each edge", "*: WRITE_ZEROES at each edge",
-                    "*: each command over 4294967295 bytes"] },
+                    "*: each command over 4294967295 bytes", "extended: each command over 2^32 and 2^62 bytes"] },
         ],
     },
     Difference {
@@ -260,6 +263,15 @@ const TABLE: &[Difference] = &[
         right: Right::Ours,
         seen: &[
             Seen { by: &[QEMU], ours: "EPERM", theirs: "EINVAL", conversations: &["*: each command, read-only"] },
+        ],
+    },
+    Difference {
+        what: "READ of 2^32 bytes and more",
+        clause: "Request types, READ: EOVERFLOW up front is permitted; Size constraints: past the end SHOULD be EINVAL",
+        right: Right::Both,
+        seen: &[
+            Seen { by: EXTENDED, ours: "EOVERFLOW", theirs: "EINVAL",
+                conversations: &["extended: each command over 2^32 and 2^62 bytes"] },
         ],
     },
     Difference {
