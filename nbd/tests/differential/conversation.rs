@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 /// Tells an answer from none.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(10);
 
 const COMPACT: u32 = 0x2560_9513;
 const EXTENDED: u32 = 0x21e4_1c71;
