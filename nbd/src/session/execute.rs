@@ -26,18 +26,21 @@ pub(crate) async fn launch(future: impl Future<Output = ()> + Send + 'static) {
 /// Runs anything but a WRITE, whose payload the reader must fetch first.
 pub(crate) async fn run(slot: Slot, request: Request, task: Task) {
     let device = slot.connection().device.clone();
-    let zeroed = |length| move |connection: &Connection| connection.stats().bytes_zeroed.fetch_add(length, Relaxed);
     match task {
         Task::Read { offset, length, shape: Shape::Pieces } => read_pieces(slot, request, offset, length).await,
         Task::Read { offset, length, shape: Shape::Whole } => read_whole(slot, request, offset, length).await,
         Task::Zero { offset, length, flags, durability } => {
             let result = device.zero(offset, length, flags, durability).await;
-            let _ = result.is_ok().then(|| zeroed(length)(slot.connection()));
+            if result.is_ok() {
+                slot.connection().stats().bytes_zeroed.fetch_add(length, Relaxed);
+            }
             slot.answer(&request, result);
         }
         Task::Trim { offset, length, durability } => {
             let result = device.trim(offset, length, durability).await;
-            let _ = result.is_ok().then(|| zeroed(length)(slot.connection()));
+            if result.is_ok() {
+                slot.connection().stats().bytes_trimmed.fetch_add(length, Relaxed);
+            }
             slot.answer(&request, result);
         }
         Task::Flush => {
@@ -149,6 +152,7 @@ async fn status(slot: Slot, request: Request, offset: u64, length: u64, max: usi
         Ok(planned) => planned,
         Err(error) => return slot.answer(&request, Err(error)),
     };
+    connection.stats().extents.fetch_add(planned.len() as u64, Relaxed);
     let payload = reply::status_payload(BASE_ALLOCATION_ID, &planned);
     let size = u32::try_from(payload.len()).unwrap_or(u32::MAX);
     permit.shrink(size);
