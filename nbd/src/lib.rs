@@ -18,6 +18,6 @@ pub mod wire;
 
 pub use budget::Budget;
 pub use error::{Error, ErrorKind};
-pub use export::{Buffer, Device, Durability, Export, Extent, ZeroFlags};
+pub use export::{Buffer, Content, Context, ContextSet, Device, Durability, Export, Extent, Space, ZeroFlags};
 pub use limits::{BudgetLimits, Limits};
 pub use server::{Exports, Handle, ListPolicy, Options, Server, Stopped};

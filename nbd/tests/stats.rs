@@ -10,6 +10,7 @@ use blockyard_nbd::client::{Client, Negotiation};
 use blockyard_nbd::stats::{Counts, Latency, Operation};
 use blockyard_nbd::transmission::Mode;
 use blockyard_nbd::wire::option::{OptionCode, encode_option};
+use blockyard_nbd::wire::request::Request;
 use blockyard_nbd::wire::{Command, CommandFlags};
 use blockyard_nbd::{Budget, BudgetLimits, Durability, ErrorKind};
 use common::devices::{Call, Disk, Faulty, Gate, Hooked, Mem};
@@ -143,6 +144,24 @@ async fn counts_are_those_of_the_clients_for_each_connection_and_all_together() 
     assert_eq!(served.stats.live(), []);
 }
 
+#[tokio::test]
+async fn writes_that_lack_the_flag_of_extended_headers_are_served_and_counted() {
+    let mem = Mem::new(MIB);
+    let served = Served::disk(MIB, mem.clone()).await;
+    let mut raw = served.raw(Mode::Extended, 64 << 10).await;
+    let lacking = request(Command::WRITE, 1, 0, 512);
+    let flagged = Request { flags: CommandFlags::PAYLOAD_LEN, ..lacking };
+    for (header, count) in [(lacking, 1), (flagged, 1), (lacking, 2)] {
+        raw.extended_request(header, &[7; 512]).await.unwrap();
+        assert_eq!(verdict(&soon("a reply", raw.reply()).await.unwrap()), (0, 1));
+        assert_eq!(quiet(&served).await.writes_without_payload_flag, count);
+    }
+    raw.extended_request(request(Command::READ, 2, 0, 512), b"").await.unwrap();
+    soon("a reply", raw.reply()).await.unwrap();
+    assert_eq!(quiet(&served).await.writes_without_payload_flag, 2);
+    assert_eq!(mem.content()[..512], [7; 512]);
+}
+
 #[tokio::test(start_paused = true)]
 async fn errors_that_policy_and_the_end_of_the_server_cause_are_counted_by_kind() {
     let served = Served::with(Disk::new(NAME, MIB, Mem::new(MIB)).read_only(), options()).await;
@@ -223,19 +242,19 @@ async fn connections_are_listed_while_they_live_and_both_ends_are_told() {
     let before = SystemTime::now();
     let simple = served.raw_socket(Mode::Simple).await;
     soon("the first connection", accepted.wait_for(|count| *count == 1)).await.unwrap();
-    let structured = served.raw_socket(Mode::Structured).await;
+    let extended = served.raw_socket(Mode::Extended).await;
     soon("the second connection", accepted.wait_for(|count| *count == 2)).await.unwrap();
     let live = served.stats.live();
     let modes: Vec<_> = live.iter().map(|connection| (connection.id, connection.client.mode)).collect();
-    assert_eq!(modes, [(1, Mode::Simple), (2, Mode::Structured)]);
-    for (connection, raw) in live.iter().zip([&simple, &structured]) {
+    assert_eq!(modes, [(1, Mode::Simple), (2, Mode::Extended)]);
+    for (connection, raw) in live.iter().zip([&simple, &extended]) {
         assert_eq!(connection.client.peer, raw.0.local_addr().unwrap().to_string());
         assert!((before..=SystemTime::now()).contains(&connection.since));
     }
     drop(simple);
     served.connections(1).await;
     assert_eq!(served.stats.live().iter().map(|connection| connection.id).collect::<Vec<_>>(), [2]);
-    drop(structured);
+    drop(extended);
     soon("the last disconnect", connections.wait_for(|now| *now == 0)).await.unwrap();
     assert_eq!(served.stats.live(), []);
     // A connection that came and went unseen is still told.

@@ -151,6 +151,7 @@ impl ConnectionAnswer {
             reply_mode: match connection.client.mode {
                 Mode::Simple => "simple",
                 Mode::Structured => "structured",
+                Mode::Extended => "extended",
             },
             tls_subject: connection.client.tls_subject,
             counts: CountsAnswer::new(&connection.counts),

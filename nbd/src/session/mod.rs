@@ -21,16 +21,20 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-use self::execute::{LongWrite, launch};
+use self::execute::{LongWrite, charged, launch};
 use self::flight::Flight;
 use self::intake::{Dry, Intake};
 use self::outgoing::Frame;
 use crate::budget::{Budget, Share};
 use crate::limits::Limits;
 use crate::stats::{Counters, Seat};
-use crate::transmission::{Admission, Aftermath, Task, Terms, Verdict, check, failure, piece_end, success};
+use crate::transmission::{
+    Admission, Aftermath, MAX_STATUS_FILTER, Mode, Task, Terms, Verdict, check, failure, filtered_status, piece_end,
+    success,
+};
 use crate::wire::reply::Last;
-use crate::wire::request::{COMPACT_LENGTH, Request};
+use crate::wire::request::{COMPACT_LENGTH, EXTENDED_LENGTH, Request};
+use crate::wire::{Command, CommandFlags};
 use crate::{Device, Durability, Error, ErrorKind};
 
 /// How far a server has come in stopping.
@@ -139,7 +143,7 @@ impl Slot {
     fn answer(self, request: &Request, result: Result<(), Error>) {
         let mode = self.connection.terms.mode;
         let frame = match result {
-            Ok(()) => Frame::new(success(mode, request.command, request.cookie)),
+            Ok(()) => Frame::new(success(mode, request)),
             Err(error) => {
                 // Before the client can know. Nobody hears what comes after a cut.
                 self.connection.stats().failed(error.kind, self.is_wanted().into());
@@ -265,8 +269,11 @@ async fn receive_one<R: AsyncRead + Unpin>(
     phase: &watch::Receiver<Phase>,
 ) -> Result<Option<Ending>, Dry> {
     connection.flight.room().await;
-    let header = intake.header::<COMPACT_LENGTH>().await?;
-    let Some(request) = Request::decode_compact(&header) else { return Ok(Some(Ending::NotNbd)) };
+    let request = match connection.terms.mode {
+        Mode::Simple | Mode::Structured => Request::decode_compact(&intake.header::<COMPACT_LENGTH>().await?),
+        Mode::Extended => Request::decode_extended(&intake.header::<EXTENDED_LENGTH>().await?),
+    };
+    let Some(request) = request else { return Ok(Some(Ending::NotNbd)) };
     let admission = match *phase.borrow() {
         Phase::Running => Admission::Open,
         Phase::Draining | Phase::Cut => Admission::ShuttingDown,
@@ -277,17 +284,32 @@ async fn receive_one<R: AsyncRead + Unpin>(
     }
     let Some(index) = connection.flight.begin(request) else { return Ok(Some(Ending::Broken)) };
     connection.stats().requests.fetch_add(1, Relaxed);
+    if connection.terms.mode == Mode::Extended
+        && request.command == Command::WRITE
+        && !request.flags.contains(CommandFlags::PAYLOAD_LEN)
+    {
+        connection.stats().writes_without_payload_flag.fetch_add(1, Relaxed);
+    }
     let slot = Slot { connection: connection.clone(), index };
     match verdict {
         Verdict::Disconnect | Verdict::Run(Task::Nothing) => slot.answer(&request, Ok(())),
         Verdict::Run(Task::Write { offset, length, durability }) if length <= connection.piece => {
             let permit = connection.input.acquire(length).await;
-            let mut buffer = connection.device.buffer(offset, length as usize);
+            let mut buffer = charged(connection.device.buffer(offset, length as usize), permit);
             intake.payload((*buffer).as_mut()).await?;
-            launch(execute::write(slot, request, buffer, permit, durability)).await;
+            launch(execute::write(slot, request, buffer, durability)).await;
         }
         Verdict::Run(Task::Write { offset, length, durability }) => {
             long_write(intake, slot, request, offset, length, durability).await?;
+        }
+        Verdict::Run(Task::StatusFilter { payload }) => {
+            let mut bytes = [0; MAX_STATUS_FILTER];
+            let bytes = &mut bytes[..payload];
+            intake.payload(bytes).await?;
+            match filtered_status(&connection.terms, &request, bytes) {
+                Ok(task) => launch(execute::run(slot, request, task)).await,
+                Err(error) => slot.answer(&request, Err(error)),
+            }
         }
         Verdict::Run(task) => launch(execute::run(slot, request, task)).await,
         Verdict::Fail(error, Aftermath::Drain(payload)) => {
@@ -322,9 +344,9 @@ async fn long_write<R: AsyncRead + Unpin>(
             intake.discard(bytes).await?;
         } else {
             let permit = connection.input.acquire(bytes).await;
-            let mut buffer = connection.device.buffer(at, bytes as usize);
+            let mut buffer = charged(connection.device.buffer(at, bytes as usize), permit);
             intake.payload((*buffer).as_mut()).await?;
-            launch(write.clone().piece(at, buffer, permit)).await;
+            launch(write.clone().piece(at, buffer)).await;
         }
         at = next;
     }
