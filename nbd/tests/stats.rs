@@ -72,25 +72,25 @@ impl Tally {
         self.note(Operation::Read);
     }
 
-    async fn status(&mut self, offset: u64, length: u32) {
-        let extents = self.client.allocation(offset, length).await.unwrap();
-        self.counts.extents += extents.len() as u64;
+    async fn status(&mut self, offset: u64, length: u64) {
+        let contexts = self.client.block_status(offset, length).await.unwrap();
+        self.counts.extents += contexts.iter().map(|context| context.extents.len() as u64).sum::<u64>();
         self.note(Operation::BlockStatus);
     }
 
     /// A request without payload or content that succeeds.
-    async fn plain(&mut self, command: Command, offset: u64, length: u32) {
+    async fn plain(&mut self, command: Command, offset: u64, length: u64) {
         self.client.plain(command, CommandFlags(0), offset, length).await.unwrap();
         match command {
-            Command::WRITE_ZEROES => self.counts.bytes_zeroed += u64::from(length),
-            Command::TRIM => self.counts.bytes_trimmed += u64::from(length),
+            Command::WRITE_ZEROES => self.counts.bytes_zeroed += length,
+            Command::TRIM => self.counts.bytes_trimmed += length,
             _ => {}
         }
         self.note(command.into());
     }
 
     /// One that fails.
-    async fn fails(&mut self, command: Command, flags: CommandFlags, offset: u64, length: u32, kind: ErrorKind) {
+    async fn fails(&mut self, command: Command, flags: CommandFlags, offset: u64, length: u64, kind: ErrorKind) {
         let error = self.client.plain(command, flags, offset, length).await.unwrap_err();
         assert!(error.to_string().contains(&kind.errno().to_string()), "{kind:?}: {error}");
         self.counts.errors[kind as usize] += 1;
@@ -108,7 +108,7 @@ async fn counts_are_those_of_the_clients_for_each_connection_and_all_together() 
         for round in 0..number {
             tally.write(round * MIB + 1, 100_000 * number as usize).await;
             tally.read(round * MIB, 3 << 20).await;
-            tally.plain(Command::WRITE_ZEROES, round * MIB, 65536 * number as u32).await;
+            tally.plain(Command::WRITE_ZEROES, round * MIB, 65536 * number).await;
             tally.plain(Command::TRIM, 7 * MIB, 4096).await;
             tally.plain(Command::CACHE, 0, 1 << 20).await;
             tally.status(0, 8 << 20).await;
