@@ -198,7 +198,7 @@ fn chunks(
     // Lengths within a piece fit 32 bits, as the piece does.
     let size = |part: &Range<usize>| u32::try_from(part.len()).unwrap_or(u32::MAX);
     let flag = |end: usize| if end == length { last } else { Last::No };
-    for hole in holes.iter().cloned().chain([length..length]) {
+    for hole in holes.iter().cloned().chain(std::iter::once(length..length)) {
         let data = done..hole.start;
         done = hole.end;
         if !data.is_empty() {

@@ -22,7 +22,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use self::execute::{LongWrite, charged, launch};
-use self::flight::Flight;
+use self::flight::{Flight, Unwanted};
 use self::intake::{Dry, Intake};
 use self::outgoing::Frame;
 use crate::budget::{Budget, Share};
@@ -123,15 +123,15 @@ impl Slot {
     }
 
     /// Queues a part of the reply; an error means that nobody wants the rest.
-    fn send(&self, frame: Frame) -> Result<(), Frame> {
+    fn send(&self, frame: Frame) -> Result<(), Unwanted> {
         self.connection.flight.push(self.index, frame, Last::No)
     }
 
     /// Queues the last part of the reply.
     fn finish(self, frame: Frame) {
         let (connection, index) = (self.connection.clone(), self.index);
-        // The frame holds the slot: refused, both go together.
-        drop(connection.flight.push(index, frame.with_slot(self), Last::Yes));
+        // The frame takes the slot with it: sent or unwanted, both go together.
+        let _ = connection.flight.push(index, frame.with_slot(self), Last::Yes);
     }
 
     /// Whether the request still waits for an answer that somebody can get.
