@@ -117,7 +117,11 @@ impl Scrape {
         page.gauge("nbd_exports", "Exports that are served", size(self.exports))?;
         let (sockets, limit) = (self.usage.connections, self.usage.max_connections);
         page.gauge("nbd_sockets", "Connections of all listeners, those in the handshake included", size(sockets))?;
-        page.gauge("nbd_sockets_limit", "The most there may be; beyond it clients are refused", size(limit))?;
+        page.gauge(
+            "nbd_sockets_limit",
+            "The most connections of all listeners that there may be; beyond it clients are refused",
+            size(limit),
+        )?;
         page.gauge("nbd_connections", "Connections that have an export open", exports.connections)?;
         page.counter("nbd_connections_accepted", "Connections that a listener took", listeners.accepted)?;
         page.counter("nbd_connections_opened", "Connections that got as far as an open export", exports.accepted)?;
@@ -153,13 +157,13 @@ impl Scrape {
         )?;
         page.gauges(
             "nbd_payload_peak_bytes",
-            "The most there ever was",
+            "The most NBD payload that ever was in memory at once",
             kind,
             [("write", input_peak), ("read", output_peak)],
         )?;
         page.gauges(
             "nbd_payload_limit_bytes",
-            "The most there may be; beyond it clients wait",
+            "The most NBD payload that may be in memory; beyond it clients wait",
             kind,
             [("write", limit), ("read", limit)],
         )

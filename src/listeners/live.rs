@@ -127,3 +127,116 @@ impl Drop for Entry {
         inner.settle();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use async_trait::async_trait;
+    use blockyard_nbd::client::Client;
+    use blockyard_nbd::{
+        Budget, BudgetLimits, Buffer, Content, Context, Device, Durability, Error, Export, Exports, Extent, Options,
+        Server, Space,
+    };
+    use tokio::sync::Semaphore;
+
+    use super::*;
+
+    /// A disk without content whose flush lasts until the test lets it end.
+    struct Held {
+        begun: Semaphore,
+        end: Semaphore,
+    }
+
+    #[async_trait]
+    impl Device for Held {
+        fn buffer(&self, _: u64, length: usize) -> Buffer {
+            Box::new(vec![0; length])
+        }
+
+        async fn read(&self, _: u64, buffer: Buffer) -> Result<Content, Error> {
+            Ok(buffer.into())
+        }
+
+        async fn write(&self, _: u64, _: Buffer, _: Durability) -> Result<(), Error> {
+            Ok(())
+        }
+
+        async fn zero(&self, _: u64, _: u64, _: Space, _: Durability) -> Result<(), Error> {
+            Ok(())
+        }
+
+        async fn fast_zero(&self, _: u64, _: u64) -> bool {
+            false
+        }
+
+        async fn trim(&self, _: u64, _: u64, _: Durability) -> Result<(), Error> {
+            Ok(())
+        }
+
+        async fn flush(&self) -> Result<(), Error> {
+            self.begun.add_permits(1);
+            self.end.acquire().await.unwrap().forget();
+            Ok(())
+        }
+
+        async fn extents(&self, _: Context, _: u64, length: u64, _: usize) -> Result<Vec<Extent>, Error> {
+            Ok(vec![Extent { length, status: 0 }])
+        }
+    }
+
+    struct Disk(Arc<Held>);
+
+    #[async_trait]
+    impl Export for Disk {
+        fn name(&self) -> &str {
+            "disk"
+        }
+
+        fn size(&self) -> u64 {
+            512
+        }
+
+        fn read_only(&self) -> bool {
+            false
+        }
+
+        async fn open(&self) -> Result<Arc<dyn Device>, Error> {
+            Ok(self.0.clone())
+        }
+    }
+
+    #[tokio::test]
+    async fn what_a_device_still_does_when_its_listener_is_gone_is_counted() {
+        let held = Arc::new(Held { begun: Semaphore::new(0), end: Semaphore::new(0) });
+        let socket = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let options = Options::new(Budget::new(&BudgetLimits::default()));
+        let server = Server::start(socket, Exports::single(Arc::new(Disk(held.clone()))).unwrap(), options).unwrap();
+        let figures = ListenerFigures { export: server.stats("disk").unwrap(), listener: server.listener_stats() };
+        let live = Arc::new(LiveExports::default());
+        let entry = live.enter(LiveExport {
+            name: "disk".to_owned(),
+            address: server.address().clone(),
+            disk: ServedDisk { job_id: BackupId::new(), disk_id: 0 },
+            size_bytes: 512,
+            read_only: false,
+            figures: figures.clone(),
+        });
+        let client = Client::connect(&server.uris()[0].parse().unwrap()).await.unwrap();
+        let flush = tokio::spawn(async move { client.flush().await });
+        held.begun.acquire().await.unwrap().forget();
+        drop((server, entry));
+        assert!(flush.await.unwrap().is_err(), "the connection is closed");
+
+        assert!(live.all().is_empty());
+        let totals = live.totals().exports;
+        assert_eq!((totals.accepted, totals.connections, totals.counts.in_flight()), (1, 1, 1));
+        held.end.add_permits(1);
+        figures.export.connections().wait_for(|connections| *connections == 0).await.unwrap();
+        for _ in 0..2 {
+            let totals = live.totals();
+            assert_eq!((totals.exports.accepted, totals.exports.connections), (1, 0));
+            assert_eq!((totals.exports.counts.requests, totals.exports.counts.in_flight()), (1, 0));
+            assert_eq!(totals.listeners.accepted, 1);
+        }
+        assert!(live.lock().ending.is_empty());
+    }
+}
