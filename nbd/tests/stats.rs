@@ -171,8 +171,10 @@ async fn errors_that_policy_and_the_end_of_the_server_cause_are_counted_by_kind(
     tally.fails(Command::TRIM, CommandFlags(0), 0, 1, ErrorKind::NotPermitted).await;
     assert_eq!(quiet(&served).await.errors_of(ErrorKind::NotPermitted), 2);
 
-    // One request that the server does not wait for, and one that comes too late.
-    let hooked = Hooked::new(Mem::new(MIB), Gate::new(Call::Read));
+    // One request that the server does not wait for, and one that comes too late. What becomes of the first in the end,
+    // here a failure, is no answer to anybody.
+    let faulty = Hooked::new(Mem::new(MIB), Faulty { call: Call::Read, byte: 0, error: ErrorKind::Io });
+    let hooked = Hooked::new(faulty, Gate::new(Call::Read));
     let served = Served::disk(MIB, hooked.clone()).await;
     let mut raw = served.raw(Mode::Simple, 64 << 10).await;
     raw.request(request(Command::READ, 1, 0, 512), b"").await.unwrap();

@@ -6,7 +6,7 @@ use axum::Json;
 use axum::extract::State;
 use blockyard_nbd::ErrorKind;
 use blockyard_nbd::server::Address;
-use blockyard_nbd::stats::{ConnectionSnapshot, Counts, Latency, Operation};
+use blockyard_nbd::stats::{ConnectionSnapshot, Counts, Latency, ListenerSnapshot, Operation};
 use blockyard_nbd::transmission::Mode;
 use serde::Serialize;
 use utoipa::ToSchema;
@@ -42,6 +42,8 @@ struct ExportAnswer {
     disk_id: u32,
     size_bytes: u64,
     read_only: bool,
+    /// What became of connections to this address before they reached the export.
+    listener: ListenerAnswer,
     /// Connections that ever reached the export.
     connections_accepted: u64,
     /// Connections refused because the export had enough.
@@ -52,6 +54,21 @@ struct ExportAnswer {
     counts: CountsAnswer,
     /// The connections that are open now, oldest first.
     connections: Vec<ConnectionAnswer>,
+}
+
+#[derive(Serialize, ToSchema)]
+struct ListenerAnswer {
+    accepted: u64,
+    /// Turned away with a reason because the process had enough connections.
+    refused: u64,
+    /// Closed without a word because too many were being told that reason.
+    dropped: u64,
+    /// Closed because the handshake took too long.
+    timed_out: u64,
+    /// Closed because too many handshakes were under way.
+    evicted: u64,
+    /// Closed because the client broke a rule of the handshake.
+    rejected: u64,
 }
 
 #[derive(Serialize, ToSchema)]
@@ -133,12 +150,20 @@ impl ExportAnswer {
             disk_id: export.disk.disk_id,
             size_bytes: export.size_bytes,
             read_only: export.read_only,
+            listener: ListenerAnswer::new(export.figures.listener()),
             connections_accepted: figures.accepted,
             connections_refused: figures.refused,
             connections_stalled: figures.stalled,
             counts: CountsAnswer::new(&figures.counts),
             connections,
         }
+    }
+}
+
+impl ListenerAnswer {
+    fn new(figures: ListenerSnapshot) -> Self {
+        let ListenerSnapshot { accepted, refused, dropped, timed_out, evicted, rejected } = figures;
+        Self { accepted, refused, dropped, timed_out, evicted, rejected }
     }
 }
 

@@ -247,6 +247,7 @@ async fn exports_show_their_disk_their_connections_and_what_was_done() {
     assert_eq!(connection["tls_subject"], json!(null));
     assert!(connection["since"].as_str().unwrap().ends_with('Z'));
     assert_eq!(connection["counts"], export["counts"]);
+    assert_eq!((&export["listener"]["accepted"], &export["listener"]["rejected"]), (&json!(1), &json!(0)));
     let counts = &export["counts"];
     assert_eq!((&counts["requests"], &counts["bytes_written"]), (&json!(2), &json!(4096)), "{counts:#}");
     assert_eq!(counts["errors"], json!({"ENOSPC": 1}));
