@@ -35,9 +35,12 @@ impl Budget {
         })
     }
 
-    /// Bytes of payload memory in use now, and the most there ever were.
+    /// What is in use now, the most there ever was, and the bounds.
     pub fn usage(&self) -> Usage {
         Usage {
+            connections: self.max_connections - self.connections.available_permits().min(self.max_connections),
+            max_connections: self.max_connections,
+            limit: self.input.limit(),
             input: self.input.used.load(Ordering::Relaxed),
             output: self.output.used.load(Ordering::Relaxed),
             input_peak: self.input.peak.load(Ordering::Relaxed),
@@ -46,9 +49,15 @@ impl Budget {
     }
 }
 
-/// See [`Budget::usage`]; all in bytes.
+/// See [`Budget::usage`]; payload in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Usage {
+    /// Connections now, those in the handshake included.
+    pub connections: usize,
+    /// Most connections there may be at once.
+    pub max_connections: usize,
+    /// Most WRITE payload, and most READ data, that there may be at once.
+    pub limit: u64,
     /// WRITE payload now.
     pub input: u64,
     /// READ data now.
@@ -66,6 +75,7 @@ pub(crate) struct Pool {
     common_bytes: u32,
     /// One permit per kept piece.
     kept: Semaphore,
+    kept_pieces: u32,
     piece: u32,
     used: AtomicU64,
     peak: AtomicU64,
@@ -83,7 +93,12 @@ impl Pool {
             piece: limits.piece_bytes,
             used: AtomicU64::new(0),
             peak: AtomicU64::new(0),
+            kept_pieces: pieces,
         }
+    }
+
+    fn limit(&self) -> u64 {
+        u64::from(self.common_bytes) + u64::from(self.kept_pieces) * u64::from(self.piece)
     }
 }
 
@@ -286,7 +301,7 @@ mod tests {
         let _other = ready(other.acquire(MIB)).await.unwrap();
         let third = Share::new(&budget.output, 2 * MIB);
         assert!(ready(third.acquire(MIB)).await.is_none(), "only two were kept");
-        assert_eq!(budget.usage().output, 8 << 20);
+        assert_eq!((budget.usage().output, budget.usage().limit), (8 << 20, 8 << 20));
         drop(kept);
         assert!(ready(third.acquire(MIB)).await.is_some());
         drop(all);

@@ -24,6 +24,30 @@ pub enum ErrorKind {
 }
 
 impl ErrorKind {
+    /// All of them.
+    pub const ALL: [Self; 7] = [
+        Self::NotPermitted,
+        Self::Io,
+        Self::Invalid,
+        Self::NoSpace,
+        Self::Overflow,
+        Self::NotSupported,
+        Self::Shutdown,
+    ];
+
+    /// The protocol's name without `NBD_`: `EIO`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::NotPermitted => "EPERM",
+            Self::Io => "EIO",
+            Self::Invalid => "EINVAL",
+            Self::NoSpace => "ENOSPC",
+            Self::Overflow => "EOVERFLOW",
+            Self::NotSupported => "ENOTSUP",
+            Self::Shutdown => "ESHUTDOWN",
+        }
+    }
+
     /// The number on the wire.
     pub fn errno(self) -> u32 {
         match self {

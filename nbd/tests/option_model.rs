@@ -256,7 +256,7 @@ fn actual(asks: &[Ask], opening: Opening, step: usize) -> Course {
                     course.entered = Some(negotiated);
                     break 'feeding;
                 }
-                Action::Close(_) => {
+                Action::Aborted | Action::Close(_) => {
                     course.closed = true;
                     break 'feeding;
                 }

@@ -81,7 +81,7 @@ fn hear(bytes: &[u8], step: usize, policy: Policy, stance: Stance) -> Heard {
                     heard.entered = true;
                     break 'feeding;
                 }
-                Action::Close(_) => break 'feeding,
+                Action::Aborted | Action::Close(_) => break 'feeding,
             }
         }
     }
