@@ -10,6 +10,7 @@ mod demo;
 mod error;
 mod image;
 mod image_error;
+mod listen;
 mod nbd;
 mod output;
 mod point;

@@ -55,10 +55,9 @@ impl Default for Limits {
 pub struct BudgetLimits {
     /// Payload memory in bytes, half of it for WRITE payload and half for READ data.
     pub bytes: u64,
-    /// The part of each half, in bytes, kept for connections that hold none of it, one piece each. Below half of `bytes`.
+    /// The part of each half, in bytes, kept for connections that hold none of it, at most half of that half: 1 / (2 *
+    /// `connections`) of it is what each can count on when all the rest is taken.
     pub kept_bytes: u64,
-    /// The piece that a connection gets from the kept part, in bytes; not below [`Limits::piece_bytes`].
-    pub piece_bytes: u32,
     /// Connections in all; above, a peer is told so and closed.
     pub connections: usize,
     /// How many peers are being told so at once; above, they are closed without a word.
@@ -67,6 +66,6 @@ pub struct BudgetLimits {
 
 impl Default for BudgetLimits {
     fn default() -> Self {
-        Self { bytes: 256 << 20, kept_bytes: 16 << 20, piece_bytes: 1 << 20, connections: 1024, refusals: 32 }
+        Self { bytes: 256 << 20, kept_bytes: 16 << 20, connections: 1024, refusals: 32 }
     }
 }

@@ -126,6 +126,33 @@ pub enum CliError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// What was bound cannot be served.
+    #[error("the socket cannot be listened on")]
+    Listening {
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A Unix socket where anybody may put one.
+    #[error("everybody may write to the folder of {}: put the socket into one of your own", path.display())]
+    OpenFolder {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// Two places to listen on.
+    #[error("a socket was passed (LISTEN_FDS): --bind, --port and --socket cannot be used with it")]
+    PassedAndNamed,
+    /// Not exactly one socket was passed.
+    #[error("{count} sockets were passed (LISTEN_FDS): one image is served on one socket")]
+    PassedSockets {
+        /// How many.
+        count: usize,
+    },
+    /// A socket was passed that cannot be listened on.
+    #[error("the socket that was passed (LISTEN_FDS) is no TCP or Unix socket that listens")]
+    PassedSocket {
+        /// What is wrong with it.
+        source: std::io::Error,
+    },
     /// An address that others can reach.
     #[error("{address} is not loopback: without encryption an image is served to this machine only")]
     NotLoopback {
@@ -163,6 +190,10 @@ impl CliError {
             | Self::Unreadable { .. }
             | Self::NotJson { .. }
             | Self::NotLoopback { .. }
+            | Self::OpenFolder { .. }
+            | Self::PassedAndNamed
+            | Self::PassedSockets { .. }
+            | Self::PassedSocket { .. }
             | Self::Export { .. } => Exit::Usage,
             Self::Bind { .. } => Exit::Conflict,
             Self::Start(StartError::StateInUse { .. }) | Self::Ambiguous { .. } => Exit::Conflict,
@@ -177,7 +208,11 @@ impl CliError {
                 exit => exit,
             },
             Self::Demo(error) => error.exit(),
-            Self::Start(_) | Self::Runtime { .. } | Self::Output { .. } | Self::Signals { .. } => Exit::Failed,
+            Self::Start(_)
+            | Self::Runtime { .. }
+            | Self::Listening { .. }
+            | Self::Output { .. }
+            | Self::Signals { .. } => Exit::Failed,
         }
     }
 }

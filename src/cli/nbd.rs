@@ -1,42 +1,32 @@
 //! `blockyard nbd`: one qcow2 image over NBD until it is told to stop; a drop-in for everyday qemu-nbd use.
 
-use std::net::{IpAddr, SocketAddr};
-use std::os::unix::fs::FileTypeExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use blockyard_nbd::server::Listener;
 use blockyard_nbd::{Budget, BudgetLimits, Exports, Options, Server};
 use clap::{Args, ValueEnum};
 use serde_json::json;
-use socket2::{Domain, SockAddr, Socket, Type};
-use tokio::net::{TcpListener, UnixListener};
 
 use super::below::Below;
 use super::image_error::ImageError;
+use super::listen::Place;
 use super::serve::Stop;
+use super::size::{Size, SizeError};
 use super::{CliError, Exit, Format, Output};
 use crate::export::{Access, Caching, ImageExport, OpenOptions};
 
 /// How long requests under way may take to end after the signal.
 const DRAIN: Duration = Duration::from_secs(30);
-/// Connections that the system keeps for us while we accept others.
-const BACKLOG: i32 = 1024;
+/// The least memory budget, in bytes: what goes round of each half is then as much as one connection may hold.
+const MEMORY_BUDGET_MIN: u64 = 32 << 20;
 
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
     /// The qcow2 image. Its format is never guessed: another file is refused.
     image: PathBuf,
-    /// Address to listen on; only loopback, because there is no encryption yet.
-    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1")]
-    bind: IpAddr,
-    /// TCP port; 0 takes a free one and prints it.
-    #[arg(long, value_name = "N", default_value_t = 10809)]
-    port: u16,
-    /// Listen on this Unix socket (mode 0600) instead.
-    #[arg(long, value_name = "PATH", conflicts_with_all = ["bind", "port"])]
-    socket: Option<PathBuf>,
+    #[command(flatten)]
+    place: Place,
     /// Name of the export.
     #[arg(long, value_name = "NAME", default_value = "")]
     export: String,
@@ -46,6 +36,10 @@ pub(super) struct Arguments {
     /// Clients at once; one more is told so.
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..))]
     connections: u16,
+    /// Memory for payload, at least 32M: half for writes until they are in the image, half for reads. Below 160M the largest
+    /// reads of clients without structured replies are refused.
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = memory_budget)]
+    memory_budget: Size,
     /// How the image is written: `auto` writes large pieces around the page cache where the file system takes part,
     /// `writeback` everything through it.
     #[arg(long, value_enum, default_value_t = Cache::Auto)]
@@ -61,10 +55,12 @@ enum Cache {
     Writeback,
 }
 
+fn memory_budget(text: &str) -> Result<Size, String> {
+    let Size(bytes) = text.parse().map_err(|error: SizeError| error.to_string())?;
+    if bytes >= MEMORY_BUDGET_MIN { Ok(Size(bytes)) } else { Err("must be at least 32M".to_owned()) }
+}
+
 pub(super) async fn run(arguments: Arguments, output: &Output) -> Result<Exit, CliError> {
-    if !arguments.bind.is_loopback() {
-        return Err(CliError::NotLoopback { address: arguments.bind });
-    }
     // Listened for before anything is opened: a stop during the start is not lost.
     let mut stop = Stop::new()?;
     let access = if arguments.read_only { Access::ReadOnly } else { Access::ReadWrite };
@@ -91,12 +87,13 @@ async fn serve(
 ) -> Result<Exit, CliError> {
     let exports = Exports::new([Arc::new(export.clone()) as Arc<dyn blockyard_nbd::Export>]);
     let exports = exports.map_err(|error| CliError::Export { reason: error.to_string() })?;
-    let options = Options {
-        connections_per_export: usize::from(arguments.connections),
-        ..Options::new(Budget::new(&BudgetLimits::default()))
-    };
-    let (listener, _socket) = listen(arguments).await?;
-    let server = Server::start(listener, exports, options).map_err(|source| bind_error(arguments, source))?;
+    let Size(bytes) = arguments.memory_budget;
+    let connections = usize::from(arguments.connections);
+    let defaults = BudgetLimits::default();
+    let budget = Budget::new(&BudgetLimits { bytes, connections: defaults.connections.max(connections), ..defaults });
+    let options = Options { connections_per_export: connections, ..Options::new(budget) };
+    let (listener, _socket) = arguments.place.listen()?;
+    let server = Server::start(listener, exports, options).map_err(|source| CliError::Listening { source })?;
     let uri = server.uris().into_iter().next().unwrap_or_default();
     let ready = match output.format() {
         Format::Text => format!("ready {uri}"),
@@ -107,54 +104,5 @@ async fn serve(
     tokio::select! {
         _ = server.stop(DRAIN) => Ok(Exit::Ok),
         () = stop.wait() => Ok(Exit::Interrupted),
-    }
-}
-
-fn bind_error(arguments: &Arguments, source: std::io::Error) -> CliError {
-    let address = match &arguments.socket {
-        Some(path) => path.display().to_string(),
-        None => SocketAddr::new(arguments.bind, arguments.port).to_string(),
-    };
-    CliError::Bind { address, source }
-}
-
-async fn listen(arguments: &Arguments) -> Result<(Listener, Option<SocketFile>), CliError> {
-    let bound = match &arguments.socket {
-        Some(path) => listen_unix(path).map(|(listener, file)| (Listener::from(listener), Some(file))),
-        None => TcpListener::bind((arguments.bind, arguments.port)).await.map(|listener| (listener.into(), None)),
-    };
-    bound.map_err(|source| bind_error(arguments, source))
-}
-
-/// A Unix socket that nobody else may connect to, not even for the moment between its making and its mode.
-fn listen_unix(path: &Path) -> std::io::Result<(UnixListener, SocketFile)> {
-    remove_stale(path)?;
-    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-    socket.set_nonblocking(true)?;
-    socket.bind(&SockAddr::unix(path)?)?;
-    let file = SocketFile(path.to_owned());
-    // Connecting is refused until the socket listens.
-    std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
-    socket.listen(BACKLOG)?;
-    Ok((UnixListener::from_std(socket.into())?, file))
-}
-
-/// Removes a socket that a killed process left behind: one that nobody listens on.
-fn remove_stale(path: &Path) -> std::io::Result<()> {
-    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|facts| facts.file_type().is_socket());
-    let refused = |error: std::io::Error| error.kind() == std::io::ErrorKind::ConnectionRefused;
-    if is_socket && std::os::unix::net::UnixStream::connect(path).err().is_some_and(refused) {
-        std::fs::remove_file(path)?;
-    }
-    Ok(())
-}
-
-/// The name of a Unix socket in the file system, removed at the end.
-struct SocketFile(PathBuf);
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        // Somebody may have removed it already, and then there is nothing to do.
-        let _ = std::fs::remove_file(&self.0);
     }
 }

@@ -7,8 +7,9 @@ use super::{AuthMode, Config, Node, PortRange};
 
 /// Cluster sizes that a qcow2 image can have: `1 << 9` to `1 << 21` bytes.
 const CLUSTER_BYTES: std::ops::RangeInclusive<u32> = 512..=2 << 20;
-/// Half of the budget is for writes and must hold one request of the largest size, 64 MiB.
-const MEMORY_BUDGET_MIN: u64 = 128 << 20;
+/// Half of the budget is for reads, and must hold one reply of the largest size, 64 MiB, besides the 16 MiB that are kept for
+/// connections that hold nothing.
+const MEMORY_BUDGET_MIN: u64 = 160 << 20;
 /// The backup client opens two connections per export.
 const CONNECTIONS_MIN: u32 = 2;
 /// Longest time that a limit in seconds may name: 30 days. A guess; more is a unit mistaken for milliseconds.

@@ -13,5 +13,7 @@ mod process;
 #[path = "../../nbd/tests/common/programs.rs"]
 mod programs;
 mod served;
+#[allow(dead_code, reason = "the load tests use it as well")]
 mod server;
+mod sockets;
 mod tools;

@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
-use std::process::{Child, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Instant;
 
 use crate::process::{DEADLINE, blockyard};
@@ -23,6 +23,11 @@ impl NbdServer {
         if !arguments.contains(&"--socket") {
             command.args(["--port", "0"]);
         }
+        Self::of(command)
+    }
+
+    /// Starts it in this way and waits until clients may come.
+    pub fn of(mut command: Command) -> Self {
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
@@ -34,9 +39,13 @@ impl NbdServer {
         Self { child, uri: uri.trim_end().to_owned() }
     }
 
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     pub fn signal(&self, name: &str) {
         let id = self.child.id().to_string();
-        assert!(std::process::Command::new("kill").args(["-s", name, &id]).status().unwrap().success());
+        assert!(Command::new("kill").args(["-s", name, &id]).status().unwrap().success());
     }
 
     pub fn wait(mut self) -> ExitStatus {

@@ -8,6 +8,7 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 
 use super::Shared;
+use super::half_open::Handshaking;
 use crate::handshake::{Action, Handshake, Negotiated, Policy, Stance};
 use crate::session::{Connection, Ending, Phase, reached, serve};
 use crate::stats::{ClientFacts, Place};
@@ -33,9 +34,15 @@ struct Entered {
     rest: Vec<u8>,
 }
 
-/// Serves one stream to its end. `peer` is for the log.
-pub(super) async fn handle<R, W>(shared: Arc<Shared>, mut reader: R, mut writer: W, peer: String)
-where
+/// Serves one stream to its end. `handshaking` was taken when it was accepted, so that the oldest is the oldest; `peer` is for
+/// the log.
+pub(super) async fn handle<R, W>(
+    shared: Arc<Shared>,
+    handshaking: Handshaking,
+    mut reader: R,
+    mut writer: W,
+    peer: String,
+) where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin + Send + 'static,
 {
@@ -62,7 +69,6 @@ where
         Some(_) => (Stance::Refused(format!("too many connections ({max} of {max})")), shared.limits.linger),
     };
     let mut phase = shared.phase.subscribe();
-    let handshaking = shared.half_open.enter();
     let outcome = tokio::select! {
         biased;
         () = reached(&mut phase, Phase::Cut) => Outcome::Over("the server stops"),

@@ -134,7 +134,9 @@ impl Handle {
     pub fn serve<S: AsyncRead + AsyncWrite + Send + 'static>(&self, stream: S) {
         let (reader, writer) = tokio::io::split(stream);
         let shared = self.shared.clone();
-        let conversation = async move { connection::handle(shared, reader, writer, "stream".to_owned()).await };
+        let handshaking = shared.half_open.enter();
+        let conversation =
+            async move { connection::handle(shared, handshaking, reader, writer, "stream".to_owned()).await };
         // The other end goes away with the handle.
         let _ = self.streams.send(Box::pin(conversation));
     }
@@ -209,8 +211,8 @@ async fn accept(listener: Listener, mut passed: mpsc::UnboundedReceiver<Conversa
             }
             accepted = listener.accept() => match accepted {
                 Ok((stream, peer)) => {
-                    let shared = shared.clone();
-                    connections.spawn(async move { stream.handle(shared, peer).await });
+                    let (shared, handshaking) = (shared.clone(), shared.half_open.enter());
+                    connections.spawn(async move { stream.handle(shared, handshaking, peer).await });
                 }
                 Err(error) => {
                     tracing::warn!(%error, "accept failed");

@@ -11,6 +11,7 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
+use super::half_open::Handshaking;
 use super::{Shared, connection};
 
 /// After this much silence the peer's system is asked whether it still lives.
@@ -89,6 +90,9 @@ impl Listener {
         Ok(match self {
             Self::Tcp(listener) => {
                 let (stream, peer) = listener.accept().await?;
+                if let Err(error) = tune(&stream) {
+                    tracing::debug!(%peer, %error, "socket options not set");
+                }
                 (Stream::Tcp(stream), peer.to_string())
             }
             Self::Unix(listener) => (Stream::Unix(listener.accept().await?.0), "unix".to_owned()),
@@ -103,18 +107,15 @@ pub(super) enum Stream {
 }
 
 impl Stream {
-    pub(super) async fn handle(self, shared: Arc<Shared>, peer: String) {
+    pub(super) async fn handle(self, shared: Arc<Shared>, handshaking: Handshaking, peer: String) {
         match self {
             Self::Tcp(stream) => {
-                if let Err(error) = tune(&stream) {
-                    tracing::debug!(%peer, %error, "socket options not set");
-                }
                 let (reader, writer) = stream.into_split();
-                connection::handle(shared, reader, writer, peer).await;
+                connection::handle(shared, handshaking, reader, writer, peer).await;
             }
             Self::Unix(stream) => {
                 let (reader, writer) = stream.into_split();
-                connection::handle(shared, reader, writer, peer).await;
+                connection::handle(shared, handshaking, reader, writer, peer).await;
             }
         }
     }
@@ -142,5 +143,21 @@ mod tests {
         assert_eq!(v6.uri(""), "nbd://[::1]:5/");
         let unix = Address::Unix("/run/a b&c".into());
         assert_eq!(unix.uri("d"), "nbd+unix:///d?socket=/run/a%20b%26c");
+    }
+
+    #[tokio::test]
+    async fn accepted_sockets_send_at_once_and_notice_a_peer_that_vanished() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let listener = Listener::from(TcpListener::bind(address).await.unwrap());
+            let Address::Tcp(address) = listener.address().unwrap() else { panic!("not TCP") };
+            let _client = TcpStream::connect(address).await.unwrap();
+            let (Stream::Tcp(stream), _) = listener.accept().await.unwrap() else { panic!("not TCP") };
+            let socket = SockRef::from(&stream);
+            assert!(socket.tcp_nodelay().unwrap(), "{address}");
+            assert!(socket.keepalive().unwrap(), "{address}");
+            assert_eq!(socket.tcp_keepalive_time().unwrap(), KEEPALIVE, "{address}");
+            assert_eq!(socket.tcp_keepalive_interval().unwrap(), KEEPALIVE / 4, "{address}");
+            assert_eq!(socket.tcp_user_timeout().unwrap(), Some(USER_TIMEOUT), "{address}");
+        }
     }
 }

@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
 
 use super::outgoing::Frame;
-use super::{Connection, Slot};
-use crate::budget::{Permit, Share};
+use super::{Connection, Slot, first_piece};
+use crate::budget::{Line, Permit};
 use crate::stats::Counters;
 use crate::transmission::{Mode, Shape, Task, chunk_header, piece_end, plan_status};
 use crate::wire::reply::{self, ChunkHeader, Head, Last};
@@ -108,14 +108,11 @@ async fn change<F>(
 }
 
 /// A permit, or `None` if the connection died while waiting for it.
-async fn permit(connection: &Connection, share: &Arc<Share>, bytes: u32) -> Option<Permit> {
-    if let Some(permit) = share.try_acquire(bytes) {
-        return Some(permit);
-    }
+async fn unless_dead(connection: &Connection, permit: impl Future<Output = Permit>) -> Option<Permit> {
     tokio::select! {
         biased;
+        permit = permit => Some(permit),
         _ = connection.flight.dead() => None,
-        permit = share.acquire(bytes) => Some(permit),
     }
 }
 
@@ -150,11 +147,13 @@ async fn read_pieces(slot: Slot, request: Request, offset: u64, length: u64) {
     let Some(header) = chunk_header(connection.terms.mode, &request) else { return };
     let end = offset + length;
     let mut at = offset;
+    let largest = u32::try_from(length).unwrap_or(u32::MAX).min(connection.piece);
+    let mut line = Line::new(&connection.output, connection.cost(largest));
     loop {
-        let next = piece_end(at, end, connection.piece);
-        // A piece fits 32 bits by the bound on its size.
+        let wanted = first_piece(&connection, at, end);
+        let Some(permit) = unless_dead(&connection, line.next(connection.cost(wanted))).await else { return };
+        let next = piece_end(at, at + u64::from(wanted), permit.bytes());
         let bytes = u32::try_from(next - at).unwrap_or(u32::MAX);
-        let Some(permit) = permit(&connection, &connection.output, connection.cost(bytes)).await else { return };
         let content = match read(&connection, at, bytes as usize).await {
             Ok(content) => content,
             Err(error) => return slot.answer(&request, Err(error)),
@@ -261,7 +260,7 @@ async fn read_whole(slot: Slot, request: Request, offset: u64, length: u64) {
     let pieces = || pieces(offset, offset + length, connection.piece);
     let cost = pieces().map(|(_, piece)| connection.cost(piece)).fold(0, u32::saturating_add);
     let cost = cost.min(connection.output.largest());
-    let Some(permit) = permit(&connection, &connection.output, cost).await else { return };
+    let Some(permit) = unless_dead(&connection, connection.output.acquire(cost)).await else { return };
     let mut buffers = Vec::new();
     for (at, piece) in pieces() {
         match read(&connection, at, piece as usize).await {
@@ -292,9 +291,12 @@ async fn status(slot: Slot, request: Request, offset: u64, length: u64, max: usi
     let connection = slot.connection().clone();
     let Some(header) = chunk_header(connection.terms.mode, &request) else { return };
     let bytes = u32::try_from(max * EXTENT_BYTES).unwrap_or(u32::MAX).min(connection.piece);
+    let mut line = Line::new(&connection.output, bytes);
     let mut left = contexts.iter().peekable();
     while let Some(context) = left.next() {
-        let Some(mut permit) = permit(&connection, &connection.output, bytes).await else { return };
+        let Some(mut permit) = unless_dead(&connection, line.next(bytes)).await else { return };
+        // Fewer than asked for is always legal.
+        let max = max.min((permit.bytes() as usize / EXTENT_BYTES).max(1));
         let extents = connection.device.extents(context, offset, length, max).await;
         let planned = match extents.and_then(|extents| plan_status(length, max, &extents)) {
             Ok(planned) => planned,

@@ -25,7 +25,7 @@ use self::execute::{LongWrite, charged, launch};
 use self::flight::{Flight, Unwanted};
 use self::intake::{Dry, Intake};
 use self::outgoing::Frame;
-use crate::budget::{Budget, Share};
+use crate::budget::{Budget, Line, Permit, Share};
 use crate::limits::Limits;
 use crate::stats::{Counters, Seat};
 use crate::transmission::{
@@ -300,14 +300,17 @@ async fn receive_one<R: AsyncRead + Unpin>(
     let slot = Slot { connection: connection.clone(), index };
     match verdict {
         Verdict::Disconnect | Verdict::Run(Task::Nothing) => slot.answer(&request, Ok(())),
-        Verdict::Run(Task::Write { offset, length, durability }) if length <= connection.piece => {
-            let permit = connection.input.acquire(connection.cost(length)).await;
-            let mut buffer = charged(connection.device.buffer(offset, length as usize), permit);
-            intake.payload((*buffer).as_mut()).await?;
-            launch(execute::write(slot, request, buffer, durability)).await;
-        }
         Verdict::Run(Task::Write { offset, length, durability }) => {
-            long_write(intake, slot, request, offset, length, durability).await?;
+            let mut line = Line::new(&connection.input, connection.cost(length.min(connection.piece)));
+            let first = first_piece(connection, offset, offset + u64::from(length));
+            let permit = line.next(connection.cost(first)).await;
+            if first < length || permit.bytes() < first {
+                long_write(intake, slot, request, length, durability, (permit, line)).await?;
+            } else {
+                let mut buffer = charged(connection.device.buffer(offset, length as usize), permit);
+                intake.payload((*buffer).as_mut()).await?;
+                launch(execute::write(slot, request, buffer, durability)).await;
+            }
         }
         Verdict::Run(Task::StatusFilter { payload }) => {
             let mut bytes = [0; MAX_STATUS_FILTER];
@@ -331,30 +334,40 @@ async fn receive_one<R: AsyncRead + Unpin>(
     Ok(None)
 }
 
+/// Length of the first piece of a range.
+fn first_piece(connection: &Connection, at: u64, end: u64) -> u32 {
+    // It fits 32 bits by the bound on its size.
+    u32::try_from(piece_end(at, end, connection.piece) - at).unwrap_or(u32::MAX)
+}
+
 /// Receives a payload piece by piece; each piece is on its way to the device while the next one arrives.
 async fn long_write<R: AsyncRead + Unpin>(
     intake: &mut Intake<R>,
     slot: Slot,
     request: Request,
-    offset: u64,
     length: u32,
     durability: Durability,
+    (first, mut line): (Permit, Line),
 ) -> Result<(), Dry> {
     let connection = slot.connection().clone();
     let write = LongWrite::new(slot, request, durability);
-    let end = offset + u64::from(length);
-    let mut at = offset;
+    let mut at = request.offset;
+    let end = at + u64::from(length);
+    let mut next_permit = Some(first);
     while at < end {
-        let next = piece_end(at, end, connection.piece);
-        let bytes = u32::try_from(next - at).unwrap_or(u32::MAX);
         if write.has_failed() {
-            intake.discard(bytes).await?;
-        } else {
-            let permit = connection.input.acquire(connection.cost(bytes)).await;
-            let mut buffer = charged(connection.device.buffer(at, bytes as usize), permit);
-            intake.payload((*buffer).as_mut()).await?;
-            launch(write.clone().piece(at, buffer)).await;
+            intake.discard(u32::try_from(end - at).unwrap_or(u32::MAX)).await?;
+            break;
         }
+        let permit = match next_permit.take() {
+            Some(permit) => permit,
+            None => line.next(connection.cost(first_piece(&connection, at, end))).await,
+        };
+        let next = piece_end(at, piece_end(at, end, connection.piece), permit.bytes());
+        let bytes = usize::try_from(next - at).unwrap_or(usize::MAX);
+        let mut buffer = charged(connection.device.buffer(at, bytes), permit);
+        intake.payload((*buffer).as_mut()).await?;
+        launch(write.clone().piece(at, buffer)).await;
         at = next;
     }
     write.arrived();
