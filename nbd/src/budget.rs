@@ -21,6 +21,8 @@ pub struct Budget {
     pub(crate) connections: Arc<Semaphore>,
     pub(crate) refusals: Arc<Semaphore>,
     pub(crate) max_connections: usize,
+    /// What each pool may hold, in bytes.
+    half: u32,
 }
 
 impl Budget {
@@ -32,6 +34,7 @@ impl Budget {
             connections: Arc::new(Semaphore::new(limits.connections)),
             refusals: Arc::new(Semaphore::new(limits.refusals)),
             max_connections: limits.connections,
+            half: half_of(limits),
         })
     }
 
@@ -40,7 +43,7 @@ impl Budget {
         Usage {
             connections: self.max_connections - self.connections.available_permits().min(self.max_connections),
             max_connections: self.max_connections,
-            limit: self.input.limit(),
+            limit: self.half.into(),
             input: self.input.used.load(Ordering::Relaxed),
             output: self.output.used.load(Ordering::Relaxed),
             input_peak: self.input.peak.load(Ordering::Relaxed),
@@ -75,15 +78,18 @@ pub(crate) struct Pool {
     common_bytes: u32,
     /// One permit per kept piece.
     kept: Semaphore,
-    kept_pieces: u32,
     piece: u32,
     used: AtomicU64,
     peak: AtomicU64,
 }
 
+fn half_of(limits: &BudgetLimits) -> u32 {
+    u32::try_from(limits.bytes / 2).unwrap_or(u32::MAX)
+}
+
 impl Pool {
     fn new(limits: &BudgetLimits) -> Self {
-        let half = u32::try_from(limits.bytes / 2).unwrap_or(u32::MAX);
+        let half = half_of(limits);
         let kept = u32::try_from(limits.kept_bytes).unwrap_or(u32::MAX).min(half / 2);
         let pieces = kept / limits.piece_bytes.max(1);
         Self {
@@ -93,12 +99,7 @@ impl Pool {
             piece: limits.piece_bytes,
             used: AtomicU64::new(0),
             peak: AtomicU64::new(0),
-            kept_pieces: pieces,
         }
-    }
-
-    fn limit(&self) -> u64 {
-        u64::from(self.common_bytes) + u64::from(self.kept_pieces) * u64::from(self.piece)
     }
 }
 
