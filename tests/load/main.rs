@@ -15,7 +15,6 @@ mod memory;
 #[allow(dead_code, reason = "every test binary uses its own part")]
 mod process;
 #[path = "../../nbd/tests/common/programs.rs"]
-#[allow(dead_code, reason = "every test binary uses its own part")]
 mod programs;
 #[path = "../image/server.rs"]
 #[allow(dead_code, reason = "every test binary uses its own part")]
