@@ -7,6 +7,7 @@ use tokio::sync::watch;
 use crate::backup::Backups;
 use crate::config::Config;
 use crate::http::Tokens;
+use crate::listeners::ListenerOptions;
 use crate::node::NodeClientError;
 use crate::repository::lock::RepositoryLocks;
 use crate::store::Store;
@@ -25,6 +26,8 @@ pub struct App {
     pub tokens: Tokens,
     /// Its jobs.
     pub backups: Backups,
+    /// What its NBD listeners share.
+    pub listeners: ListenerOptions,
     /// The repositories that this process owns.
     pub locks: Arc<RepositoryLocks>,
     /// Names this process start; leases of another one are void.
@@ -52,8 +55,11 @@ impl App {
         let boot_id = crate::id::new_ulid().to_string();
         let config = Arc::new(config);
         let locks = Arc::new(RepositoryLocks::new());
-        let backups = Backups::new(Arc::clone(&config), store.clone(), Arc::clone(&locks), &boot_id)?;
-        Ok(Self { config, store, tokens, backups, locks, boot_id, phase: watch::Sender::new(Phase::Starting) })
+        let listeners = ListenerOptions::new(&config.nbd);
+        let backups =
+            Backups::new(Arc::clone(&config), store.clone(), Arc::clone(&locks), listeners.clone(), &boot_id)?;
+        let phase = watch::Sender::new(Phase::Starting);
+        Ok(Self { config, store, tokens, backups, listeners, locks, boot_id, phase })
     }
 
     /// The phase now.

@@ -64,7 +64,7 @@ struct Shared {
     boot_id: String,
     registry: Arc<Registry>,
     ports: PortPool,
-    listener_options: ListenerOptions,
+    listeners: ListenerOptions,
     locks: Arc<RepositoryLocks>,
     nodes: BTreeMap<String, NodeClient>,
 }
@@ -104,6 +104,7 @@ impl Backups {
         config: Arc<Config>,
         store: Store,
         locks: Arc<RepositoryLocks>,
+        listeners: ListenerOptions,
         boot_id: &str,
     ) -> Result<Self, NodeClientError> {
         let mut nodes = BTreeMap::new();
@@ -114,7 +115,7 @@ impl Backups {
         }
         let shared = Shared {
             ports: PortPool::new(config.nbd.bind),
-            listener_options: ListenerOptions::new(&config.nbd),
+            listeners,
             registry: Arc::new(Registry::new()),
             boot_id: boot_id.to_owned(),
             config,
@@ -141,6 +142,11 @@ impl Backups {
     /// All running jobs, oldest first.
     pub fn running(&self) -> Vec<Arc<JobHandle>> {
         self.shared.registry.all()
+    }
+
+    /// How many jobs of this process ended in each terminal state.
+    pub fn ended(&self) -> BTreeMap<JobState, u64> {
+        self.shared.registry.ended()
     }
 
     /// The running job of the VM with this inventory name, by which the backup client knows it.

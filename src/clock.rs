@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::time::SystemTime;
 
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -39,6 +40,13 @@ impl UtcTime {
     fn truncated(time: Timestamp) -> Self {
         // Both bounds of a millisecond count lie inside the range of a timestamp that was valid before.
         Self(Timestamp::from_millisecond(time.as_millisecond()).unwrap_or(time))
+    }
+}
+
+impl From<SystemTime> for UtcTime {
+    /// The nearest time that RFC 3339 can write.
+    fn from(time: SystemTime) -> Self {
+        Self::truncated(Timestamp::try_from(time).unwrap_or(Timestamp::MAX))
     }
 }
 

@@ -40,6 +40,8 @@ pub struct Config {
     pub jobs: Jobs,
     /// Images and space.
     pub storage: Storage,
+    /// What can be seen of the service.
+    pub observability: Observability,
 }
 
 /// `[server]`
@@ -223,6 +225,14 @@ pub enum CoverageFull {
     Require,
     /// It commits with a warning.
     Warn,
+}
+
+/// `[observability]`
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Observability {
+    /// Whether `/metrics` is served without a token.
+    pub metrics_public: bool,
 }
 
 /// Name of the node that exists without being written.

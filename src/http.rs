@@ -16,6 +16,8 @@ pub mod etag;
 pub mod extract;
 mod health;
 pub mod listing;
+mod metrics;
+mod nbd_exports;
 #[allow(unused_qualifications, reason = "the macro of utoipa repeats the type of a query")]
 mod points;
 mod ports;
@@ -47,6 +49,7 @@ fn api() -> OpenApiRouter<AppState> {
         .merge(backups::routes())
         .merge(points::routes())
         .merge(ports::routes())
+        .merge(nbd_exports::routes())
 }
 
 /// The routes of the backup client, under `/api/v1` too; also served alone at `server.callbacks_bind`.
@@ -58,6 +61,7 @@ fn callbacks() -> OpenApiRouter<AppState> {
 pub fn router(app: &AppState) -> Router {
     let described = OpenApiRouter::with_openapi(describe::frame())
         .merge(health::routes())
+        .merge(metrics::routes())
         .nest("/api/v1", api().merge(callbacks()));
     let (routes, mut openapi) = described.split_for_parts();
     describe::complete(&mut openapi);

@@ -15,6 +15,7 @@ pub mod export;
 pub mod http;
 pub mod id;
 pub mod listeners;
+pub mod metrics;
 pub mod node;
 pub mod repository;
 pub mod secret;

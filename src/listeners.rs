@@ -1,18 +1,21 @@
 //! One NBD listener per disk: a leased port, an export, and the server that joins them.
 //!
 //! A listener is made for one disk of one job and dies with it; it cannot be pointed at anything else. Which ports there
-//! are is [`ports`]' business.
+//! are is [`ports`]' business, what is served now and what was counted is told by [`live`].
 
+pub mod live;
 pub mod ports;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use blockyard_nbd::stats::{ExportStats, Snapshot};
+use blockyard_nbd::budget::Usage;
+use blockyard_nbd::stats::{ConnectionSnapshot, ExportStats, ListenerSnapshot, ListenerStats, Snapshot};
 use blockyard_nbd::{Budget, BudgetLimits, Exports, Handle, Limits, ListPolicy, Options, Server};
 
 use crate::config;
 use crate::export::ImageExport;
+use live::{LiveExport, LiveExports, ServedDisk};
 use ports::{BoundPort, PortLease};
 
 /// How long a client is heard out when its listener stops. Clients keep their sockets open until they have been answered
@@ -23,6 +26,7 @@ const LINGER: Duration = Duration::from_millis(100);
 #[derive(Clone, Debug)]
 pub struct ListenerOptions {
     options: Options,
+    live: Arc<LiveExports>,
 }
 
 impl ListenerOptions {
@@ -33,7 +37,17 @@ impl ListenerOptions {
         let limits = Limits { handshake_deadline, linger: LINGER, ..Limits::default() };
         let list = if nbd.list_exports { ListPolicy::Show } else { ListPolicy::Hide };
         let connections_per_export = usize::try_from(nbd.max_connections_per_export).unwrap_or(usize::MAX);
-        Self { options: Options { limits, list, connections_per_export, ..Options::new(budget) } }
+        Self { options: Options { limits, list, connections_per_export, ..Options::new(budget) }, live: Arc::default() }
+    }
+
+    /// What is served, and what was counted.
+    pub fn live(&self) -> &LiveExports {
+        &self.live
+    }
+
+    /// Payload in memory and connections, over all listeners.
+    pub fn usage(&self) -> Usage {
+        self.options.budget.usage()
     }
 }
 
@@ -41,19 +55,33 @@ impl ListenerOptions {
 #[derive(Debug)]
 pub struct DiskListener {
     server: Handle,
-    stats: Arc<ExportStats>,
+    figures: ListenerFigures,
+    _entry: live::Entry,
     // After the server: the number is free only when nothing listens on it.
     lease: PortLease,
 }
 
 /// What a listener counts; readable at any time, also after it was stopped.
 #[derive(Clone, Debug)]
-pub struct ListenerFigures(Arc<ExportStats>);
+pub struct ListenerFigures {
+    export: Arc<ExportStats>,
+    listener: Arc<ListenerStats>,
+}
 
 impl ListenerFigures {
-    /// All figures now.
+    /// The figures of its export now.
     pub fn snapshot(&self) -> Snapshot {
-        self.0.snapshot()
+        self.export.snapshot()
+    }
+
+    /// What became of connections before they reached the export.
+    pub fn listener(&self) -> ListenerSnapshot {
+        self.listener.snapshot()
+    }
+
+    /// The connections that are open now.
+    pub fn connections(&self) -> Vec<ConnectionSnapshot> {
+        self.export.live()
     }
 }
 
@@ -69,22 +97,36 @@ pub enum ListenError {
 }
 
 impl DiskListener {
-    /// Answers clients on a bound port from now on.
+    /// Answers clients on a bound port from now on. `disk` is what the export is listed as.
     ///
     /// # Errors
     /// An export or socket that cannot be served; the port is given back.
-    pub fn serve(bound: BoundPort, export: &ImageExport, options: &ListenerOptions) -> Result<Self, ListenError> {
+    pub fn serve(
+        bound: BoundPort,
+        export: &ImageExport,
+        disk: ServedDisk,
+        options: &ListenerOptions,
+    ) -> Result<Self, ListenError> {
+        use blockyard_nbd::Export;
         let exports = Exports::single(Arc::new(export.clone()))?;
-        let name = blockyard_nbd::Export::name(export);
         let server = Server::start(bound.listener, exports, options.options.clone())?;
-        // The export was given a line above, so there are counters for its name.
-        let stats = server.stats(name).unwrap_or_default();
-        Ok(Self { server, stats, lease: bound.lease })
+        // The export was given two lines above, so there are counters for its name.
+        let stats = server.stats(export.name()).unwrap_or_default();
+        let figures = ListenerFigures { export: stats, listener: server.listener_stats() };
+        let entry = options.live.enter(LiveExport {
+            name: export.name().to_owned(),
+            address: server.address().clone(),
+            disk,
+            size_bytes: export.size(),
+            read_only: export.read_only(),
+            figures: figures.clone(),
+        });
+        Ok(Self { server, figures, _entry: entry, lease: bound.lease })
     }
 
     /// What it counts.
     pub fn figures(&self) -> ListenerFigures {
-        ListenerFigures(Arc::clone(&self.stats))
+        self.figures.clone()
     }
 
     /// Takes no new connections, answers requests in flight for at most `drain`, closes all sockets, gives the port back.

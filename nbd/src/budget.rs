@@ -28,6 +28,8 @@ pub struct Budget {
     pub(crate) connections: Arc<Semaphore>,
     pub(crate) refusals: Arc<Semaphore>,
     pub(crate) max_connections: usize,
+    /// What each pool may hold, in bytes.
+    half: u32,
 }
 
 impl Budget {
@@ -39,12 +41,16 @@ impl Budget {
             connections: Arc::new(Semaphore::new(limits.connections)),
             refusals: Arc::new(Semaphore::new(limits.refusals)),
             max_connections: limits.connections,
+            half: half_of(limits),
         })
     }
 
-    /// Bytes of payload memory in use now, and the most there ever were.
+    /// What is in use now, the most there ever was, and the bounds.
     pub fn usage(&self) -> Usage {
         Usage {
+            connections: self.max_connections - self.connections.available_permits().min(self.max_connections),
+            max_connections: self.max_connections,
+            limit: self.half.into(),
             input: self.input.used.load(Ordering::Relaxed),
             output: self.output.used.load(Ordering::Relaxed),
             input_peak: self.input.peak.load(Ordering::Relaxed),
@@ -53,9 +59,15 @@ impl Budget {
     }
 }
 
-/// See [`Budget::usage`]; all in bytes.
+/// See [`Budget::usage`]; payload in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Usage {
+    /// Connections now, those in the handshake included.
+    pub connections: usize,
+    /// Most connections there may be at once.
+    pub max_connections: usize,
+    /// Most WRITE payload, and most READ data, that there may be at once.
+    pub limit: u64,
     /// WRITE payload now.
     pub input: u64,
     /// READ data now.
@@ -125,9 +137,13 @@ impl Kept {
     }
 }
 
+fn half_of(limits: &BudgetLimits) -> u32 {
+    u32::try_from(limits.bytes / 2).unwrap_or(u32::MAX)
+}
+
 impl Pool {
     fn new(limits: &BudgetLimits) -> Self {
-        let half = u32::try_from(limits.bytes / 2).unwrap_or(u32::MAX);
+        let half = half_of(limits);
         let kept = u32::try_from(limits.kept_bytes).unwrap_or(u32::MAX).min(half / 2);
         let connections = u32::try_from(limits.connections).unwrap_or(u32::MAX);
         Self {

@@ -24,6 +24,30 @@ pub enum ErrorKind {
 }
 
 impl ErrorKind {
+    /// All of them.
+    pub const ALL: [Self; 7] = [
+        Self::NotPermitted,
+        Self::Io,
+        Self::Invalid,
+        Self::NoSpace,
+        Self::Overflow,
+        Self::NotSupported,
+        Self::Shutdown,
+    ];
+
+    /// The protocol's name without `NBD_`: `EIO`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::NotPermitted => "EPERM",
+            Self::Io => "EIO",
+            Self::Invalid => "EINVAL",
+            Self::NoSpace => "ENOSPC",
+            Self::Overflow => "EOVERFLOW",
+            Self::NotSupported => "ENOTSUP",
+            Self::Shutdown => "ESHUTDOWN",
+        }
+    }
+
     /// The number on the wire.
     pub fn errno(self) -> u32 {
         match self {
@@ -71,6 +95,28 @@ impl From<&io::Error> for ErrorKind {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => Self::NoSpace,
             io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied => Self::NotPermitted,
             _ => Self::Io,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_of_the_operating_system_become_the_few_that_the_protocol_has() {
+        use io::ErrorKind as Os;
+        for (os, kind) in [
+            (Os::StorageFull, ErrorKind::NoSpace),
+            (Os::QuotaExceeded, ErrorKind::NoSpace),
+            (Os::FileTooLarge, ErrorKind::NoSpace),
+            (Os::ReadOnlyFilesystem, ErrorKind::NotPermitted),
+            (Os::PermissionDenied, ErrorKind::NotPermitted),
+            (Os::OutOfMemory, ErrorKind::Io),
+            (Os::UnexpectedEof, ErrorKind::Io),
+            (Os::Other, ErrorKind::Io),
+        ] {
+            assert_eq!(ErrorKind::from(&io::Error::from(os)), kind, "{os:?}");
         }
     }
 }

@@ -93,6 +93,8 @@ pub enum Action {
     Open(usize),
     /// The handshake is over; nothing more is to be sent before the first reply.
     Enter(Negotiated),
+    /// Close, as the client wishes. What was sent must still reach it.
+    Aborted,
     /// Close, for a reason worth a log line. What was sent must still reach the client.
     Close(&'static str),
 }
@@ -106,6 +108,7 @@ enum State {
     Discard(OptionHeader, u32),
     Opening(OptionCode, Negotiated, WantedInfo),
     Entering(Negotiated),
+    Aborted,
     Closed(&'static str),
 }
 
@@ -173,6 +176,7 @@ impl Handshake {
                 State::Discard(header, left) => self.discard(*header, *left),
                 State::Opening(_, negotiated, _) => return Action::Open(negotiated.export),
                 State::Entering(negotiated) => return Action::Enter(*negotiated),
+                State::Aborted => return Action::Aborted,
                 State::Closed(reason) => return Action::Close(reason),
             };
             if went_on.is_none() && self.outbox.is_empty() {
@@ -253,7 +257,7 @@ impl Handshake {
         } else if header.code == OptionCode::ABORT {
             // Its data are ignored, and the connection ends: no need to wait for them.
             self.reply(header.code, ReplyType::ACK, &[]);
-            State::Closed("the client aborted")
+            State::Aborted
         } else if header.length > MAX_DISCARDED || self.option_bytes > self.policy.option_bytes {
             State::Closed("too many bytes of options")
         } else if header.code == OptionCode::EXPORT_NAME {

@@ -80,7 +80,7 @@ async fn every_kind_of_failure_has_its_number_for_every_command() {
             };
             let Err(ClientError::Request { errno: told, text, .. }) = result else { panic!("{result:?}") };
             assert_eq!((told, text.as_str()), (errno, "the medium is bad here"), "{call:?}");
-            assert_eq!(served.stats.snapshot().errors, 1);
+            assert_eq!(served.stats.snapshot().counts.all_errors(), 1);
             client.cache(0, 512).await.unwrap();
         }
     }

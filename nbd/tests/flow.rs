@@ -147,7 +147,7 @@ async fn what_was_acknowledged_on_one_connection_is_read_on_all() {
     for task in tasks {
         soon("a client", task).await.unwrap();
     }
-    assert_eq!(served.stats.snapshot().errors, 0);
+    assert_eq!(served.stats.snapshot().counts.all_errors(), 0);
 }
 
 /// A disk that counts the buffers it has lent.

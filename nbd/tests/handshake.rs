@@ -96,6 +96,10 @@ impl Server {
                         told.entered = Some(negotiated);
                         break;
                     }
+                    Action::Aborted => {
+                        told.closed = Some("aborted");
+                        break;
+                    }
                     Action::Close(reason) => {
                         told.closed = Some(reason);
                         break;

@@ -11,6 +11,7 @@ use super::job::{Job, LiveDisk, RunningDisk};
 use super::state::{DiskState, FailureCode, JobResult, JobState};
 use crate::export::ImageExport;
 use crate::listeners::DiskListener;
+use crate::listeners::live::ServedDisk;
 use crate::repository::directory;
 use crate::store::StoreError;
 use crate::store::backups::{self, Change, DiskUpdate, NodeOutcome};
@@ -75,7 +76,8 @@ impl Job {
         for ((disk, image), port) in self.facts.disks.iter().zip(images).zip(ports) {
             let name = &disk.plan.export_name;
             let export = ImageExport::new(name, image, qcow2::Access::ReadWrite, std::sync::Arc::clone(&self.signals));
-            let listener = DiskListener::serve(port, &export, &self.shared.listener_options).map_err(|error| {
+            let served = ServedDisk { job_id: self.facts.id.clone(), disk_id: disk.plan.disk_id };
+            let listener = DiskListener::serve(port, &export, served, &self.shared.listeners).map_err(|error| {
                 tracing::error!(%error, "a listener could not be made");
                 Failed::new(FailureCode::ImageFailed, format!("disk {} cannot be served", disk.plan.disk_id))
             })?;

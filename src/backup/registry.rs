@@ -11,6 +11,7 @@ use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
 use super::job::JobHandle;
+use super::state::JobState;
 use crate::id::{BackupId, RepositoryId, VmId};
 
 /// Slots and running jobs.
@@ -27,6 +28,8 @@ struct Inner {
     slots: BTreeMap<BackupId, Claim>,
     jobs: BTreeMap<BackupId, Arc<JobHandle>>,
     tasks: BTreeMap<BackupId, AbortHandle>,
+    /// Jobs that could be reached once, by their last state.
+    ended: BTreeMap<JobState, u64>,
 }
 
 /// What a job claims.
@@ -147,6 +150,11 @@ impl Registry {
         self.lock().jobs.values().cloned().collect()
     }
 
+    /// How many jobs ended in each terminal state.
+    pub(super) fn ended(&self) -> BTreeMap<JobState, u64> {
+        self.lock().ended.clone()
+    }
+
     /// Refuses every claim from now on.
     pub(super) fn close(&self) {
         self.lock().closed = true;
@@ -189,7 +197,11 @@ impl Drop for Slot {
 impl Drop for Presence {
     fn drop(&mut self) {
         let mut inner = self.registry.lock();
-        inner.jobs.remove(&self.id);
+        let state = inner.jobs.remove(&self.id).map(|job| job.view().state);
+        // A job whose task was ended where it was is not over.
+        if let Some(state) = state.filter(|state| state.is_terminal()) {
+            *inner.ended.entry(state).or_default() += 1;
+        }
         inner.tasks.remove(&self.id);
         self.registry.report(&inner);
     }

@@ -19,6 +19,9 @@ use crate::app::{AppState, Phase};
 pub const OPEN_ROUTES: &[&str] =
     &["/health", "/readyz", "/openapi.json", "/docs", "/docs/", "/docs/{*rest}", "/docs/problems"];
 
+/// Open too when `observability.metrics_public` says so.
+pub const METRICS_ROUTE: &str = "/metrics";
+
 /// Routes of the backup client: no token, but a peer in `auth.callback_peers`.
 pub const CALLBACK_ROUTES: &[(Method, &str)] = &[
     (Method::GET, "/api/v1/backups/changeid"),
@@ -34,11 +37,11 @@ enum Access {
     Token,
 }
 
-fn access(request: &Request) -> Access {
+fn access(app: &AppState, request: &Request) -> Access {
     let Some(path) = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str) else {
         return Access::Token;
     };
-    if OPEN_ROUTES.contains(&path) {
+    if OPEN_ROUTES.contains(&path) || (path == METRICS_ROUTE && app.config.observability.metrics_public) {
         Access::Open
     } else if CALLBACK_ROUTES.iter().any(|(method, route)| method == request.method() && *route == path) {
         Access::Callback
@@ -66,7 +69,7 @@ pub(super) async fn guard(State(app): State<AppState>, request: Request, next: N
 fn admit(app: &AppState, request: &Request) -> Result<(), Problem> {
     check_host(app, request.headers())?;
     check_origin(request.headers())?;
-    match access(request) {
+    match access(app, request) {
         Access::Open => return Ok(()),
         Access::Callback => check_peer(app, request)?,
         Access::Token => check_token(app, request)?,

@@ -13,6 +13,7 @@ mod complete;
 mod crash;
 mod foreign;
 mod lists;
+mod metrics;
 mod names;
 mod nbd;
 mod node;

@@ -61,6 +61,11 @@ impl Nbd {
         self.stream.write_all(&header)
     }
 
+    /// How the server sees this end.
+    pub fn local_address(&self) -> String {
+        self.stream.local_addr().unwrap().to_string()
+    }
+
     /// Writes, and returns the server's error by its number.
     pub fn write(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.send_header(WRITE, offset, data.len())?;

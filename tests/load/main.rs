@@ -14,6 +14,8 @@ mod memory;
 #[path = "../support/process.rs"]
 #[allow(dead_code, reason = "every test binary uses its own part")]
 mod process;
+#[path = "../../nbd/tests/common/programs.rs"]
+mod programs;
 #[path = "../image/server.rs"]
 #[allow(dead_code, reason = "every test binary uses its own part")]
 mod server;

@@ -96,6 +96,30 @@ async fn read_token_serves_get_requests_only() {
 }
 
 #[tokio::test]
+async fn metrics_demand_a_token_unless_they_are_public_or_nothing_demands_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("read");
+    std::fs::write(&file, "reader\n").unwrap();
+    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let service = TestService::start_in(folder, "[auth]\nread_token_file = \"{folder}/read\"").await;
+    let ask = |service: &TestService| service.request_without_token(Method::GET, "/metrics");
+    send(ask(&service)).await.expect_problem(401, "token_missing");
+    send(ask(&service).bearer_auth("wrong")).await.expect_problem(401, "token_invalid");
+    for token in ["reader", &service.token] {
+        send(ask(&service).bearer_auth(token)).await.expect_status(200);
+    }
+    for toml in ["[observability]\nmetrics_public = true", "[auth]\nmode = \"off\""] {
+        let service = TestService::start_with(toml).await;
+        let answer = send(ask(&service)).await.expect_status(200);
+        assert!(answer.text.starts_with("# HELP blockyard_"), "{}", answer.text);
+        // A page of another origin does not get to see them all the same.
+        send(ask(&service).header("origin", "http://evil.example")).await.expect_problem(403, "origin_refused");
+    }
+    let public = TestService::start_with("[observability]\nmetrics_public = true").await;
+    send(public.request_without_token(Method::GET, "/api/v1/nbd/exports")).await.expect_problem(401, "token_missing");
+}
+
+#[tokio::test]
 async fn with_auth_off_nobody_needs_a_token() {
     let service = TestService::start_with("[auth]\nmode = \"off\"").await;
     send(service.request_without_token(Method::GET, "/api/v1/vms")).await.expect_status(200);

@@ -11,7 +11,7 @@ use super::Shared;
 use super::half_open::Handshaking;
 use crate::handshake::{Action, Handshake, Negotiated, Policy, Stance};
 use crate::session::{Connection, Ending, Phase, reached, serve};
-use crate::stats::Place;
+use crate::stats::{ClientFacts, Place};
 use crate::wire::option::greeting;
 use crate::{Device, Error, ErrorKind};
 
@@ -46,14 +46,21 @@ pub(super) async fn handle<R, W>(
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin + Send + 'static,
 {
-    let budget = &shared.budget;
+    let (budget, stats) = (&shared.budget, &shared.stats);
+    stats.accepted.fetch_add(1, Relaxed);
     let place = budget.connections.clone().try_acquire_owned().ok();
     // Beyond the cap a few at a time are told why, and only for a moment.
     let refusal = match place {
         Some(_) => None,
         None => match budget.refusals.clone().try_acquire_owned() {
-            Ok(refusal) => Some(refusal),
-            Err(_) => return,
+            Ok(refusal) => {
+                stats.refused.fetch_add(1, Relaxed);
+                Some(refusal)
+            }
+            Err(_) => {
+                stats.dropped.fetch_add(1, Relaxed);
+                return;
+            }
         },
     };
     let max = budget.max_connections;
@@ -65,9 +72,15 @@ pub(super) async fn handle<R, W>(
     let outcome = tokio::select! {
         biased;
         () = reached(&mut phase, Phase::Cut) => Outcome::Over("the server stops"),
-        () = handshaking.evicted() => Outcome::Over("too many connections in the handshake"),
+        () = handshaking.evicted() => {
+            stats.evicted.fetch_add(1, Relaxed);
+            Outcome::Over("too many connections in the handshake")
+        }
         outcome = timeout(deadline, negotiate(&shared, &mut reader, &mut writer, stance)) => {
-            outcome.unwrap_or(Outcome::Over("the handshake took too long"))
+            outcome.unwrap_or_else(|_| {
+                stats.timed_out.fetch_add(u64::from(refusal.is_none()), Relaxed);
+                Outcome::Over("the handshake took too long")
+            })
         }
     };
     drop(handshaking);
@@ -127,7 +140,11 @@ where
                 let rest = handshake.into_rest();
                 return Outcome::Entered(Box::new(Entered { negotiated, device, place, rest }));
             }
-            Action::Close(reason) => return Outcome::Refused(reason),
+            Action::Aborted => return Outcome::Refused("the client aborted"),
+            Action::Close(reason) => {
+                shared.stats.rejected.fetch_add(1, Relaxed);
+                return Outcome::Refused(reason);
+            }
         }
     }
 }
@@ -163,9 +180,9 @@ where
     let Entered { negotiated, device, place, rest } = entered;
     let Some(facts) = shared.exports.facts().get(negotiated.export) else { return };
     let terms = negotiated.terms(facts);
-    place.stats().accepted.fetch_add(1, Relaxed);
+    let seat = place.transmit(ClientFacts { peer: peer.to_owned(), mode: terms.mode, tls_subject: None });
     tracing::debug!(peer, export = facts.name, ?terms, "connected");
-    let connection = Connection::new(device, terms, shared.limits.clone(), &shared.budget, place);
+    let connection = Connection::new(device, terms, shared.limits.clone(), &shared.budget, seat);
     let ending = serve(connection, reader, writer, &rest, shared.phase.subscribe()).await;
     match ending {
         Ending::Disconnected | Ending::Stopped => tracing::debug!(peer, export = facts.name, ?ending, "closed"),

@@ -25,7 +25,7 @@ use crate::budget::Budget;
 pub use crate::handshake::ListPolicy;
 use crate::limits::Limits;
 use crate::session::{Phase, reached};
-use crate::stats::ExportStats;
+use crate::stats::{ExportStats, ListenerStats};
 
 /// How long accepting rests after a failure, usually for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -59,6 +59,7 @@ struct Shared {
     list: ListPolicy,
     connections_per_export: usize,
     half_open: Arc<HalfOpen>,
+    stats: Arc<ListenerStats>,
     phase: watch::Sender<Phase>,
 }
 
@@ -75,7 +76,9 @@ impl Server {
         let Options { limits, budget, list, connections_per_export } = options;
         let half_open = HalfOpen::new(limits.half_open);
         let (limits, phase) = (Arc::new(limits), watch::Sender::new(Phase::Running));
-        let shared = Arc::new(Shared { exports, limits, budget, list, connections_per_export, half_open, phase });
+        let stats = Arc::default();
+        let shared =
+            Arc::new(Shared { exports, limits, budget, list, connections_per_export, half_open, stats, phase });
         let (streams, passed) = mpsc::unbounded_channel();
         let accepting = tokio::spawn(accept(listener, passed, shared.clone()));
         Ok(Handle { address, shared, streams, accepting })
@@ -120,6 +123,11 @@ impl Handle {
     /// The counters of an export; they outlive the server.
     pub fn stats(&self, export: &str) -> Option<Arc<ExportStats>> {
         self.shared.exports.iter().find(|(name, _)| *name == export).map(|(_, entry)| entry.stats.clone())
+    }
+
+    /// What became of connections before they reached an export; outlives the server.
+    pub fn listener_stats(&self) -> Arc<ListenerStats> {
+        self.shared.stats.clone()
     }
 
     /// Serves a stream that came some other way, as if it had been accepted: a tunnel, a passed socket, a pipe in a test.

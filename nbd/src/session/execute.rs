@@ -10,6 +10,7 @@ use std::task::Poll;
 use super::outgoing::Frame;
 use super::{Connection, Slot, first_piece};
 use crate::budget::{Line, Permit};
+use crate::stats::Counters;
 use crate::transmission::{Mode, Shape, Task, chunk_header, piece_end, plan_status};
 use crate::wire::reply::{self, ChunkHeader, Head, Last};
 use crate::wire::request::Request;
@@ -46,14 +47,16 @@ pub(crate) async fn run(slot: Slot, request: Request, task: Task) {
                 return slot.answer(&request, Err(error));
             }
             let space = if no_hole { Space::Keep } else { Space::Release };
-            change(slot, request, offset..offset + length, durability, |at, length, durability| {
+            let count = |counters: &Counters, bytes| counters.bytes_zeroed.fetch_add(bytes, Relaxed);
+            change(slot, request, offset..offset + length, durability, count, |at, length, durability| {
                 let device = device.clone();
                 async move { device.zero(at, length, space, durability).await }
             })
             .await;
         }
         Task::Trim { offset, length, durability } => {
-            change(slot, request, offset..offset + length, durability, |at, length, durability| {
+            let count = |counters: &Counters, bytes| counters.bytes_trimmed.fetch_add(bytes, Relaxed);
+            change(slot, request, offset..offset + length, durability, count, |at, length, durability| {
                 let device = device.clone();
                 async move { device.trim(at, length, durability).await }
             })
@@ -78,6 +81,7 @@ async fn change<F>(
     request: Request,
     range: Range<u64>,
     durability: Durability,
+    count: impl Fn(&Counters, u64) -> u64,
     step: impl Fn(u64, u64, Durability) -> F,
 ) where
     F: Future<Output = Result<(), Error>>,
@@ -90,7 +94,7 @@ async fn change<F>(
         if let Err(error) = step(at, next - at, when).await {
             return slot.answer(&request, Err(error));
         }
-        slot.connection().stats().bytes_zeroed.fetch_add(next - at, Relaxed);
+        count(slot.connection().stats(), next - at);
         if !slot.is_wanted() {
             return;
         }
@@ -298,6 +302,7 @@ async fn status(slot: Slot, request: Request, offset: u64, length: u64, max: usi
             Ok(planned) => planned,
             Err(error) => return slot.answer(&request, Err(error)),
         };
+        connection.stats().extents.fetch_add(planned.len() as u64, Relaxed);
         let last = if left.peek().is_none() { Last::Yes } else { Last::No };
         let (head, payload) = header.status(last, context.id(), &planned);
         permit.shrink(u32::try_from(payload.len()).unwrap_or(u32::MAX));

@@ -6,11 +6,13 @@
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use tokio::sync::Notify;
 
 use super::Ending;
 use super::outgoing::Frame;
+use crate::stats::Operation;
 use crate::transmission::{Mode, failure};
 use crate::wire::reply::Last;
 use crate::wire::request::Request;
@@ -32,6 +34,8 @@ pub(crate) struct Flight {
 struct State {
     /// One entry per slot: the request, until it is answered.
     unanswered: Vec<Option<Request>>,
+    /// One entry per slot: what its last request was, and since when.
+    began: Vec<(Operation, Instant)>,
     free: Vec<usize>,
     queue: VecDeque<Frame>,
     stage: Stage,
@@ -65,6 +69,7 @@ impl Flight {
     pub(crate) fn new(slots: usize) -> Self {
         let state = State {
             unanswered: vec![None; slots],
+            began: vec![(Operation::Other, Instant::now()); slots],
             free: (0..slots).rev().collect(),
             queue: VecDeque::with_capacity(slots),
             stage: Stage::Open,
@@ -89,6 +94,7 @@ impl Flight {
         let mut state = self.lock();
         let index = state.free.pop()?;
         state.unanswered[index] = Some(request);
+        state.began[index] = (request.command.into(), Instant::now());
         Some(index)
     }
 
@@ -116,9 +122,10 @@ impl Flight {
         state.unanswered[index].is_some() && state.stage != Stage::Dead
     }
 
-    /// Gives a slot back.
-    pub(crate) fn end(&self, index: usize) {
+    /// Gives a slot back, and tells what its request was and when it began.
+    pub(crate) fn end(&self, index: usize) -> (Operation, Instant) {
         let mut state = self.lock();
+        let began = state.began[index];
         let unanswered = state.unanswered[index].take().is_some();
         state.free.push(index);
         let was_full = state.free.len() == 1;
@@ -136,6 +143,7 @@ impl Flight {
         if unanswered {
             self.kill(Ending::Broken);
         }
+        began
     }
 
     /// Waits for frames and moves all of them into `batch`; `false` when there will be none.
@@ -168,21 +176,25 @@ impl Flight {
         self.ready.notify_one();
     }
 
-    /// Answers every request that is still under way with ESHUTDOWN. What their devices return later is dropped.
-    pub(crate) fn cut(&self, mode: Mode) {
+    /// Answers every request that is still under way with ESHUTDOWN, and tells how many. What their devices return later is
+    /// dropped.
+    pub(crate) fn cut(&self, mode: Mode) -> u64 {
         let error = Error::new(ErrorKind::Shutdown, "the server is shutting down");
         let mut state = self.lock();
         if state.stage >= Stage::Cut {
-            return;
+            return 0;
         }
         state.stage = Stage::Cut;
         let State { unanswered, queue, .. } = &mut *state;
+        let mut answered = 0;
         for request in unanswered.iter_mut().filter_map(Option::take) {
             let (head, body) = failure(mode, &request, &error);
             queue.push_back(Frame::new(head).with_body(body));
+            answered += 1;
         }
         drop(state);
         self.ready.notify_one();
+        answered
     }
 
     /// Ends the connection: what is queued is dropped, what is under way runs on for nobody.

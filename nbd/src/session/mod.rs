@@ -27,14 +27,15 @@ use self::intake::{Dry, Intake};
 use self::outgoing::Frame;
 use crate::budget::{Budget, Line, Permit, Share};
 use crate::limits::Limits;
-use crate::stats::{ExportStats, Place};
+use crate::stats::{Counters, Seat};
 use crate::transmission::{
     Admission, Aftermath, MAX_STATUS_FILTER, Mode, Task, Terms, Verdict, check, failure, filtered_status, piece_end,
     success,
 };
 use crate::wire::reply::Last;
 use crate::wire::request::{COMPACT_LENGTH, EXTENDED_LENGTH, Request};
-use crate::{Device, Durability, Error};
+use crate::wire::{Command, CommandFlags};
+use crate::{Device, Durability, Error, ErrorKind};
 
 /// How far a server has come in stopping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -79,7 +80,7 @@ pub(crate) struct Connection {
     input: Arc<Share>,
     output: Arc<Share>,
     flight: Flight,
-    place: Place,
+    seat: Seat,
     /// [`Limits::piece_bytes`], as far as the budget allows.
     piece: u32,
 }
@@ -90,17 +91,23 @@ impl Connection {
         terms: Terms,
         limits: Arc<Limits>,
         budget: &Budget,
-        place: Place,
+        seat: Seat,
     ) -> Arc<Self> {
         let input = Share::new(&budget.input, limits.input_bytes);
         let output = Share::new(&budget.output, limits.output_bytes);
         let flight = Flight::new(limits.requests_in_flight.max(1));
         let piece = limits.piece_bytes.min(1 << input.largest().max(1).ilog2());
-        Arc::new(Self { device, terms, limits, input, output, flight, place, piece })
+        Arc::new(Self { device, terms, limits, input, output, flight, seat, piece })
     }
 
-    fn stats(&self) -> &ExportStats {
-        self.place.stats()
+    fn stats(&self) -> &Counters {
+        self.seat.counters()
+    }
+
+    /// Answers what is under way with ESHUTDOWN.
+    fn cut(&self) {
+        let answered = self.flight.cut(self.terms.mode);
+        self.stats().failed(ErrorKind::Shutdown, answered);
     }
 
     /// What a buffer for a piece or less costs of the budget, in bytes.
@@ -145,7 +152,8 @@ impl Slot {
         let frame = match result {
             Ok(()) => Frame::new(success(mode, request)),
             Err(error) => {
-                self.connection.stats().errors.fetch_add(1, Relaxed);
+                // Before the client can know. Nobody hears what comes after a cut.
+                self.connection.stats().failed(error.kind, self.is_wanted().into());
                 tracing::debug!(command = request.command.0, kind = ?error.kind, %error, "request failed");
                 let (head, body) = failure(mode, request, &error);
                 Frame::new(head).with_body(body)
@@ -157,7 +165,8 @@ impl Slot {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        self.connection.flight.end(self.index);
+        let (operation, began) = self.connection.flight.end(self.index);
+        self.connection.stats().ended(operation, began);
     }
 }
 
@@ -195,7 +204,7 @@ where
         let sent = tokio::select! {
             _ = &mut writer.0 => true,
             () = reached(&mut phase, Phase::Cut) => {
-                connection.flight.cut(connection.terms.mode);
+                connection.cut();
                 timeout(limits.linger, &mut writer.0).await.is_ok()
             }
         };
@@ -206,7 +215,7 @@ where
     }
     connection.flight.kill(ending);
     if ending == Ending::Stalled {
-        connection.stats().stalled.fetch_add(1, Relaxed);
+        connection.seat.stalled();
     }
     // The place in the export is free from here on, unless a device call still runs.
     drop((_guard, writer, connection));
@@ -240,7 +249,7 @@ async fn stopping(connection: &Connection, mut phase: watch::Receiver<Phase>) ->
     tokio::select! {
         () = connection.flight.quiet() => {}
         // Here, and not later: a request whose payload is being received goes away with the reader.
-        () = reached(&mut phase, Phase::Cut) => connection.flight.cut(connection.terms.mode),
+        () = reached(&mut phase, Phase::Cut) => connection.cut(),
     }
     Ending::Stopped
 }
@@ -280,8 +289,14 @@ async fn receive_one<R: AsyncRead + Unpin>(
     if verdict == Verdict::Disconnect {
         return Ok(Some(Ending::Disconnected));
     }
-    connection.stats().requests.fetch_add(1, Relaxed);
     let Some(index) = connection.flight.begin(request) else { return Ok(Some(Ending::Broken)) };
+    connection.stats().requests.fetch_add(1, Relaxed);
+    if connection.terms.mode == Mode::Extended
+        && request.command == Command::WRITE
+        && !request.flags.contains(CommandFlags::PAYLOAD_LEN)
+    {
+        connection.stats().writes_without_payload_flag.fetch_add(1, Relaxed);
+    }
     let slot = Slot { connection: connection.clone(), index };
     match verdict {
         Verdict::Disconnect | Verdict::Run(Task::Nothing) => slot.answer(&request, Ok(())),
