@@ -13,6 +13,7 @@ pub mod limits;
 pub mod server;
 mod session;
 pub mod stats;
+pub mod tls;
 pub mod transmission;
 pub mod wire;
 
@@ -21,3 +22,4 @@ pub use error::{Error, ErrorKind};
 pub use export::{Buffer, Device, Durability, Export, Extent, ZeroFlags};
 pub use limits::{BudgetLimits, Limits};
 pub use server::{Exports, Handle, ListPolicy, Options, Server, Stopped};
+pub use tls::{ServerTls, Tls};

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use blockyard_nbd::handshake::{Action, ExportFacts, Handshake, ListPolicy, Negotiated, Policy, Stance};
+use blockyard_nbd::handshake::{Action, ExportFacts, Handshake, ListPolicy, Negotiated, Policy, Stance, TlsPolicy};
 use blockyard_nbd::transmission::{ContextSet, Mode};
 use blockyard_nbd::wire::option::{
     InfoRequest, MetaRequest, OptionCode, OptionReplyHeader, ReplyType, WantedInfo, encode_option,
@@ -24,7 +24,7 @@ fn facts(name: &str) -> ExportFacts {
 }
 
 fn policy() -> Policy {
-    Policy { list: ListPolicy::Show, options: 256, option_bytes: 4 << 20 }
+    Policy { list: ListPolicy::Show, tls: TlsPolicy::Off, options: 256, option_bytes: 4 << 20 }
 }
 
 /// What a conversation came to.
@@ -90,6 +90,7 @@ impl Server {
                         told.opened.push(export);
                         handshake.opened(self.open.clone());
                     }
+                    Action::StartTls => handshake = handshake.secured(),
                     Action::Enter(negotiated) => {
                         told.entered = Some(negotiated);
                         break;

@@ -25,7 +25,8 @@ use self::collect::{Collector, Outcome, Wanted};
 pub use self::error::ClientError;
 pub use self::negotiation::{ExportDetails, ListedExport, MetaContext, Negotiation};
 use self::transport::{Outgoing, Pending, Waiting};
-pub use self::uri::{Transport, Uri, UriError};
+pub use self::uri::{Transport, Uri, UriError, UriTls};
+use crate::tls::ClientTls;
 use crate::transmission::Mode;
 use crate::wire::request::Request;
 use crate::wire::{Command, CommandFlags, MAX_PAYLOAD};
@@ -76,9 +77,16 @@ impl std::fmt::Debug for Pending {
 
 impl Client {
     /// Connects to the export of a URI with all that this client knows: structured replies and `base:allocation` where the
-    /// server has them.
+    /// server has them. A URI that asks for TLS gets it, from a server whose certificate is right, or an error.
     pub async fn connect(uri: &Uri) -> Result<Self> {
+        let tls = match &uri.tls {
+            Some(tls) => Some(ClientTls::load(tls.certificates.as_deref().ok_or(ClientError::NoCertificates)?)?),
+            None => None,
+        };
         let mut negotiation = Negotiation::connect(&uri.transport).await?;
+        if let Some(tls) = &tls {
+            negotiation = negotiation.start_tls(tls, uri.tls_hostname()).await?;
+        }
         match negotiation.structured_replies().await {
             Ok(()) => {
                 // A server without contexts is as good as one without this context.
