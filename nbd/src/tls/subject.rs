@@ -23,6 +23,9 @@ pub struct Subject(
 
 type Attribute = (ObjectIdentifier, Value);
 
+/// What ends a value, and the text behind it.
+type Next<'a> = Option<(char, &'a str)>;
+
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Value {
     Text(String),
@@ -102,7 +105,7 @@ fn parse(text: &str) -> Result<Subject, &'static str> {
 }
 
 /// A value up to the `,` or `+` behind it; that, and what follows it.
-fn unescape(text: &str) -> Result<(String, Option<(char, &str)>), &'static str> {
+fn unescape(text: &str) -> Result<(String, Next<'_>), &'static str> {
     if text.starts_with('#') {
         return Err("a value in hexadecimal cannot be compared");
     }
