@@ -22,9 +22,9 @@ use meter::{ConnectionCount, Failure, Meter};
 use signals::Signals;
 
 /// `base:allocation`: the range takes no space.
-const STATE_HOLE: u32 = 1;
+const STATE_HOLE: u64 = 1;
 /// `base:allocation`: the range reads as zeroes.
-const STATE_ZERO: u32 = 2;
+const STATE_ZERO: u64 = 2;
 
 /// An image under a name. Cheap to clone; all clones are one export.
 #[derive(Clone, Debug)]
@@ -87,6 +87,10 @@ impl nbd::Export for ImageExport {
 
     fn read_only(&self) -> bool {
         self.read_only
+    }
+
+    fn contexts(&self) -> nbd::ContextSet {
+        nbd::ContextSet::ALL
     }
 
     fn preferred_block_size(&self) -> u32 {
@@ -162,11 +166,12 @@ impl nbd::Device for ImageDevice {
         Box::new(self.image.buffer(length))
     }
 
-    async fn read(&self, offset: u64, buffer: nbd::Buffer) -> Result<nbd::Buffer, nbd::Error> {
+    async fn read(&self, offset: u64, buffer: nbd::Buffer) -> Result<nbd::Content, nbd::Error> {
         let _pass = self.enter()?;
-        let Lent(buffer) = self.image.read(offset, Lent(buffer)).await.map_err(|error| request_error(&error))?;
+        let read = self.image.read_sparse(offset, Lent(buffer)).await;
+        let (Lent(buffer), holes) = read.map_err(|error| request_error(&error))?;
         self.meter.read((*buffer).as_ref().len() as u64);
-        Ok(buffer)
+        Ok(nbd::Content { buffer, holes })
     }
 
     async fn write(&self, offset: u64, buffer: nbd::Buffer, durability: nbd::Durability) -> Result<(), nbd::Error> {
@@ -182,18 +187,22 @@ impl nbd::Device for ImageDevice {
         &self,
         offset: u64,
         length: u64,
-        flags: nbd::ZeroFlags,
+        space: nbd::Space,
         durability: nbd::Durability,
     ) -> Result<(), nbd::Error> {
         let _pass = self.enter_change()?;
-        let mode = if flags.no_hole { ZeroMode::Keep } else { ZeroMode::Unmap };
-        if flags.fast && !self.zero_is_fast(offset, length) {
-            return Err(nbd::Error::new(nbd::ErrorKind::NotSupported, "zeroing this range would need writes"));
-        }
+        let mode = match space {
+            nbd::Space::Keep => ZeroMode::Keep,
+            nbd::Space::Release => ZeroMode::Unmap,
+        };
         let zeroed = self.image.zero(offset, length, mode, durability_of(durability)).await;
         zeroed.map_err(|error| self.change_failed(&error))?;
         self.meter.zeroed(offset, length);
         Ok(())
+    }
+
+    async fn fast_zero(&self, offset: u64, length: u64) -> bool {
+        self.image.zero_is_fast(offset, length).await
     }
 
     async fn trim(&self, offset: u64, length: u64, durability: nbd::Durability) -> Result<(), nbd::Error> {
@@ -215,24 +224,33 @@ impl nbd::Device for ImageDevice {
         Ok(())
     }
 
-    async fn extents(&self, offset: u64, length: u64, max: usize) -> Result<Vec<nbd::Extent>, nbd::Error> {
+    async fn cache(&self, offset: u64, length: u64) {
+        // Whoever may not come in any more needs no hint.
+        if let Ok(_pass) = self.enter() {
+            self.image.prefetch(offset, length).await;
+            self.meter.alive();
+        }
+    }
+
+    async fn extents(
+        &self,
+        context: nbd::Context,
+        offset: u64,
+        length: u64,
+        max: usize,
+    ) -> Result<Vec<nbd::Extent>, nbd::Error> {
         let _pass = self.enter()?;
         let found = self.image.map(offset, length, max).await.map_err(|error| request_error(&error))?;
         self.meter.alive();
-        Ok(found.iter().map(|extent| nbd::Extent { length: extent.length, status: status_of(extent.kind) }).collect())
+        let status = |extent: &qcow2::Extent| match context {
+            nbd::Context::BaseAllocation => status_of(extent.kind),
+            nbd::Context::AllocationDepth => extent.depth.into(),
+        };
+        Ok(found.iter().map(|extent| nbd::Extent { length: extent.length, status: status(extent) }).collect())
     }
 }
 
-impl ImageDevice {
-    /// Whether a zero request needs metadata only: whole clusters, or up to the end of the disk.
-    fn zero_is_fast(&self, offset: u64, length: u64) -> bool {
-        let cluster = self.image.cluster_size();
-        let end = offset + length;
-        offset.is_multiple_of(cluster) && (end.is_multiple_of(cluster) || end == self.image.size())
-    }
-}
-
-fn status_of(kind: ExtentKind) -> u32 {
+fn status_of(kind: ExtentKind) -> u64 {
     match kind {
         ExtentKind::Data => 0,
         ExtentKind::ZeroAllocated => STATE_ZERO,

@@ -8,7 +8,8 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use async_trait::async_trait;
 use blockyard_nbd::{
-    Budget, BudgetLimits, Buffer, Device, Durability, Error, Export, Exports, Extent, Options, Server, ZeroFlags,
+    Budget, BudgetLimits, Buffer, Content, Context, Device, Durability, Error, Export, Exports, Extent, Options,
+    Server, Space,
 };
 use tokio::net::TcpListener;
 
@@ -70,13 +71,13 @@ impl Device for Memory {
         Box::new(Pooled { bytes, pool: self.pool.clone() })
     }
 
-    async fn read(&self, offset: u64, mut buffer: Buffer) -> Result<Buffer, Error> {
+    async fn read(&self, offset: u64, mut buffer: Buffer) -> Result<Content, Error> {
         let bytes = (*buffer).as_mut();
         self.each(offset, bytes.len() as u64, |part, start, range| {
             let part = part.read().unwrap_or_else(PoisonError::into_inner);
             bytes[range.clone()].copy_from_slice(&part[start..start + range.len()]);
         });
-        Ok(buffer)
+        Ok(buffer.into())
     }
 
     async fn write(&self, offset: u64, buffer: Buffer, _: Durability) -> Result<(), Error> {
@@ -88,7 +89,7 @@ impl Device for Memory {
         Ok(())
     }
 
-    async fn zero(&self, offset: u64, length: u64, _: ZeroFlags, _: Durability) -> Result<(), Error> {
+    async fn zero(&self, offset: u64, length: u64, _: Space, _: Durability) -> Result<(), Error> {
         self.each(offset, length, |part, start, range| {
             part.write().unwrap_or_else(PoisonError::into_inner)[start..start + range.len()].fill(0);
         });
@@ -96,14 +97,18 @@ impl Device for Memory {
     }
 
     async fn trim(&self, offset: u64, length: u64, durability: Durability) -> Result<(), Error> {
-        self.zero(offset, length, ZeroFlags::default(), durability).await
+        self.zero(offset, length, Space::Release, durability).await
+    }
+
+    async fn fast_zero(&self, _offset: u64, _length: u64) -> bool {
+        false
     }
 
     async fn flush(&self) -> Result<(), Error> {
         Ok(())
     }
 
-    async fn extents(&self, _offset: u64, length: u64, _max: usize) -> Result<Vec<Extent>, Error> {
+    async fn extents(&self, _: Context, _offset: u64, length: u64, _max: usize) -> Result<Vec<Extent>, Error> {
         Ok(vec![Extent { length, status: 0 }])
     }
 }

@@ -1,6 +1,7 @@
 //! The seam between the protocol and whatever holds the bytes: an [`Export`] is offered by name, the [`Device`] behind it
 //! is opened once a client has passed the handshake. The protocol knows no image format, the device knows no socket.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -36,13 +37,106 @@ pub struct ZeroFlags {
     pub fast: bool,
 }
 
+/// What becomes of the space under a range that is made to read as zeroes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Space {
+    /// It is given back where that can be done.
+    Release,
+    /// It is kept or taken, so that later writes do not run out of it: `NBD_CMD_FLAG_NO_HOLE`.
+    Keep,
+}
+
+/// Content of a range.
+pub struct Content {
+    /// The bytes, except where there are holes.
+    pub buffer: Buffer,
+    /// Ranges within the buffer that read as zeroes, ascending and disjoint; what the buffer holds there is arbitrary. It is
+    /// never wrong to tell none and to fill the buffer.
+    pub holes: Vec<Range<usize>>,
+}
+
+impl From<Buffer> for Content {
+    fn from(buffer: Buffer) -> Self {
+        Self { buffer, holes: Vec::new() }
+    }
+}
+
+/// A metadata context: a question that BLOCK_STATUS answers ("Metadata querying").
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Context {
+    /// `base:allocation`: bit 0 = hole, bit 1 = reads as zero.
+    BaseAllocation,
+    /// `qemu:allocation-depth`: 0 = unallocated, 1 = in the image itself, 2 = in its backing file, and so on.
+    AllocationDepth,
+}
+
+impl Context {
+    /// All contexts that this server knows, in the order in which they are told.
+    pub const ALL: [Self; 2] = [Self::BaseAllocation, Self::AllocationDepth];
+
+    /// `namespace:leaf`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::BaseAllocation => "base:allocation",
+            Self::AllocationDepth => "qemu:allocation-depth",
+        }
+    }
+
+    /// Its id in every connection; not 0, which is what lists say.
+    pub fn id(self) -> u32 {
+        match self {
+            Self::BaseAllocation => 1,
+            Self::AllocationDepth => 2,
+        }
+    }
+}
+
+/// Some of the metadata contexts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct ContextSet {
+    /// [`Context::BaseAllocation`].
+    pub base_allocation: bool,
+    /// [`Context::AllocationDepth`].
+    pub allocation_depth: bool,
+}
+
+impl ContextSet {
+    /// None of them.
+    pub const NONE: Self = Self { base_allocation: false, allocation_depth: false };
+    /// All of them.
+    pub const ALL: Self = Self { base_allocation: true, allocation_depth: true };
+
+    /// Whether the context is among them.
+    pub fn contains(self, context: Context) -> bool {
+        match context {
+            Context::BaseAllocation => self.base_allocation,
+            Context::AllocationDepth => self.allocation_depth,
+        }
+    }
+
+    /// Those, in the order of [`Context::ALL`].
+    pub fn iter(self) -> impl Iterator<Item = Context> {
+        Context::ALL.into_iter().filter(move |context| self.contains(*context))
+    }
+}
+
+impl FromIterator<Context> for ContextSet {
+    fn from_iter<T: IntoIterator<Item = Context>>(contexts: T) -> Self {
+        contexts.into_iter().fold(Self::NONE, |set, context| match context {
+            Context::BaseAllocation => Self { base_allocation: true, ..set },
+            Context::AllocationDepth => Self { allocation_depth: true, ..set },
+        })
+    }
+}
+
 /// A run of bytes with one answer in a metadata context; never empty.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Extent {
     /// Length in bytes, above 0.
     pub length: u64,
-    /// The status word of the context: for `base:allocation` bit 0 = hole, bit 1 = reads as zero.
-    pub status: u32,
+    /// The status word, see [`Context`]. More than 32 bits of it travel with extended headers only; neither context here
+    /// needs them.
+    pub status: u64,
 }
 
 /// A name that clients can ask for, with the facts that are known without opening anything.
@@ -69,6 +163,16 @@ pub trait Export: Send + Sync + 'static {
         65536
     }
 
+    /// The metadata contexts that the device can tell.
+    fn contexts(&self) -> ContextSet {
+        ContextSet { base_allocation: true, ..ContextSet::NONE }
+    }
+
+    /// Whether the device can tell zeroing that is faster than writing ([`Device::fast_zero`]).
+    fn fast_zero(&self) -> bool {
+        true
+    }
+
     /// Opens the bytes behind the name, once per connection, after the handshake asked for it and before it is acknowledged.
     /// All connections of one export share one image, so this usually hands out the same device again. An error is told to
     /// the client: [`crate::ErrorKind::NotPermitted`] as a matter of policy, [`crate::ErrorKind::Shutdown`] as a server that
@@ -84,7 +188,12 @@ pub trait Export: Send + Sync + 'static {
 ///
 /// Calls overlap: up to a whole connection's requests are under way at once, of every connection, in no order. A WRITE
 /// longer than a piece ([`crate::Limits::piece_bytes`]) comes as several calls, each at most a piece long and ending at a
-/// multiple of it; if it was to be durable, [`Device::flush`] follows the last of them.
+/// multiple of it, and a WRITE_ZEROES or TRIM of more than a GiB comes GiB by GiB; if it was to be durable, [`Device::flush`]
+/// follows the last of them.
+///
+/// # Memory
+/// The buffer of a write counts against the [`crate::Budget`] until the device drops it, so a device that answers before the
+/// bytes have left its memory keeps it until then; it must not wait for another request before it lets go.
 ///
 /// # Cancellation
 /// The session runs each call to its end, also when the client is gone. A call is polled first by the task that reads the
@@ -97,14 +206,17 @@ pub trait Device: Send + Sync + 'static {
     /// Memory for `length` bytes at `offset` (the offset lets an engine choose alignment). Contents are arbitrary.
     fn buffer(&self, offset: u64, length: usize) -> Buffer;
 
-    /// Fills the whole buffer from `offset` on and hands it back.
-    async fn read(&self, offset: u64, buffer: Buffer) -> Result<Buffer, Error>;
+    /// Fills the buffer from `offset` on, as far as there are no holes, and hands it back.
+    async fn read(&self, offset: u64, buffer: Buffer) -> Result<Content, Error>;
 
     /// Writes the whole buffer at `offset`.
     async fn write(&self, offset: u64, buffer: Buffer, durability: Durability) -> Result<(), Error>;
 
     /// Makes the range read as zeroes.
-    async fn zero(&self, offset: u64, length: u64, flags: ZeroFlags, durability: Durability) -> Result<(), Error>;
+    async fn zero(&self, offset: u64, length: u64, space: Space, durability: Durability) -> Result<(), Error>;
+
+    /// Whether [`Device::zero`] over this range would be faster than writing zeroes. Asked before anything is changed.
+    async fn fast_zero(&self, offset: u64, length: u64) -> bool;
 
     /// Gives back the space of the range where that can be done; what was given back reads as zeroes.
     async fn trim(&self, offset: u64, length: u64, durability: Durability) -> Result<(), Error>;
@@ -112,7 +224,10 @@ pub trait Device: Send + Sync + 'static {
     /// Makes durable what every call that returned before this one began has changed, on any connection.
     async fn flush(&self) -> Result<(), Error>;
 
-    /// The `base:allocation` answer from `offset` on: at least one extent, at most `max`, none empty, together at most
-    /// `length` bytes (fewer is legal, none is not).
-    async fn extents(&self, offset: u64, length: u64, max: usize) -> Result<Vec<Extent>, Error>;
+    /// Hears that the range will be read soon. What it does about it is its own affair; it may not fail and should be quick.
+    async fn cache(&self, _offset: u64, _length: u64) {}
+
+    /// The answer of a context from `offset` on: at least one extent, at most `max`, none empty, together at most `length`
+    /// bytes (fewer is legal, none is not). `length` may be the whole disk.
+    async fn extents(&self, context: Context, offset: u64, length: u64, max: usize) -> Result<Vec<Extent>, Error>;
 }

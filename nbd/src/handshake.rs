@@ -10,10 +10,10 @@ mod answers;
 
 use std::sync::Arc;
 
-use crate::transmission::{ContextSet, Mode, Terms};
+use crate::transmission::{Mode, Terms};
 use crate::wire::option::{OPTION_HEADER_LENGTH, OptionCode, OptionHeader, ReplyType, WantedInfo};
 use crate::wire::{FIXED_NEWSTYLE, MAX_STRING, NO_ZEROES};
-use crate::{Error, ErrorKind};
+use crate::{ContextSet, Error, ErrorKind};
 
 /// Option data up to this many bytes are looked at; a list of 4096 metadata queries fits.
 const MAX_PARSED: u32 = 64 << 10;
@@ -31,6 +31,10 @@ pub struct ExportFacts {
     pub size: u64,
     /// Whether writes are refused.
     pub read_only: bool,
+    /// Whether FAST_ZERO is offered.
+    pub fast_zero: bool,
+    /// The metadata contexts that there are.
+    pub contexts: ContextSet,
     /// A power of two, `512 <= preferred <= 64 MiB`.
     pub preferred_block_size: u32,
 }
@@ -86,7 +90,7 @@ pub struct Policy {
 pub struct Negotiated {
     /// Index into the exports that the handshake was made with.
     pub export: usize,
-    /// Form of replies.
+    /// Form of headers and replies.
     pub mode: Mode,
     /// Metadata contexts for this export.
     pub contexts: ContextSet,
@@ -288,8 +292,10 @@ impl Handshake {
         } else if header.length > MAX_DISCARDED || self.option_bytes > self.policy.option_bytes {
             State::Closed("too many bytes of options")
         } else if header.code == OptionCode::EXPORT_NAME {
-            match (&self.stance, usize::try_from(header.length)) {
-                (Stance::Welcome, Ok(length)) if length <= MAX_STRING && !self.lacks_tls() => State::Data(header),
+            // Its answer has no place for what extended headers are about, so the text forbids it after them.
+            let possible = self.is_served() && self.mode != Mode::Extended;
+            match usize::try_from(header.length) {
+                Ok(length) if possible && length <= MAX_STRING => State::Data(header),
                 _ => State::Closed("EXPORT_NAME cannot be refused politely"),
             }
         } else if header.length > MAX_PARSED || !has_data(header.code) || !self.is_served() {
@@ -340,7 +346,8 @@ impl Handshake {
 impl Negotiated {
     /// What requests are checked against.
     pub fn terms(&self, facts: &ExportFacts) -> Terms {
-        Terms { size: facts.size, read_only: facts.read_only, mode: self.mode, contexts: self.contexts }
+        let ExportFacts { size, read_only, fast_zero, .. } = *facts;
+        Terms { size, read_only, fast_zero, mode: self.mode, contexts: self.contexts }
     }
 }
 

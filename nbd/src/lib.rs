@@ -19,7 +19,7 @@ pub mod wire;
 
 pub use budget::Budget;
 pub use error::{Error, ErrorKind};
-pub use export::{Buffer, Device, Durability, Export, Extent, ZeroFlags};
+pub use export::{Buffer, Content, Context, ContextSet, Device, Durability, Export, Extent, Space, ZeroFlags};
 pub use limits::{BudgetLimits, Limits};
 pub use server::{Exports, Handle, ListPolicy, Options, Server, Stopped};
 pub use tls::{ServerTls, Tls};

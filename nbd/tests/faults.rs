@@ -12,7 +12,7 @@ use blockyard_nbd::wire::{Command, CommandFlags};
 use blockyard_nbd::{Durability, Error, ErrorKind, ZeroFlags};
 use common::devices::{Call, Counting, Disk, Faulty, Hooked, Mem, Moment, Panics};
 use common::servers::{NAME, Served, options};
-use common::{pattern, request, soon, verdict};
+use common::{ask, pattern, request, soon, verdict};
 
 const MIB: u64 = 1 << 20;
 
@@ -21,10 +21,17 @@ async fn one_unreadable_sector_costs_one_request_and_is_named() {
     for byte in [0, 32768, 4 * MIB - 512] {
         let faulty = Faulty { call: Call::Read, byte, error: ErrorKind::Io };
         let served = Served::disk(4 * MIB, Hooked::new(Mem::filled(4 * MIB, 5), faulty)).await;
-        for (mode, flags) in [(Mode::Simple, 0), (Mode::Structured, 0), (Mode::Structured, CommandFlags::DF.0)] {
+        let df = CommandFlags::DF.0;
+        for (mode, flags) in [
+            (Mode::Simple, 0),
+            (Mode::Structured, 0),
+            (Mode::Structured, df),
+            (Mode::Extended, 0),
+            (Mode::Extended, df),
+        ] {
             let mut raw = served.raw(mode, 8 << 20).await;
             let read = Request { flags: CommandFlags(flags), ..request(Command::READ, 4, 0, 4 * MIB) };
-            raw.request(read, b"").await.unwrap();
+            ask(&mut raw, mode, read, b"").await;
             let mut came = 0;
             let last = loop {
                 let reply = soon("a reply", raw.reply()).await.unwrap();
@@ -41,7 +48,7 @@ async fn one_unreadable_sector_costs_one_request_and_is_named() {
             }
             // Its neighbours are as readable as ever.
             let neighbour = if byte == 0 { 512 } else { byte - 512 };
-            raw.request(request(Command::READ, 5, neighbour, 512), b"").await.unwrap();
+            ask(&mut raw, mode, request(Command::READ, 5, neighbour, 512), b"").await;
             let reply = soon("the neighbour", raw.reply()).await.unwrap();
             let data = if mode == Mode::Simple { raw.receive(512).await.unwrap() } else { reply.1[8..].to_vec() };
             assert_eq!(data, pattern(5, 4 * MIB as usize)[neighbour as usize..][..512]);
@@ -69,6 +76,7 @@ async fn every_kind_of_failure_has_its_number_for_every_command() {
                 Call::Trim => client.trim(0, 512, Durability::OnFlush).await,
                 Call::Flush => client.flush().await,
                 Call::Extents => client.block_status(0, 512).await.map(drop),
+                Call::Cache => client.cache(0, 512).await,
             };
             let Err(ClientError::Request { errno: told, text, .. }) = result else { panic!("{result:?}") };
             assert_eq!((told, text.as_str()), (errno, "the medium is bad here"), "{call:?}");
@@ -106,7 +114,7 @@ async fn a_long_durable_write_is_flushed_once_after_its_last_piece() {
 
 #[tokio::test]
 async fn a_panic_in_a_device_call_ends_one_connection_and_no_other() {
-    let calls = [Call::Read, Call::Write, Call::Zero, Call::Trim, Call::Flush, Call::Extents];
+    let calls = [Call::Read, Call::Write, Call::Zero, Call::Trim, Call::Flush, Call::Extents, Call::Cache];
     let both = calls.into_iter().flat_map(|call| [(call, Moment::AtOnce), (call, Moment::Later)]);
     for (call, moment) in both {
         let panics = Panics { call, moment };
@@ -119,11 +127,13 @@ async fn a_panic_in_a_device_call_ends_one_connection_and_no_other() {
             Call::Trim => soon("the end", victim.trim(0, 512, Durability::OnFlush)).await,
             Call::Flush => soon("the end", victim.flush()).await,
             Call::Extents => soon("the end", victim.block_status(0, 512)).await.map(drop),
+            Call::Cache => soon("the end", victim.cache(0, 512)).await,
         };
         assert!(matches!(result, Err(ClientError::Connection(_))), "{call:?} {moment:?}: {result:?}");
-        other.cache(0, 512).await.unwrap();
         served.connections(1).await;
-        served.client().await.cache(0, 512).await.unwrap();
+        for healthy in [other, served.client().await] {
+            if call == Call::Cache { healthy.flush().await.unwrap() } else { healthy.cache(0, 512).await.unwrap() }
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use blockyard_nbd::transmission::Mode;
 use blockyard_nbd::wire::Command;
 use blockyard_nbd::wire::reply::ReplyHeader;
-use blockyard_nbd::{Budget, BudgetLimits, Buffer, Device, Durability, Error, Extent, Limits, ZeroFlags};
+use blockyard_nbd::{Budget, BudgetLimits, Buffer, Content, Context, Device, Durability, Error, Extent, Limits, Space};
 use common::devices::{Call, Counting, Disk, Gate, Hooked, Mem};
 use common::servers::{NAME, Served, options};
 use common::{pattern, request, soon, verdict};
@@ -185,16 +185,20 @@ impl Device for Lending {
         Box::new(Lent(vec![0; length], self.lent.clone()))
     }
 
-    async fn read(&self, _: u64, buffer: Buffer) -> Result<Buffer, Error> {
-        Ok(buffer)
+    async fn read(&self, _: u64, buffer: Buffer) -> Result<Content, Error> {
+        Ok(buffer.into())
     }
 
     async fn write(&self, _: u64, _: Buffer, _: Durability) -> Result<(), Error> {
         Ok(())
     }
 
-    async fn zero(&self, _: u64, _: u64, _: ZeroFlags, _: Durability) -> Result<(), Error> {
+    async fn zero(&self, _: u64, _: u64, _: Space, _: Durability) -> Result<(), Error> {
         Ok(())
+    }
+
+    async fn fast_zero(&self, _: u64, _: u64) -> bool {
+        false
     }
 
     async fn trim(&self, _: u64, _: u64, _: Durability) -> Result<(), Error> {
@@ -205,7 +209,7 @@ impl Device for Lending {
         Ok(())
     }
 
-    async fn extents(&self, _: u64, length: u64, _: usize) -> Result<Vec<Extent>, Error> {
+    async fn extents(&self, _: Context, _: u64, length: u64, _: usize) -> Result<Vec<Extent>, Error> {
         Ok(vec![Extent { length, status: 0 }])
     }
 }

@@ -4,11 +4,11 @@
 use std::sync::Arc;
 
 use blockyard_nbd::handshake::{Action, ExportFacts, Handshake, ListPolicy, Negotiated, Policy, Stance, TlsPolicy};
-use blockyard_nbd::transmission::{ContextSet, Mode};
+use blockyard_nbd::transmission::Mode;
 use blockyard_nbd::wire::option::{
     InfoRequest, MetaRequest, OptionCode, OptionReplyHeader, ReplyType, WantedInfo, encode_option,
 };
-use blockyard_nbd::{Error, ErrorKind};
+use blockyard_nbd::{ContextSet, Error, ErrorKind};
 
 const FIXED: u32 = 1;
 const NO_ZEROES: u32 = 3;
@@ -19,6 +19,8 @@ fn facts(name: &str) -> ExportFacts {
         description: "a disk".into(),
         size: 1000,
         read_only: false,
+        fast_zero: true,
+        contexts: ContextSet { base_allocation: true, ..ContextSet::NONE },
         preferred_block_size: 65536,
     }
 }
@@ -152,7 +154,7 @@ fn a_full_handshake_is_answered_alike_wherever_the_stream_is_cut() {
         vec![INFO, INFO, INFO, INFO, ACK, meta, ACK, meta, ACK, INFO, INFO, INFO, INFO, ACK],
     ];
     assert_eq!(whole.types(), expected.concat());
-    let contexts = ContextSet { base_allocation: true };
+    let contexts = ContextSet { base_allocation: true, ..ContextSet::NONE };
     assert_eq!(whole.entered, Some(Negotiated { export: 0, mode: Mode::Structured, contexts }));
     assert_eq!(whole.rest, b"the first requests");
     for cut in 0..bytes.len() {
@@ -239,7 +241,7 @@ fn abort_is_acknowledged_and_its_data_are_ignored() {
 
 #[test]
 fn options_not_served_are_unsupported_and_the_next_one_is_understood() {
-    for code in [4, 5, 11, 12, 0xffff, u32::MAX, 0].map(OptionCode) {
+    for code in [4, 12, 0xffff, u32::MAX, 0].map(OptionCode) {
         for data in [&b""[..], b"x", &[7; 70_000], &[7; 1 << 20]] {
             let told = Server::new().hears(FIXED, &[(code, data), (OptionCode::GO, &go("disk0"))]);
             assert_eq!(told.replies()[0].0, code, "the option is echoed");
@@ -247,6 +249,35 @@ fn options_not_served_are_unsupported_and_the_next_one_is_understood() {
             assert!(told.entered.is_some());
         }
     }
+}
+
+#[test]
+fn starttls_is_a_matter_of_policy_and_takes_no_data() {
+    for (data, answer) in
+        [(&b""[..], ReplyType::ERR_POLICY), (b"x", ReplyType::ERR_INVALID), (&[7; 70_000], ReplyType::ERR_INVALID)]
+    {
+        let told = Server::new().hears(FIXED, &[(OptionCode::STARTTLS, data), (OptionCode::GO, &go("disk0"))]);
+        assert_eq!(told.types()[0], answer, "{} bytes", data.len());
+        assert!(told.entered.is_some());
+    }
+    let server = Server { policy: Policy { tls: TlsPolicy::On, ..policy() }, ..Server::new() };
+    let mut handshake = Handshake::new(server.exports, server.policy, server.stance);
+    handshake.feed(&conversation(FIXED, &[STRUCTURED, (OptionCode::STARTTLS, b"")]));
+    let mut acks = Vec::new();
+    while let Action::Send(bytes) = handshake.next_action() {
+        acks.extend(bytes);
+    }
+    assert_eq!(Told { sent: acks, ..Told::default() }.types(), [ACK, ACK]);
+    // Only after the ACK was sent, and until the driver has done it.
+    assert_eq!(handshake.next_action(), Action::StartTls);
+    assert_eq!(handshake.next_action(), Action::StartTls);
+    // What was fed meanwhile belongs to no handshake of TLS.
+    handshake.feed(&encode_option(OptionCode::GO, &go("disk0")));
+    let mut handshake = handshake.secured();
+    assert_eq!(handshake.next_action(), Action::Wait);
+    handshake.feed(&encode_option(OptionCode::STARTTLS, b""));
+    let Action::Send(bytes) = handshake.next_action() else { panic!("no answer") };
+    assert_eq!(Told { sent: bytes, ..Told::default() }.types(), [ReplyType::ERR_INVALID]);
 }
 
 #[test]
@@ -587,20 +618,21 @@ fn any_order_of_options_gives_one_final_answer_each() {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             sequence.push(options[(state >> 40) as usize % options.len()]);
         }
-        // The model: structured once agreed stays; the last SET decides, if it came after that.
-        let (mut structured, mut set) = (false, false);
+        // The model: what was agreed stays, and extended headers win; the last SET decides, if it came after either.
+        let (mut mode, mut set) = (Mode::Simple, false);
         for (code, _) in &sequence {
-            structured |= *code == OptionCode::STRUCTURED_REPLY;
-            if *code == OptionCode::SET_META_CONTEXT {
-                set = structured;
+            match *code {
+                OptionCode::STRUCTURED_REPLY if mode == Mode::Simple => mode = Mode::Structured,
+                OptionCode::EXTENDED_HEADERS => mode = Mode::Extended,
+                OptionCode::SET_META_CONTEXT => set = mode != Mode::Simple,
+                _ => {}
             }
         }
         sequence.push((OptionCode::GO, &go_data));
         let told = Server::new().hears(NO_ZEROES, &sequence);
         let finals = told.types().into_iter().filter(|reply| *reply == ACK || reply.is_error()).count();
         assert_eq!(finals, sequence.len());
-        let mode = if structured { Mode::Structured } else { Mode::Simple };
-        let contexts = ContextSet { base_allocation: set };
+        let contexts = ContextSet { base_allocation: set, ..ContextSet::NONE };
         assert_eq!(told.entered, Some(Negotiated { export: 0, mode, contexts }), "{sequence:?}");
     }
 }

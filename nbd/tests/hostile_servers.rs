@@ -5,7 +5,7 @@ mod common;
 
 use blockyard_nbd::client::{Client, ClientError, Negotiation};
 use blockyard_nbd::wire::option::{OptionCode, ReplyType, encode_reply, greeting};
-use blockyard_nbd::wire::reply::{ChunkType, Last, chunk, data_chunk, error_payload, simple, status_payload};
+use blockyard_nbd::wire::reply::{ChunkHeader, ChunkType, Head, Last, error_payload, simple};
 use blockyard_nbd::wire::request::{COMPACT_LENGTH, Request};
 use blockyard_nbd::{Durability, Extent};
 use common::soon;
@@ -169,6 +169,18 @@ async fn answers(structured: bool, answer: impl Fn(u64) -> Vec<u8> + Send + 'sta
     client
 }
 
+fn chunk(cookie: u64, kind: ChunkType, last: Last, length: u32) -> Head {
+    ChunkHeader::Structured { cookie }.chunk(kind, last, length)
+}
+
+fn data_chunk(cookie: u64, last: Last, offset: u64, length: u32) -> Head {
+    ChunkHeader::Structured { cookie }.data(last, offset, length)
+}
+
+fn status_payload(context: u32, extents: &[Extent]) -> Vec<u8> {
+    ChunkHeader::Structured { cookie: 0 }.status(Last::Yes, context, extents).1
+}
+
 fn data(cookie: u64, last: Last, offset: u64, bytes: &[u8]) -> Vec<u8> {
     [data_chunk(cookie, last, offset, bytes.len() as u32).as_bytes(), bytes].concat()
 }
@@ -227,7 +239,7 @@ async fn reads_whose_reply_breaks_a_rule_fail_and_bring_no_bytes() {
         ("no magic", |_| vec![0; 64]),
         ("a request", |cookie| {
             let request = Request { cookie, ..common::request(blockyard_nbd::wire::Command::READ, 0, 0, 0) };
-            request.encode_compact().unwrap().to_vec()
+            request.encode_compact().unwrap()
         }),
     ];
     for (what, answer) in cases {

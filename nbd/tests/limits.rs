@@ -276,11 +276,11 @@ async fn lengths_that_only_name_an_effect_need_no_memory() {
     let budget = options.budget.clone();
     let served = Served::with(Disk::new(NAME, 1 << 40, Mem::new(1 << 40)), options).await;
     let client = served.client().await;
-    let most = u32::MAX;
+    let most = u64::from(u32::MAX);
     client.plain(Command::CACHE, blockyard_nbd::wire::CommandFlags(0), 1, most).await.unwrap();
     client.trim(0, most & !0xffff, Durability::OnFlush).await.unwrap();
     let extents = client.allocation(65536, most).await.unwrap();
-    assert_eq!(extents.iter().map(|extent| extent.length).sum::<u64>(), u64::from(most));
+    assert_eq!(extents.iter().map(|extent| extent.length).sum::<u64>(), most);
     assert!(budget.usage().input_peak == 0 && budget.usage().output_peak <= 2 * MIB);
     assert_eq!(client.max_payload(), MAX_PAYLOAD);
 }

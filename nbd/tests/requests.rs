@@ -8,11 +8,10 @@ use blockyard_nbd::wire::reply::{ChunkType, ReplyHeader};
 use blockyard_nbd::wire::request::Request;
 use blockyard_nbd::wire::{Command, CommandFlags};
 use common::devices::{Call, Counting, Disk, Gate, Hooked, Mem};
-use common::servers::{NAME, Served, options};
-use common::{pattern, request, soon, verdict};
+use common::servers::{MODES, NAME, Served, options};
+use common::{ask, pattern, request, soon, verdict};
 
 const MIB: u64 = 1 << 20;
-const MODES: [Mode; 2] = [Mode::Simple, Mode::Structured];
 
 #[tokio::test(start_paused = true)]
 async fn every_refused_request_leaves_the_stream_in_step() {
@@ -31,19 +30,19 @@ async fn every_refused_request_leaves_the_stream_in_step() {
             (request(Command(8), 9, 0, 512), 22),
             (request(Command(0xffff), 9, 0, 512), 22),
             (flagged(Command::READ, 2), 22),
-            (flagged(Command::WRITE, 0x20), 22),
+            (flagged(Command::WRITE, 0x40), 22),
             (flagged(Command::FLUSH, 4), 22),
             (flagged(Command::CACHE, 8), 22),
             (flagged(Command::WRITE_ZEROES, 0x8000), 22),
         ] {
             let mut raw = served.raw(mode, 64 << 10).await;
             let payload = if wrong.command == Command::WRITE { wrong.length as usize } else { 0 };
-            raw.request(wrong, &vec![0x25; payload]).await.unwrap();
+            ask(&mut raw, mode, wrong, &vec![0x25; payload]).await;
             let reply = soon("the refusal", raw.reply()).await.unwrap();
             assert_eq!(verdict(&reply), (errno, 9), "{wrong:?} {mode:?}");
             let chunk = matches!(reply.0, ReplyHeader::Chunk { .. });
-            assert_eq!(chunk, mode == Mode::Structured, "errors have a text where they can");
-            raw.request(request(Command::FLUSH, 10, 0, 0), b"").await.unwrap();
+            assert_eq!(chunk, mode != Mode::Simple, "errors have a text where they can");
+            ask(&mut raw, mode, request(Command::FLUSH, 10, 0, 0), b"").await;
             assert_eq!(verdict(&soon("the next reply", raw.reply()).await.unwrap()), (0, 10), "{wrong:?}");
         }
     }
@@ -57,7 +56,7 @@ async fn a_read_only_export_takes_no_change_and_says_eperm() {
         let mut raw = served.raw(mode, 64 << 10).await;
         for command in [Command::WRITE, Command::WRITE_ZEROES, Command::TRIM] {
             let payload = if command == Command::WRITE { vec![1; 4096] } else { Vec::new() };
-            raw.request(request(command, 3, 0, 4096), &payload).await.unwrap();
+            ask(&mut raw, mode, request(command, 3, 0, 4096), &payload).await;
             assert_eq!(verdict(&soon("the refusal", raw.reply()).await.unwrap()), (1, 3));
         }
     }
@@ -71,11 +70,12 @@ async fn empty_requests_succeed_without_touching_the_device() {
     for mode in MODES {
         let mut raw = served.raw(mode, 4096).await;
         for command in [Command::READ, Command::WRITE, Command::TRIM, Command::WRITE_ZEROES, Command::CACHE] {
-            raw.request(request(command, 3, MIB, 0), b"").await.unwrap();
+            ask(&mut raw, mode, request(command, 3, MIB, 0), b"").await;
             let (header, payload) = soon("a reply", raw.reply()).await.unwrap();
             assert_eq!(verdict(&(header, payload.clone())), (0, 3));
-            if mode == Mode::Structured && command == Command::READ {
-                let none = ReplyHeader::Chunk { flags: 1, kind: ChunkType::NONE, cookie: 3, length: 0 };
+            if mode == Mode::Extended || (mode == Mode::Structured && command == Command::READ) {
+                let offset = (mode == Mode::Extended).then_some(MIB);
+                let none = ReplyHeader::Chunk { flags: 1, kind: ChunkType::NONE, cookie: 3, offset, length: 0 };
                 assert_eq!(header, none);
             }
         }
@@ -86,9 +86,18 @@ async fn empty_requests_succeed_without_touching_the_device() {
 #[tokio::test(start_paused = true)]
 async fn a_wrong_request_magic_closes() {
     let served = Served::disk(MIB, Mem::new(MIB)).await;
-    for magic in [0x2560_9514u32, 0x21e4_1c71, 0x6744_6698, 0] {
-        let mut raw = served.raw(Mode::Structured, 4096).await;
-        let mut bytes = request(Command::READ, 1, 0, 512).encode_compact().unwrap();
+    let [compact, extended] = [Mode::Structured, Mode::Extended];
+    for (mode, magic) in [
+        (compact, 0x2560_9514u32),
+        (compact, 0x21e4_1c71),
+        (compact, 0x6744_6698),
+        (compact, 0),
+        (extended, 0x2560_9513),
+        (extended, 0x6e8a_278c),
+        (extended, 0),
+    ] {
+        let mut raw = served.raw(mode, 4096).await;
+        let mut bytes = request(Command::READ, 1, 0, 512).encode_extended();
         bytes[..4].copy_from_slice(&magic.to_be_bytes());
         raw.send(&bytes).await.unwrap();
         assert_eq!(soon("the close", raw.receive_all()).await.unwrap(), b"");
@@ -101,7 +110,7 @@ async fn a_write_of_more_than_64_mib_is_answered_and_the_connection_closes() {
     let served = Served::disk(1 << 40, Mem::new(1 << 40)).await;
     for mode in MODES {
         let mut raw = served.raw(mode, 4096).await;
-        raw.request(request(Command::WRITE, 1, 0, 64 * MIB + 1), b"").await.unwrap();
+        ask(&mut raw, mode, request(Command::WRITE, 1, 0, 64 * MIB + 1), b"").await;
         assert_eq!(verdict(&soon("the refusal", raw.reply()).await.unwrap()), (22, 1));
         assert_eq!(soon("the close", raw.receive_all()).await.unwrap(), b"");
     }
@@ -129,8 +138,8 @@ async fn a_structured_read_comes_in_ascending_pieces_that_end_with_done() {
     let df = Request { flags: CommandFlags::DF, ..request(Command::READ, 6, 1000, 3 * MIB) };
     raw.request(df, b"").await.unwrap();
     let (header, payload) = soon("the chunk", raw.reply()).await.unwrap();
-    let length = 3 * MIB as u32 + 8;
-    assert_eq!(header, ReplyHeader::Chunk { flags: 1, kind: ChunkType::OFFSET_DATA, cookie: 6, length });
+    let kind = ChunkType::OFFSET_DATA;
+    assert_eq!(header, ReplyHeader::Chunk { flags: 1, kind, cookie: 6, offset: None, length: 3 * MIB + 8 });
     assert_eq!(payload[8..], data[1000..][..3 * MIB as usize]);
 }
 
@@ -147,11 +156,18 @@ async fn df_beyond_64_mib_overflows_and_simple_reads_beyond_it_are_invalid() {
 }
 
 #[tokio::test]
-async fn a_structured_read_of_200_mib_streams() {
-    let served = Served::disk(256 * MIB, Mem::new(256 * MIB)).await;
-    let client = served.client().await;
-    let bytes = soon("the read", client.read(MIB / 2, 200 << 20)).await.unwrap();
-    assert_eq!((bytes.len() as u64, bytes.iter().any(|byte| *byte != 0)), (200 * MIB, false));
+async fn a_read_of_200_mib_streams() {
+    let mem = Mem::new(256 * MIB);
+    mem.put(100 * MIB - 1, &pattern(3, 5_000_000));
+    let served = Served::disk(256 * MIB, mem).await;
+    for mode in [Mode::Structured, Mode::Extended] {
+        let client = served.client_in(mode).await;
+        let bytes = soon("the read", client.read(MIB / 2, 200 << 20)).await.unwrap();
+        let (before, rest) = bytes.split_at((100 * MIB - MIB / 2) as usize - 1);
+        let (data, behind) = rest.split_at(5_000_000);
+        assert_eq!(bytes.len() as u64, 200 * MIB);
+        assert!(before.iter().chain(behind).all(|byte| *byte == 0) && data == pattern(3, 5_000_000), "{mode:?}");
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -162,7 +178,8 @@ async fn block_status_has_one_chunk_with_what_the_device_tells() {
     assert_eq!(verdict(&raw.reply().await.unwrap()), (0, 1));
     raw.request(request(Command::BLOCK_STATUS, 2, 32768, 65536), b"").await.unwrap();
     let (header, payload) = soon("the status", raw.reply()).await.unwrap();
-    assert_eq!(header, ReplyHeader::Chunk { flags: 1, kind: ChunkType::BLOCK_STATUS, cookie: 2, length: 20 });
+    let kind = ChunkType::BLOCK_STATUS;
+    assert_eq!(header, ReplyHeader::Chunk { flags: 1, kind, cookie: 2, offset: None, length: 20 });
     assert_eq!(payload, [0, 0, 0, 1, 0, 0, 128, 0, 0, 0, 0, 0, 0, 0, 128, 0, 0, 0, 0, 3]);
 }
 

@@ -114,7 +114,12 @@ async fn requests_that_take_longer_than_the_drain_time_are_answered_eshutdown() 
         hooked.hook.open(3);
         stats.connections().wait_for(|now| *now == 0).await.unwrap();
         let mut bytes = [0; 3 * 512];
-        hooked.disk.read(0, Box::new(vec![0; 1536])).await.map(|read| bytes.copy_from_slice((*read).as_ref())).unwrap();
+        hooked
+            .disk
+            .read(0, Box::new(vec![0; 1536]))
+            .await
+            .map(|read| bytes.copy_from_slice((*read.buffer).as_ref()))
+            .unwrap();
         assert_eq!(bytes, [9; 3 * 512]);
     }
 }
@@ -182,7 +187,7 @@ async fn dropping_the_handle_closes_everything() {
     soon("the port", rebound).await;
     hooked.hook.open(1);
     let finished = async {
-        while hooked.disk.read(0, Box::new(vec![0; 1])).await.is_ok_and(|read| (*read).as_ref() != [1]) {
+        while hooked.disk.read(0, Box::new(vec![0; 1])).await.is_ok_and(|read| (*read.buffer).as_ref() != [1]) {
             tokio::task::yield_now().await;
         }
     };

@@ -145,7 +145,7 @@ async fn without_tls_the_server_says_so_and_goes_on() {
     assert_eq!(last(&mut raw, OptionCode::GO, &go()).await, ACK);
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn where_tls_is_required_every_option_is_told_so_until_it_is_started() {
     let pki = Pki::new();
     let served = served(Tls::Required(pki.server(&[]))).await;
@@ -177,9 +177,11 @@ async fn where_tls_is_required_every_option_is_told_so_until_it_is_started() {
         assert_eq!(soon("the close", raw.receive_all()).await.unwrap(), b"", "{flags} {code:?}");
     }
     // A client that cannot start TLS need not say more to be turned away.
+    let start = tokio::time::Instant::now();
     let mut raw = Raw(served.pipe(PIPE));
     raw.greet(2).await.unwrap();
     assert_eq!(soon("the close", raw.receive_all()).await.unwrap(), b"");
+    assert!(start.elapsed() < Duration::from_secs(5), "not only after the deadline of the handshake");
     // Leaving is always allowed.
     for data in [&b""[..], b"why?"] {
         let mut raw = Raw(served.pipe(PIPE));
@@ -250,6 +252,17 @@ async fn what_was_agreed_in_plain_text_is_forgotten() {
     raw.receive(512).await.unwrap();
     raw.request(request(Command::BLOCK_STATUS, 2, 0, 512), b"").await.unwrap();
     assert_eq!(verdict(&soon("a reply", raw.reply()).await.unwrap()), (22, 2));
+
+    // Nor are extended headers in force: they would demand another magic, and forbid EXPORT_NAME.
+    let mut raw = Raw(served.pipe(PIPE));
+    raw.greet(3).await.unwrap();
+    assert_eq!(last(&mut raw, OptionCode::EXTENDED_HEADERS, b"").await, ACK);
+    assert_eq!(last(&mut raw, OptionCode::STARTTLS, b"").await, ACK);
+    let mut raw = secure(raw, &connector).await;
+    raw.option(OptionCode::EXPORT_NAME, NAME.as_bytes()).await.unwrap();
+    assert_eq!(soon("the size", raw.receive(10)).await.unwrap()[..8], SIZE.to_be_bytes());
+    raw.request(request(Command::FLUSH, 3, 0, 0), b"").await.unwrap();
+    assert_eq!(verdict(&soon("a reply", raw.reply()).await.unwrap()), (0, 3));
 
     // Structured replies are there for who asks for them in TLS.
     let mut raw = secure(upgrading(&served).await, &connector).await;

@@ -4,6 +4,7 @@
 mod common;
 
 use blockyard_nbd::client::{Client, Negotiation};
+use blockyard_nbd::transmission::Mode;
 use blockyard_nbd::wire::CommandFlags;
 use blockyard_nbd::{Durability, Extent, ZeroFlags};
 use common::devices::Mem;
@@ -24,7 +25,12 @@ async fn old(served: &Served) -> Client {
 async fn what_was_written_is_read_in_every_reply_mode() {
     let mem = Mem::new(64 * MIB);
     let served = Served::disk(64 * MIB, mem.clone()).await;
-    let clients = [served.client().await, simple(&served).await, old(&served).await];
+    let structured = served.client_in(Mode::Structured).await;
+    let clients = [served.client().await, structured, simple(&served).await, old(&served).await];
+    assert_eq!(
+        clients.each_ref().map(|client| client.mode()),
+        [Mode::Extended, Mode::Structured, Mode::Simple, Mode::Simple]
+    );
     for (offset, length) in [(0, 1), (1, 511), (12345, 777), (MIB - 1, 2), (3 * MIB + 5, 5 << 20), (0, 32 << 20)] {
         let data = pattern(length, length as usize);
         soon("a write", clients[0].write(offset, data.clone(), Durability::OnFlush)).await.unwrap();
@@ -34,7 +40,7 @@ async fn what_was_written_is_read_in_every_reply_mode() {
         let whole = clients[0].read_with(offset, length as u32, CommandFlags::DF);
         assert_eq!(soon("an unfragmented read", whole).await.unwrap(), data);
     }
-    let last = clients[1].read(64 * MIB - 1, 1).await.unwrap();
+    let last = clients[2].read(64 * MIB - 1, 1).await.unwrap();
     assert_eq!(last, [0]);
     for client in clients {
         soon("the goodbye", client.disconnect()).await.unwrap();

@@ -1,5 +1,6 @@
 //! An image for asynchronous callers: each operation runs to its end on tokio's threads for blocking work.
 
+use std::ops::Range;
 use std::path::PathBuf;
 
 use tokio::sync::Semaphore;
@@ -71,6 +72,17 @@ impl AsyncImage {
         self.run(move |image| image.read(offset, buffer.as_mut()).map(|()| buffer)).await
     }
 
+    /// As [`Image::read_sparse`]: hands the buffer back, and which parts of it are zeroes and were not filled.
+    ///
+    /// # Cancellation
+    /// As for [`AsyncImage::read`].
+    pub async fn read_sparse<B>(&self, offset: u64, mut buffer: B) -> Result<(B, Vec<Range<usize>>)>
+    where
+        B: AsMut<[u8]> + Send + 'static,
+    {
+        self.run(move |image| image.read_sparse(offset, buffer.as_mut()).map(|holes| (buffer, holes))).await
+    }
+
     /// As [`Image::write`], without a copy of the payload: the buffer is dropped when nobody needs its bytes any more.
     ///
     /// # Durability
@@ -94,6 +106,14 @@ impl AsyncImage {
     /// Done whole or not begun, and the caller cannot know which.
     pub async fn zero(&self, offset: u64, length: u64, mode: ZeroMode, durability: Durability) -> Result<()> {
         self.run(move |image| image.zero(offset, length, mode, durability)).await
+    }
+
+    /// As [`Image::zero_is_fast`].
+    ///
+    /// # Cancellation
+    /// Changes nothing.
+    pub async fn zero_is_fast(&self, offset: u64, length: u64) -> bool {
+        self.run(move |image| Ok(image.zero_is_fast(offset, length))).await.unwrap_or(false)
     }
 
     /// As [`Image::discard`].
@@ -135,6 +155,18 @@ impl AsyncImage {
     /// Changes nothing.
     pub async fn map(&self, offset: u64, length: u64, max: usize) -> Result<Vec<Extent>> {
         self.run(move |image| image.map(offset, length, max)).await
+    }
+
+    /// As [`Image::prefetch`].
+    ///
+    /// # Cancellation
+    /// Changes nothing.
+    pub async fn prefetch(&self, offset: u64, length: u64) {
+        let hint = move |image: &Image| {
+            image.prefetch(offset, length);
+            Ok(())
+        };
+        let _ = self.run(hint).await;
     }
 
     /// As [`Image::close`]. It waits for operations that have begun; those still waiting for a turn then fail with

@@ -9,13 +9,16 @@ use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 
 use crate::error::{Error, Result};
 use crate::format::header::{Backing, BackingFormat};
-use crate::image::{Image, read_header};
+use crate::image::{Holes, Image, read_header};
 use crate::lock::{self, Access};
 use crate::storage::{FileStorage, Storage};
 use crate::sync::Arc;
 
 /// The longest chain: a bound on recursion, far above what a repository allows.
 const DEPTH_MAX: usize = 64;
+
+/// A raw layer is asked for holes in steps of so many bytes.
+const RAW_STEP: u64 = 1 << 20;
 
 /// The layer below an image.
 #[derive(Debug)]
@@ -93,19 +96,60 @@ impl Layer {
 
     /// Fills the buffer; past the end of the layer there are zeroes.
     pub(crate) fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
-        let inside = self.size().saturating_sub(offset).min(buffer.len() as u64) as usize;
-        let (head, tail) = buffer.split_at_mut(inside);
+        let mut holes = Holes::default();
+        self.read_sparse(offset, buffer, 0, &mut holes)?;
+        holes.fill(buffer);
+        Ok(())
+    }
+
+    /// Fills a part of a buffer, which begins at `at` of the whole, but for its holes.
+    pub(crate) fn read_sparse(&self, offset: u64, part: &mut [u8], at: usize, holes: &mut Holes) -> Result<()> {
+        let inside = self.size().saturating_sub(offset).min(part.len() as u64) as usize;
+        let (head, tail) = part.split_at_mut(inside);
+        if !head.is_empty() {
+            match self {
+                Self::Image(image) => image.read_layer(offset, head, at, holes)?,
+                Self::Raw { storage, .. } => read_raw(&**storage, offset, head, at, holes)?,
+            }
+        }
         if !mutant!("past_backing_unset") {
-            tail.fill(0);
+            holes.push(at + inside, tail.len());
         }
-        if head.is_empty() {
-            return Ok(());
-        }
+        Ok(())
+    }
+
+    /// As [`Image::prefetch`]; the range may reach past the end of the layer.
+    pub(crate) fn prefetch(&self, offset: u64, length: u64) {
+        let inside = self.size().saturating_sub(offset).min(length);
         match self {
-            Self::Image(image) => image.read(offset, head),
-            Self::Raw { storage, .. } => storage.read(offset, head).map_err(Error::io("read", offset)),
+            _ if inside == 0 => {}
+            Self::Image(image) => image.prefetch(offset, inside),
+            Self::Raw { storage, .. } => storage.prefetch(offset, inside),
         }
     }
+}
+
+/// Reads raw bytes, but for steps that are a hole as a whole. That costs one question for each step; to know where
+/// data ends would have the file system walk all of it.
+fn read_raw(storage: &dyn Storage, offset: u64, part: &mut [u8], at: usize, holes: &mut Holes) -> Result<()> {
+    let end = part.len();
+    let mut read = |from: usize, to: usize| {
+        let start = offset + from as u64;
+        let data = part.get_mut(from..to).filter(|data| !data.is_empty());
+        data.map_or(Ok(()), |data| storage.read(start, data).map_err(Error::io("read", start)))
+    };
+    let (mut data, mut from) = (0, 0);
+    while from < end {
+        let step = (RAW_STEP - (offset + from as u64) % RAW_STEP).min((end - from) as u64);
+        let to = from + step as usize;
+        if storage.is_hole(offset + from as u64, step) {
+            read(data, from)?;
+            holes.push(at + from, to - from);
+            data = to;
+        }
+        from = to;
+    }
+    read(data, end)
 }
 
 /// Virtual size in bytes of what an overlay at `overlay` would have below it. Where that may be is bounded by `backing_root`,

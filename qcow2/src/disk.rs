@@ -61,8 +61,8 @@ impl Disk {
         matches!(&self.layer, Layer::Image(image) if image.is_dirty())
     }
 
-    /// Appends the runs of data of a range, in order, as offset and length; returns the end of what they cover, which is
-    /// short of the range's end only when there are very many of them.
+    /// Appends the runs of data of a range, in order, as offset and length; returns the end of what they cover, which may be
+    /// short of the range's end.
     fn data(&self, offset: u64, end: u64, runs: &mut VecDeque<(u64, u64)>) -> Result<u64> {
         match &self.layer {
             Layer::Image(image) => {

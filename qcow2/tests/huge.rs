@@ -115,7 +115,7 @@ fn a_disk_of_64_tib_is_grown_to_and_written_everywhere() {
             image.read(step * TIB - 512, &mut found).unwrap();
             assert_eq!(found, [step as u8; 512]);
         }
-        let extents = image.map(0, 64 * TIB, usize::MAX).unwrap();
+        let extents = image.map_all().unwrap();
         assert_eq!(extents.iter().map(|extent| extent.length).sum::<u64>(), 64 * TIB);
     }
 }

@@ -1,5 +1,5 @@
-//! The engine against a byte array: seeded sequences of operations on chains of up to three images, content and block
-//! status compared all along. A part of them is made on files and judged by readers that share no code with the engine.
+//! The engine against a byte array: seeded sequences of operations on chains of up to three images, content, holes
+//! and block status compared all along. A part of them is made on files and judged by readers that share no code with the engine.
 //!
 //! `SCALE` multiplies the number of sequences, `SEED` repeats one.
 
@@ -20,7 +20,7 @@ use blockyard_qcow2::{
     OpenOptions, Preallocation, ZeroMode, create, create_on,
 };
 use readers::{Chain, READERS};
-use support::{folder, join, over};
+use support::{folder, join, mapped_holes, over, read_sparse};
 
 const SEQUENCES: u64 = 5_000;
 /// Of one image; a chain of three gets up to three times as many.
@@ -236,9 +236,13 @@ impl Subject {
         self.image.read(range.start as u64, &mut content).unwrap();
         let start = range.start;
         if content != self.bytes()[range.clone()] {
-            let wrong = content.iter().zip(&self.bytes()[range]).position(|(found, expected)| found != expected);
+            let wrong =
+                content.iter().zip(&self.bytes()[range.clone()]).position(|(found, expected)| found != expected);
             assert_eq!(wrong, None, "first wrong byte, counted from {start}");
         }
+        let expected = &self.chain.last().unwrap().bytes[range];
+        let holes = read_sparse(&self.image, start as u64, expected);
+        assert_eq!(holes, mapped_holes(&self.image, start as u64, expected.len() as u64));
     }
 
     /// The block status covers a range exactly, and says of each layer what its bytes are.

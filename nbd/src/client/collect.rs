@@ -18,6 +18,8 @@ type Result<T, E = ClientError> = std::result::Result<T, E>;
 const MAX_ERROR_PAYLOAD: u32 = 4096 + 14;
 /// Longest status chunk taken, in bytes: 2^20 extents ("Structured reply types").
 const MAX_STATUS_PAYLOAD: u32 = (8 << 20) + 4;
+/// The same with extended headers.
+const MAX_STATUS_EXT_PAYLOAD: u32 = (16 << 20) + 8;
 
 /// Chunks "SHOULD" be cut at multiples of this many bytes; a server that sends many smaller ones in disorder only means to
 /// cost memory.
@@ -85,6 +87,9 @@ impl Collector {
 
     /// A simple reply: the content to fill, if any. It is the whole reply.
     pub(super) fn simple(&mut self, errno: u32) -> Result<&mut [u8]> {
+        if self.mode == Mode::Extended {
+            return Err(ClientError::Protocol("a simple reply after extended headers were agreed"));
+        }
         if self.mode == Mode::Structured && self.wanted == Wanted::Content {
             return Err(ClientError::Protocol("a simple reply to a READ after structured ones were agreed"));
         }
@@ -99,12 +104,16 @@ impl Collector {
         }
     }
 
-    /// The header of a chunk.
-    pub(super) fn chunk(&self, kind: ChunkType, length: u32) -> Result<Payload> {
+    /// The header of a chunk; `offset` is what an extended one echoes.
+    pub(super) fn chunk(&self, kind: ChunkType, offset: Option<u64>, length: u64) -> Result<Payload> {
         let wrong = |text| Err(ClientError::Protocol(text));
-        if self.mode == Mode::Simple {
-            return wrong("a structured reply that was not agreed");
+        match (self.mode, offset) {
+            (Mode::Structured, None) => {}
+            (Mode::Extended, Some(offset)) if offset == self.offset => {}
+            (Mode::Extended, Some(_)) => return wrong("a chunk that echoes another offset"),
+            _ => return wrong("a reply of a form that was not agreed"),
         }
+        let Ok(length) = u32::try_from(length) else { return wrong("a chunk of impossible length") };
         if kind.is_error() {
             return if length <= MAX_ERROR_PAYLOAD { Ok(Payload::Small(length)) } else { wrong("an error too long") };
         }
@@ -115,7 +124,14 @@ impl Collector {
                 _ => wrong("a data chunk of impossible length"),
             },
             (ChunkType::OFFSET_HOLE, Wanted::Content) if length == 12 => Ok(Payload::Small(12)),
-            (ChunkType::BLOCK_STATUS, Wanted::Status { .. }) if (12..=MAX_STATUS_PAYLOAD).contains(&length) => {
+            (ChunkType::BLOCK_STATUS, Wanted::Status { .. })
+                if self.mode == Mode::Structured && (12..=MAX_STATUS_PAYLOAD).contains(&length) =>
+            {
+                Ok(Payload::Small(length))
+            }
+            (ChunkType::BLOCK_STATUS_EXT, Wanted::Status { .. })
+                if self.mode == Mode::Extended && (24..=MAX_STATUS_EXT_PAYLOAD).contains(&length) =>
+            {
                 Ok(Payload::Small(length))
             }
             _ => wrong("a chunk that is unknown, misplaced or of impossible length"),
@@ -142,7 +158,7 @@ impl Collector {
                 self.place(offset, length)?.fill(0);
                 Ok(())
             }
-            ChunkType::BLOCK_STATUS => self.status(payload),
+            ChunkType::BLOCK_STATUS | ChunkType::BLOCK_STATUS_EXT => self.status(kind, payload),
             _ => Ok(()),
         }
     }
@@ -177,8 +193,9 @@ impl Collector {
         self.outcome.content.get_mut(range).ok_or(ClientError::Protocol("content behind the request"))
     }
 
-    fn status(&mut self, payload: &[u8]) -> Result<()> {
+    fn status(&mut self, kind: ChunkType, payload: &[u8]) -> Result<()> {
         let wrong = ClientError::Protocol("a status chunk is not well formed");
+        let wide = kind == ChunkType::BLOCK_STATUS_EXT;
         let mut fields = Fields(payload);
         let Some(context) = fields.u32() else { return Err(wrong) };
         if self.outcome.status.iter().any(|status| status.context == context) {
@@ -188,18 +205,26 @@ impl Collector {
         if self.outcome.status.len() >= contexts {
             return Err(ClientError::Protocol("a status for a context that was not negotiated"));
         }
-        let mut extents = Vec::with_capacity(fields.0.len() / 8);
+        let count = if wide { fields.u32() } else { None };
+        let mut extents = Vec::with_capacity(fields.0.len() / if wide { 16 } else { 8 });
         let mut before_last = 0;
         let mut sum = 0u64;
-        while let Some((length, status)) = fields.u32().zip(fields.u32()) {
+        loop {
+            let pair = if wide {
+                fields.u64().zip(fields.u64())
+            } else {
+                fields.u32().zip(fields.u32()).map(|(length, status)| (u64::from(length), u64::from(status)))
+            };
+            let Some((length, status)) = pair else { break };
             if length == 0 {
                 return Err(ClientError::Protocol("an empty extent"));
             }
             before_last = sum;
-            sum += u64::from(length);
-            extents.push(Extent { length: u64::from(length), status });
+            sum = sum.checked_add(length).ok_or(ClientError::Protocol("extents longer than any disk"))?;
+            extents.push(Extent { length, status });
         }
-        if !fields.is_empty() || extents.is_empty() {
+        let counted = count.is_none_or(|count| usize::try_from(count) == Ok(extents.len()));
+        if !fields.is_empty() || extents.is_empty() || !counted {
             return Err(wrong);
         }
         if before_last >= self.length {

@@ -28,8 +28,8 @@ use self::transport::{Outgoing, Pending, Waiting};
 pub use self::uri::{Transport, Uri, UriError, UriTls};
 use crate::tls::ClientTls;
 use crate::transmission::Mode;
-use crate::wire::request::Request;
-use crate::wire::{Command, CommandFlags, MAX_PAYLOAD};
+use crate::wire::request::{Request, StatusFilter};
+use crate::wire::{Command, CommandFlags, MAX_PAYLOAD, TransmissionFlags};
 use crate::{Durability, Extent, ZeroFlags};
 
 /// Requests in flight over one connection; more wait their turn. Servers are free to take fewer.
@@ -76,8 +76,9 @@ impl std::fmt::Debug for Pending {
 }
 
 impl Client {
-    /// Connects to the export of a URI with all that this client knows: structured replies and `base:allocation` where the
-    /// server has them. A URI that asks for TLS gets it, from a server whose certificate is right, or an error.
+    /// Connects to the export of a URI with all that this client knows: extended headers or else structured replies, and
+    /// `base:allocation`, as far as the server has them. A URI that asks for TLS gets it, from a server whose certificate is
+    /// right, or an error.
     pub async fn connect(uri: &Uri) -> Result<Self> {
         let tls = match &uri.tls {
             Some(tls) => Some(ClientTls::load(tls.certificates.as_deref().ok_or(ClientError::NoCertificates)?)?),
@@ -87,16 +88,10 @@ impl Client {
         if let Some(tls) = &tls {
             negotiation = negotiation.start_tls(tls, uri.tls_hostname()).await?;
         }
-        match negotiation.structured_replies().await {
-            Ok(()) => {
-                // A server without contexts is as good as one without this context.
-                match negotiation.set_meta_contexts(&uri.export, &["base:allocation"]).await {
-                    Ok(_) | Err(ClientError::Refused { .. }) => {}
-                    Err(error) => return Err(error),
-                }
-            }
-            Err(ClientError::Refused { .. }) => {}
-            Err(error) => return Err(error),
+        let agreed = had(negotiation.extended_headers().await)? || had(negotiation.structured_replies().await)?;
+        if agreed {
+            // A server without contexts is as good as one without this context.
+            had(negotiation.set_meta_contexts(&uri.export, &["base:allocation"]).await)?;
         }
         negotiation.go(&uri.export).await
     }
@@ -143,7 +138,12 @@ impl Client {
         self.0.details.block_sizes.map_or(DEFAULT_MAX_PAYLOAD, |sizes| sizes.maximum).min(MAX_PAYLOAD)
     }
 
-    /// The bytes of a range. `length` is at most [`Client::max_payload`] with simple replies, any with structured ones.
+    /// The form of headers and replies that was agreed.
+    pub fn mode(&self) -> Mode {
+        self.0.mode
+    }
+
+    /// The bytes of a range. `length` is at most [`Client::max_payload`] with simple replies, any with the others.
     pub async fn read(&self, offset: u64, length: u32) -> Result<Vec<u8>> {
         self.read_with(offset, length, CommandFlags(0)).await
     }
@@ -173,8 +173,8 @@ impl Client {
         self.call(Command::WRITE, fua(durability), offset, length, data, Wanted::Done).await.map(drop)
     }
 
-    /// Makes a range read as zeroes.
-    pub async fn zero(&self, offset: u64, length: u32, flags: ZeroFlags, durability: Durability) -> Result<()> {
+    /// Makes a range read as zeroes. Here and below: `length` is below 2^32 unless extended headers were agreed.
+    pub async fn zero(&self, offset: u64, length: u64, flags: ZeroFlags, durability: Durability) -> Result<()> {
         let mut command_flags = fua(durability);
         if flags.no_hole {
             command_flags = command_flags.with(CommandFlags::NO_HOLE);
@@ -186,12 +186,12 @@ impl Client {
     }
 
     /// Tells the server that a range is not needed any more.
-    pub async fn trim(&self, offset: u64, length: u32, durability: Durability) -> Result<()> {
+    pub async fn trim(&self, offset: u64, length: u64, durability: Durability) -> Result<()> {
         self.plain(Command::TRIM, fua(durability), offset, length).await
     }
 
     /// Tells the server that a range will soon be read.
-    pub async fn cache(&self, offset: u64, length: u32) -> Result<()> {
+    pub async fn cache(&self, offset: u64, length: u64) -> Result<()> {
         self.plain(Command::CACHE, CommandFlags(0), offset, length).await
     }
 
@@ -201,7 +201,7 @@ impl Client {
     }
 
     /// The extents of each selected context, from `offset` on.
-    pub async fn block_status(&self, offset: u64, length: u32) -> Result<Vec<ContextExtents>> {
+    pub async fn block_status(&self, offset: u64, length: u64) -> Result<Vec<ContextExtents>> {
         self.block_status_with(offset, length, CommandFlags(0)).await
     }
 
@@ -209,22 +209,34 @@ impl Client {
     pub async fn block_status_with(
         &self,
         offset: u64,
-        length: u32,
+        length: u64,
         flags: CommandFlags,
     ) -> Result<Vec<ContextExtents>> {
         let wanted = Wanted::Status { contexts: self.0.contexts.len() };
-        let outcome = self.call(Command::BLOCK_STATUS, flags, offset, u64::from(length), Bytes::new(), wanted).await?;
+        let outcome = self.call(Command::BLOCK_STATUS, flags, offset, length, Bytes::new(), wanted).await?;
+        Ok(outcome.status)
+    }
+
+    /// The extents of the contexts with these ids only; needs a server that advertises `BLOCK_STATUS_PAYLOAD`.
+    pub async fn block_status_of(&self, offset: u64, length: u64, ids: &[u32]) -> Result<Vec<ContextExtents>> {
+        if !self.details().info.flags.contains(TransmissionFlags::BLOCK_STATUS_PAYLOAD) {
+            return Err(ClientError::Unsendable("the server takes no list of contexts"));
+        }
+        let payload = StatusFilter::encode(length, ids).into();
+        let wanted = Wanted::Status { contexts: ids.len() };
+        let command = Command::BLOCK_STATUS;
+        let outcome = self.call(command, CommandFlags::PAYLOAD_LEN, offset, length, payload, wanted).await?;
         Ok(outcome.status)
     }
 
     /// The extents of `base:allocation` from `offset` on, cut at the end of the request.
-    pub async fn allocation(&self, offset: u64, length: u32) -> Result<Vec<Extent>> {
+    pub async fn allocation(&self, offset: u64, length: u64) -> Result<Vec<Extent>> {
         let base = self.0.contexts.iter().find(|context| context.name == "base:allocation");
         let base = base.ok_or(ClientError::Unsendable("base:allocation was not negotiated"))?;
         let status = self.block_status(offset, length).await?;
         let status = status.into_iter().find(|status| status.context == base.id);
         let mut extents = status.ok_or(ClientError::Protocol("no status for base:allocation"))?.extents;
-        let mut left = u64::from(length);
+        let mut left = length;
         for extent in &mut extents {
             extent.length = extent.length.min(left);
             left -= extent.length;
@@ -233,15 +245,16 @@ impl Client {
     }
 
     /// Any request without payload.
-    pub async fn plain(&self, command: Command, flags: CommandFlags, offset: u64, length: u32) -> Result<()> {
-        self.call(command, flags, offset, u64::from(length), Bytes::new(), Wanted::Done).await.map(drop)
+    pub async fn plain(&self, command: Command, flags: CommandFlags, offset: u64, length: u64) -> Result<()> {
+        self.call(command, flags, offset, length, Bytes::new(), Wanted::Done).await.map(drop)
     }
 
     /// Says goodbye once all requests under way are answered, and waits until the server has closed, at most 5 s.
     pub async fn disconnect(&self) -> Result<()> {
         let count = u32::try_from(IN_FLIGHT).unwrap_or(u32::MAX);
         let all = self.0.in_flight.acquire_many(count).await;
-        let goodbye = self.request(Command::DISC, CommandFlags(0), 0, 0)?;
+        let (command, flags, cookie) = (Command::DISC, CommandFlags(0), self.cookie());
+        let goodbye = self.request(Request { flags, command, cookie, offset: 0, length: 0 }, Bytes::new())?;
         let _ = self.0.requests.send(goodbye);
         // Requests from now on fail: the connection is over for them as well.
         self.0.in_flight.close();
@@ -251,10 +264,24 @@ impl Client {
         Ok(())
     }
 
-    fn request(&self, command: Command, flags: CommandFlags, offset: u64, length: u64) -> Result<Outgoing> {
-        let request = Request { flags, command, cookie: self.0.cookie.fetch_add(1, Relaxed), offset, length };
-        let header = request.encode_compact().ok_or(ClientError::Unsendable("the length needs more than 32 bits"))?;
-        Ok(Outgoing { header, payload: Bytes::new() })
+    /// `length` is that of the payload if there is one, and of the effect otherwise.
+    fn request(&self, request: Request, payload: Bytes) -> Result<Outgoing> {
+        let has_payload = !payload.is_empty();
+        let header = match self.0.mode {
+            Mode::Extended => {
+                let flags = if has_payload { request.flags.with(CommandFlags::PAYLOAD_LEN) } else { request.flags };
+                let length = if has_payload { payload.len() as u64 } else { request.length };
+                Request { flags, length, ..request }.encode_extended()
+            }
+            Mode::Simple | Mode::Structured => request.encode_compact().ok_or(ClientError::Unsendable(
+                "the length needs more than 32 bits, and extended headers were not agreed",
+            ))?,
+        };
+        Ok(Outgoing { header, payload })
+    }
+
+    fn cookie(&self) -> u64 {
+        self.0.cookie.fetch_add(1, Relaxed)
     }
 
     async fn call(
@@ -269,14 +296,22 @@ impl Client {
         let shared = &*self.0;
         let closed = || ClientError::Connection(Arc::new(std::io::ErrorKind::NotConnected.into()));
         let permit = shared.in_flight.clone().acquire_owned().await.map_err(|_| closed())?;
-        let cookie = shared.cookie.fetch_add(1, Relaxed);
-        let request = Request { flags, command, cookie, offset, length };
-        let header = request.encode_compact().ok_or(ClientError::Unsendable("the length needs more than 32 bits"))?;
+        let cookie = self.cookie();
+        let outgoing = self.request(Request { flags, command, cookie, offset, length }, payload)?;
         let (done, result) = oneshot::channel();
         let collector = Collector::new(wanted, shared.mode, offset, length);
         shared.pending.insert(cookie, Waiting { collector, done, _permit: permit })?;
-        shared.requests.send(Outgoing { header, payload }).map_err(|_| closed())?;
+        shared.requests.send(outgoing).map_err(|_| closed())?;
         result.await.map_err(|_| closed())?
+    }
+}
+
+/// Whether the server has what it was asked for; an error only if the connection is of no use any more.
+fn had<T>(answer: Result<T>) -> Result<bool> {
+    match answer {
+        Ok(_) => Ok(true),
+        Err(ClientError::Refused { .. }) => Ok(false),
+        Err(error) => Err(error),
     }
 }
 

@@ -137,6 +137,13 @@ impl Negotiation {
         Ok(())
     }
 
+    /// Asks for extended headers; an error leaves the connection as it was.
+    pub async fn extended_headers(&mut self) -> Result<()> {
+        self.option(OptionCode::EXTENDED_HEADERS, &[]).await?;
+        self.mode = Mode::Extended;
+        Ok(())
+    }
+
     /// The exports that the server lists.
     pub async fn list(&mut self) -> Result<Vec<ListedExport>> {
         let replies = self.option(OptionCode::LIST, &[]).await?;

@@ -62,6 +62,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Raw<S> {
         self.send(payload).await
     }
 
+    /// The same with an extended header.
+    pub async fn extended_request(&mut self, request: Request, payload: &[u8]) -> io::Result<()> {
+        self.send(&request.encode_extended()).await?;
+        self.send(payload).await
+    }
+
     /// Receives the header of a reply, and the payload if it is a chunk.
     pub async fn reply(&mut self) -> io::Result<(ReplyHeader, Vec<u8>)> {
         let magic = self.0.read_u32().await?;
@@ -70,7 +76,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Raw<S> {
         bytes.extend(self.receive(length - 4).await?);
         let header = ReplyHeader::decode(&bytes).ok_or(io::ErrorKind::InvalidData)?;
         let payload = match header {
-            ReplyHeader::Chunk { length, .. } => self.receive(length as usize).await?,
+            ReplyHeader::Chunk { length, .. } => {
+                let length = usize::try_from(length).map_err(|_| io::ErrorKind::InvalidData)?;
+                self.receive(length).await?
+            }
             ReplyHeader::Simple { .. } => Vec::new(),
         };
         Ok((header, payload))

@@ -10,7 +10,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
 use super::ClientError;
 use super::collect::{Collector, Outcome, Payload};
-use crate::wire::reply::{ChunkType, ReplyHeader};
+use crate::wire::reply::{ChunkType, EXTENDED_CHUNK_LENGTH, ReplyHeader};
 
 type Result<T, E = ClientError> = std::result::Result<T, E>;
 
@@ -19,7 +19,7 @@ const HEADERS: usize = 8 << 10;
 
 /// A request on its way out.
 pub(super) struct Outgoing {
-    pub(super) header: [u8; crate::wire::request::COMPACT_LENGTH],
+    pub(super) header: Vec<u8>,
     pub(super) payload: Bytes,
 }
 
@@ -109,7 +109,7 @@ pub(super) async fn receive(reader: impl AsyncRead + Unpin, pending: Arc<Pending
 }
 
 async fn receive_one(reader: &mut (impl AsyncRead + Unpin), pending: &Pending) -> Result<()> {
-    let mut bytes = [0; 20];
+    let mut bytes = [0; EXTENDED_CHUNK_LENGTH];
     let (magic, rest) = bytes.split_at_mut(4);
     reader.read_exact(magic).await?;
     let magic = u32::from_be_bytes([magic[0], magic[1], magic[2], magic[3]]);
@@ -124,13 +124,13 @@ async fn receive_one(reader: &mut (impl AsyncRead + Unpin), pending: &Pending) -
             };
             finish(result.await, waiting)
         }
-        Some(ReplyHeader::Chunk { flags, kind, cookie, length }) => {
+        Some(ReplyHeader::Chunk { flags, kind, cookie, offset, length }) => {
             let mut waiting = pending.take(cookie)?;
             let last = flags & 1 != 0;
             if kind == ChunkType::NONE && !last {
                 return finish(Err(ClientError::Protocol("an empty chunk that is not the last")), waiting);
             }
-            match chunk(reader, &mut waiting.collector, kind, length).await {
+            match chunk(reader, &mut waiting.collector, kind, offset, length).await {
                 Ok(()) if !last => pending.insert(cookie, waiting),
                 result => finish(result, waiting),
             }
@@ -143,9 +143,10 @@ async fn chunk(
     reader: &mut (impl AsyncRead + Unpin),
     collector: &mut Collector,
     kind: ChunkType,
-    length: u32,
+    offset: Option<u64>,
+    length: u64,
 ) -> Result<()> {
-    match collector.chunk(kind, length)? {
+    match collector.chunk(kind, offset, length)? {
         Payload::Small(length) => {
             let mut payload = vec![0; length as usize];
             reader.read_exact(&mut payload).await?;

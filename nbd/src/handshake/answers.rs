@@ -2,15 +2,13 @@
 #![deny(clippy::indexing_slicing)]
 
 use super::{Handshake, ListPolicy, Negotiated, Stance, State, TlsPolicy};
-use crate::transmission::{BASE_ALLOCATION_ID, ContextSet, Mode};
+use crate::transmission::Mode;
 use crate::wire::option::{
     BlockSizes, ExportInfo, INFO_BLOCK_SIZE, INFO_DESCRIPTION, INFO_EXPORT, INFO_NAME, InfoRequest, MetaRequest,
     OptionCode, OptionHeader, ReplyType, WantedInfo, encode_reply, prefixed,
 };
 use crate::wire::{MAX_ERROR_TEXT, MAX_PAYLOAD, string, truncated};
-
-/// The one metadata context served.
-const BASE_ALLOCATION: &str = "base:allocation";
+use crate::{Context, ContextSet};
 
 impl Handshake {
     /// Options whose data were dropped: those that take none, unknown ones, and any from a client that is not welcome.
@@ -26,7 +24,7 @@ impl Handshake {
         match code {
             OptionCode::STARTTLS => self.start_tls(length),
             _ if self.lacks_tls() => self.refuse(code, ReplyType::ERR_TLS_REQD, "start TLS first"),
-            OptionCode::LIST | OptionCode::STRUCTURED_REPLY if length > 0 => {
+            OptionCode::LIST | OptionCode::STRUCTURED_REPLY | OptionCode::EXTENDED_HEADERS if length > 0 => {
                 self.refuse(code, ReplyType::ERR_INVALID, "the option takes no data");
             }
             OptionCode::LIST => self.list(),
@@ -34,8 +32,18 @@ impl Handshake {
                 self.mode = Mode::Structured;
                 self.reply(code, ReplyType::ACK, &[]);
             }
+            OptionCode::STRUCTURED_REPLY if self.mode == Mode::Extended => {
+                self.refuse(code, ReplyType::ERR_EXT_HEADER_REQD, "extended headers were negotiated, which go further");
+            }
             OptionCode::STRUCTURED_REPLY => {
                 self.refuse(code, ReplyType::ERR_INVALID, "structured replies were negotiated before");
+            }
+            OptionCode::EXTENDED_HEADERS if self.mode == Mode::Extended => {
+                self.refuse(code, ReplyType::ERR_INVALID, "extended headers were negotiated before");
+            }
+            OptionCode::EXTENDED_HEADERS => {
+                self.mode = Mode::Extended;
+                self.reply(code, ReplyType::ACK, &[]);
             }
             OptionCode::INFO | OptionCode::GO | OptionCode::LIST_META_CONTEXT | OptionCode::SET_META_CONTEXT => {
                 if code == OptionCode::SET_META_CONTEXT {
@@ -101,16 +109,14 @@ impl Handshake {
             Err(text) => return self.refuse(code, ReplyType::ERR_INVALID, text),
         };
         let Some(export) = self.find(request.name) else { return self.unknown(code, request.name) };
-        let mut queries = request.queries().peekable();
-        // LIST without queries asks for everything and knows `base:` as a wildcard; SET knows neither.
-        let all = !set && queries.peek().is_none();
-        let base_allocation = all || queries.any(|query| query == BASE_ALLOCATION || (!set && query == "base:"));
-        if base_allocation {
-            let id = if set { BASE_ALLOCATION_ID } else { 0 };
-            self.reply(code, ReplyType::META_CONTEXT, &[&id.to_be_bytes(), BASE_ALLOCATION.as_bytes()]);
+        let there = self.exports.get(export).map_or(ContextSet::NONE, |facts| facts.contexts);
+        let told: ContextSet = there.iter().filter(|context| asks_for(&request, *context, set)).collect();
+        for context in told.iter() {
+            let id = if set { context.id() } else { 0 };
+            self.reply(code, ReplyType::META_CONTEXT, &[&id.to_be_bytes(), context.name().as_bytes()]);
         }
         if set {
-            self.contexts = Some((export, ContextSet { base_allocation }));
+            self.contexts = Some((export, told));
         }
         self.reply(code, ReplyType::ACK, &[]);
     }
@@ -171,4 +177,13 @@ impl Handshake {
     pub(super) fn reply(&mut self, code: OptionCode, reply: ReplyType, data: &[&[u8]]) {
         encode_reply(&mut self.outbox, code, reply, data);
     }
+}
+
+/// Whether the queries name a context. LIST without queries asks for all of them and knows `base:` and `qemu:` as wildcards; SET
+/// knows neither.
+fn asks_for(request: &MetaRequest<'_>, context: Context, set: bool) -> bool {
+    let name = context.name();
+    let is_wildcard = |query: &str| query.ends_with(':') && query.len() > 1 && name.starts_with(query);
+    let mut queries = request.queries().peekable();
+    (!set && queries.peek().is_none()) || queries.any(|query| query == name || (!set && is_wildcard(query)))
 }

@@ -123,6 +123,8 @@ fn facts_of(export: &dyn Export) -> Result<ExportFacts, ExportsError> {
         description: export.description().to_owned(),
         size: export.size(),
         read_only: export.read_only(),
+        fast_zero: export.fast_zero(),
+        contexts: export.contexts(),
         preferred_block_size: export.preferred_block_size(),
         name,
     };

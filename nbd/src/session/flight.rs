@@ -56,6 +56,10 @@ enum Stage {
     Dead,
 }
 
+/// Nobody waits for this reply any more; what was to be sent is gone.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Unwanted;
+
 impl Flight {
     /// Room for `slots` requests.
     pub(crate) fn new(slots: usize) -> Self {
@@ -88,11 +92,14 @@ impl Flight {
         Some(index)
     }
 
-    /// Queues a frame of the request in this slot. Returns the frame if nobody wants it any more.
-    pub(crate) fn push(&self, index: usize, frame: Frame, last: Last) -> Result<(), Frame> {
+    /// Queues a frame of the request in this slot.
+    pub(crate) fn push(&self, index: usize, frame: Frame, last: Last) -> Result<(), Unwanted> {
         let mut state = self.lock();
         if state.unanswered[index].is_none() || state.stage == Stage::Dead {
-            return Err(frame);
+            // In this order: the frame may hold the slot, whose drop needs the lock.
+            drop(state);
+            drop(frame);
+            return Err(Unwanted);
         }
         if last == Last::Yes {
             state.unanswered[index] = None;
@@ -101,6 +108,12 @@ impl Flight {
         drop(state);
         self.ready.notify_one();
         Ok(())
+    }
+
+    /// Whether the request in this slot is still to be answered.
+    pub(crate) fn is_wanted(&self, index: usize) -> bool {
+        let state = self.lock();
+        state.unanswered[index].is_some() && state.stage != Stage::Dead
     }
 
     /// Gives a slot back.

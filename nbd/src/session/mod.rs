@@ -21,16 +21,19 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-use self::execute::{LongWrite, launch};
-use self::flight::Flight;
+use self::execute::{LongWrite, charged, launch};
+use self::flight::{Flight, Unwanted};
 use self::intake::{Dry, Intake};
 use self::outgoing::Frame;
 use crate::budget::{Budget, Share};
 use crate::limits::Limits;
 use crate::stats::{ExportStats, Place};
-use crate::transmission::{Admission, Aftermath, Task, Terms, Verdict, check, failure, piece_end, success};
+use crate::transmission::{
+    Admission, Aftermath, MAX_STATUS_FILTER, Mode, Task, Terms, Verdict, check, failure, filtered_status, piece_end,
+    success,
+};
 use crate::wire::reply::Last;
-use crate::wire::request::{COMPACT_LENGTH, Request};
+use crate::wire::request::{COMPACT_LENGTH, EXTENDED_LENGTH, Request};
 use crate::{Device, Durability, Error};
 
 /// How far a server has come in stopping.
@@ -113,22 +116,27 @@ impl Slot {
     }
 
     /// Queues a part of the reply; an error means that nobody wants the rest.
-    fn send(&self, frame: Frame) -> Result<(), Frame> {
+    fn send(&self, frame: Frame) -> Result<(), Unwanted> {
         self.connection.flight.push(self.index, frame, Last::No)
     }
 
     /// Queues the last part of the reply.
     fn finish(self, frame: Frame) {
         let (connection, index) = (self.connection.clone(), self.index);
-        // The frame holds the slot: refused, both go together.
-        drop(connection.flight.push(index, frame.with_slot(self), Last::Yes));
+        // The frame takes the slot with it: sent or unwanted, both go together.
+        let _ = connection.flight.push(index, frame.with_slot(self), Last::Yes);
+    }
+
+    /// Whether the request still waits for an answer that somebody can get.
+    fn is_wanted(&self) -> bool {
+        self.connection.flight.is_wanted(self.index)
     }
 
     /// Answers a request without content.
     fn answer(self, request: &Request, result: Result<(), Error>) {
         let mode = self.connection.terms.mode;
         let frame = match result {
-            Ok(()) => Frame::new(success(mode, request.command, request.cookie)),
+            Ok(()) => Frame::new(success(mode, request)),
             Err(error) => {
                 self.connection.stats().errors.fetch_add(1, Relaxed);
                 tracing::debug!(command = request.command.0, kind = ?error.kind, %error, "request failed");
@@ -252,8 +260,11 @@ async fn receive_one<R: AsyncRead + Unpin>(
     phase: &watch::Receiver<Phase>,
 ) -> Result<Option<Ending>, Dry> {
     connection.flight.room().await;
-    let header = intake.header::<COMPACT_LENGTH>().await?;
-    let Some(request) = Request::decode_compact(&header) else { return Ok(Some(Ending::NotNbd)) };
+    let request = match connection.terms.mode {
+        Mode::Simple | Mode::Structured => Request::decode_compact(&intake.header::<COMPACT_LENGTH>().await?),
+        Mode::Extended => Request::decode_extended(&intake.header::<EXTENDED_LENGTH>().await?),
+    };
+    let Some(request) = request else { return Ok(Some(Ending::NotNbd)) };
     let admission = match *phase.borrow() {
         Phase::Running => Admission::Open,
         Phase::Draining | Phase::Cut => Admission::ShuttingDown,
@@ -269,12 +280,21 @@ async fn receive_one<R: AsyncRead + Unpin>(
         Verdict::Disconnect | Verdict::Run(Task::Nothing) => slot.answer(&request, Ok(())),
         Verdict::Run(Task::Write { offset, length, durability }) if length <= connection.piece => {
             let permit = connection.input.acquire(length).await;
-            let mut buffer = connection.device.buffer(offset, length as usize);
+            let mut buffer = charged(connection.device.buffer(offset, length as usize), permit);
             intake.payload((*buffer).as_mut()).await?;
-            launch(execute::write(slot, request, buffer, permit, durability)).await;
+            launch(execute::write(slot, request, buffer, durability)).await;
         }
         Verdict::Run(Task::Write { offset, length, durability }) => {
             long_write(intake, slot, request, offset, length, durability).await?;
+        }
+        Verdict::Run(Task::StatusFilter { payload }) => {
+            let mut bytes = [0; MAX_STATUS_FILTER];
+            let bytes = &mut bytes[..payload];
+            intake.payload(bytes).await?;
+            match filtered_status(&connection.terms, &request, bytes) {
+                Ok(task) => launch(execute::run(slot, request, task)).await,
+                Err(error) => slot.answer(&request, Err(error)),
+            }
         }
         Verdict::Run(task) => launch(execute::run(slot, request, task)).await,
         Verdict::Fail(error, Aftermath::Drain(payload)) => {
@@ -309,9 +329,9 @@ async fn long_write<R: AsyncRead + Unpin>(
             intake.discard(bytes).await?;
         } else {
             let permit = connection.input.acquire(bytes).await;
-            let mut buffer = connection.device.buffer(at, bytes as usize);
+            let mut buffer = charged(connection.device.buffer(at, bytes as usize), permit);
             intake.payload((*buffer).as_mut()).await?;
-            launch(write.clone().piece(at, buffer, permit)).await;
+            launch(write.clone().piece(at, buffer)).await;
         }
         at = next;
     }

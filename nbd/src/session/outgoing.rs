@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::io::{self, IoSlice};
+use std::ops::Range;
 
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::time::timeout;
@@ -28,7 +29,10 @@ pub(crate) struct Frame {
 enum Body {
     Owned(Vec<u8>),
     Lent(Buffer),
+    /// One after the other.
     Many(Vec<Buffer>),
+    /// Chunks whose content is a part of the buffer each; that of a hole is empty.
+    Chunks(Buffer, Vec<(Head, Range<usize>)>),
 }
 
 impl Frame {
@@ -51,6 +55,11 @@ impl Frame {
         self
     }
 
+    /// Several chunks: the header of each, and the part of the buffer that follows it.
+    pub(crate) fn of_chunks(buffer: Buffer, chunks: Vec<(Head, Range<usize>)>) -> Self {
+        Self { body: Body::Chunks(buffer, chunks), ..Self::new(Head::default()) }
+    }
+
     /// The permit for the memory of the body.
     pub(crate) fn with_permit(mut self, permit: Permit) -> Self {
         self._permit = Some(permit);
@@ -64,12 +73,16 @@ impl Frame {
     }
 
     fn parts(&self) -> impl Iterator<Item = &[u8]> {
-        let (one, many): (&[u8], &[Buffer]) = match &self.body {
-            Body::Owned(bytes) => (bytes, &[]),
-            Body::Lent(buffer) => ((**buffer).as_ref(), &[]),
-            Body::Many(buffers) => (&[], buffers),
+        let (one, many, chunks): (&[u8], &[Buffer], &[_]) = match &self.body {
+            Body::Owned(bytes) => (bytes, &[], &[]),
+            Body::Lent(buffer) => ((**buffer).as_ref(), &[], &[]),
+            Body::Many(buffers) => (&[], buffers, &[]),
+            Body::Chunks(buffer, chunks) => ((**buffer).as_ref(), &[], chunks),
         };
-        [self.head.as_bytes(), one].into_iter().chain(many.iter().map(|buffer| (**buffer).as_ref()))
+        // The buffer of several chunks goes out in parts, each behind its own header.
+        let whole = if chunks.is_empty() { one } else { &[] };
+        let chunks = chunks.iter().flat_map(move |(head, part)| [head.as_bytes(), &one[part.clone()]]);
+        [self.head.as_bytes(), whole].into_iter().chain(many.iter().map(|buffer| (**buffer).as_ref())).chain(chunks)
     }
 
     /// What is left to send, in order.

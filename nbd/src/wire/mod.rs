@@ -22,6 +22,10 @@ pub const REQUEST: u32 = 0x2560_9513;
 pub const SIMPLE_REPLY: u32 = 0x6744_6698;
 /// First 4 bytes of a structured reply chunk ("Structured reply chunk message").
 pub const STRUCTURED_REPLY: u32 = 0x668e_33ef;
+/// First 4 bytes of an extended request ("Request message", extension `extended headers`).
+pub const EXTENDED_REQUEST: u32 = 0x21e4_1c71;
+/// First 4 bytes of an extended reply chunk ("Extended reply chunk message").
+pub const EXTENDED_REPLY: u32 = 0x6e8a_278c;
 
 /// Server and client handshake flag: fixed newstyle ("Handshake flags").
 pub const FIXED_NEWSTYLE: u16 = 0x1;
@@ -91,6 +95,8 @@ flags! {
         SEND_CACHE = 0x0400;
         /// The `FAST_ZERO` flag may be sent.
         SEND_FAST_ZERO = 0x0800;
+        /// `BLOCK_STATUS` may carry a payload that names contexts.
+        BLOCK_STATUS_PAYLOAD = 0x1000;
     }
 }
 

@@ -1,14 +1,16 @@
-//! Replies of the transmission phase, as bytes: simple replies and structured chunks, both directions.
+//! Replies of the transmission phase, as bytes: simple replies, structured and extended chunks, both directions.
 //! Which of them a request gets is [`crate::transmission`]'s business.
 #![deny(clippy::indexing_slicing)]
 
-use super::{Fields, MAX_ERROR_TEXT, SIMPLE_REPLY, STRUCTURED_REPLY, truncated};
+use super::{EXTENDED_REPLY, Fields, MAX_ERROR_TEXT, SIMPLE_REPLY, STRUCTURED_REPLY, truncated};
 use crate::Extent;
 
 /// Length of a simple reply header in bytes.
 pub const SIMPLE_LENGTH: usize = 16;
 /// Length of a structured chunk header in bytes.
 pub const CHUNK_LENGTH: usize = 20;
+/// Length of an extended chunk header in bytes.
+pub const EXTENDED_CHUNK_LENGTH: usize = 32;
 
 /// A chunk type ("Structured reply types"), 16 bits; errors have the top bit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -23,6 +25,8 @@ impl ChunkType {
     pub const OFFSET_HOLE: Self = Self(2);
     /// `0:4 context id, then k x (4 length, 4 status)`.
     pub const BLOCK_STATUS: Self = Self(5);
+    /// `0:4 context id, 4:4 count k, then k x (8 length, 8 status)`; extended headers only.
+    pub const BLOCK_STATUS_EXT: Self = Self(6);
     /// `0:4 error, 4:2 message length m, 6:m message`.
     pub const ERROR: Self = Self(0x8001);
     /// `0:4 error, 4:2 message length m, 6:m message, 6+m:8 offset`.
@@ -43,11 +47,17 @@ pub enum Last {
     Yes,
 }
 
-/// A header small enough to live in place: at most 32 bytes, the longest of all reply headers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// A header small enough to live in place, with the fixed fields behind it: at most an extended hole chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Head {
-    bytes: [u8; 32],
+    bytes: [u8; EXTENDED_CHUNK_LENGTH + 12],
     length: u8,
+}
+
+impl Default for Head {
+    fn default() -> Self {
+        Self { bytes: [0; EXTENDED_CHUNK_LENGTH + 12], length: 0 }
+    }
 }
 
 impl Head {
@@ -74,23 +84,84 @@ pub fn simple(cookie: u64, errno: u32) -> Head {
     head
 }
 
-/// A chunk header: `0:4 magic, 4:2 flags, 6:2 type, 8:8 cookie, 16:4 payload length`.
-pub fn chunk(cookie: u64, kind: ChunkType, last: Last, payload_length: u32) -> Head {
-    let mut head = Head::default();
-    head.push(&STRUCTURED_REPLY.to_be_bytes());
-    head.push(&u16::from(last == Last::Yes).to_be_bytes());
-    head.push(&kind.0.to_be_bytes());
-    head.push(&cookie.to_be_bytes());
-    head.push(&payload_length.to_be_bytes());
-    head
+/// What the headers of all chunks of one reply have in common.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChunkHeader {
+    /// `0:4 magic, 4:2 flags, 6:2 type, 8:8 cookie, 16:4 payload length`.
+    Structured {
+        /// That of the request.
+        cookie: u64,
+    },
+    /// `0:4 magic, 4:2 flags, 6:2 type, 8:8 cookie, 16:8 offset, 24:8 payload length`.
+    Extended {
+        /// That of the request.
+        cookie: u64,
+        /// That of the request, in every chunk.
+        offset: u64,
+    },
 }
 
-/// The header of an `OFFSET_DATA` chunk with the offset that starts its payload; `length` bytes of data follow.
-/// `0 < length <= u32::MAX - 8`.
-pub fn data_chunk(cookie: u64, last: Last, offset: u64, length: u32) -> Head {
-    let mut head = chunk(cookie, ChunkType::OFFSET_DATA, last, length.saturating_add(8));
-    head.push(&offset.to_be_bytes());
-    head
+impl ChunkHeader {
+    /// A chunk header; `payload_length` bytes follow.
+    pub fn chunk(self, kind: ChunkType, last: Last, payload_length: u32) -> Head {
+        let mut head = Head::default();
+        let (magic, cookie) = match self {
+            Self::Structured { cookie } => (STRUCTURED_REPLY, cookie),
+            Self::Extended { cookie, .. } => (EXTENDED_REPLY, cookie),
+        };
+        head.push(&magic.to_be_bytes());
+        head.push(&u16::from(last == Last::Yes).to_be_bytes());
+        head.push(&kind.0.to_be_bytes());
+        head.push(&cookie.to_be_bytes());
+        match self {
+            Self::Structured { .. } => head.push(&payload_length.to_be_bytes()),
+            Self::Extended { offset, .. } => {
+                head.push(&offset.to_be_bytes());
+                head.push(&u64::from(payload_length).to_be_bytes());
+            }
+        }
+        head
+    }
+
+    /// The header of an `OFFSET_DATA` chunk with the offset that starts its payload; `length` bytes of data follow.
+    /// `0 < length <= u32::MAX - 8`.
+    pub fn data(self, last: Last, offset: u64, length: u32) -> Head {
+        let mut head = self.chunk(ChunkType::OFFSET_DATA, last, length.saturating_add(8));
+        head.push(&offset.to_be_bytes());
+        head
+    }
+
+    /// A whole `OFFSET_HOLE` chunk: `length` bytes from `offset` on read as zeroes. `length > 0`; it stays 32 bits wide in
+    /// an extended reply.
+    pub fn hole(self, last: Last, offset: u64, length: u32) -> Head {
+        let mut head = self.chunk(ChunkType::OFFSET_HOLE, last, 12);
+        head.push(&offset.to_be_bytes());
+        head.push(&length.to_be_bytes());
+        head
+    }
+
+    /// A status chunk: header and payload. In a structured reply lengths and status words have to fit 32 bits, which the
+    /// planner and the contexts see to.
+    pub fn status(self, last: Last, context: u32, extents: &[Extent]) -> (Head, Vec<u8>) {
+        let mut out = Vec::with_capacity(8 + extents.len() * 16);
+        out.extend(context.to_be_bytes());
+        let kind = match self {
+            Self::Structured { .. } => {
+                let word = |value| u32::try_from(value).unwrap_or(u32::MAX).to_be_bytes();
+                out.extend(extents.iter().flat_map(|extent| [word(extent.length), word(extent.status)]).flatten());
+                ChunkType::BLOCK_STATUS
+            }
+            Self::Extended { .. } => {
+                out.extend(u32::try_from(extents.len()).unwrap_or(u32::MAX).to_be_bytes());
+                for extent in extents {
+                    out.extend(extent.length.to_be_bytes());
+                    out.extend(extent.status.to_be_bytes());
+                }
+                ChunkType::BLOCK_STATUS_EXT
+            }
+        };
+        (self.chunk(kind, last, u32::try_from(out.len()).unwrap_or(u32::MAX)), out)
+    }
 }
 
 /// The payload of an error chunk; the text is cut to [`MAX_ERROR_TEXT`]. With a position it belongs in `ERROR_OFFSET`,
@@ -105,17 +176,6 @@ pub fn error_payload(errno: u32, text: &str, position: Option<u64>) -> Vec<u8> {
     out
 }
 
-/// The payload of a `BLOCK_STATUS` chunk. Lengths must fit 32 bits, which the planner sees to.
-pub fn status_payload(context: u32, extents: &[Extent]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(4 + extents.len() * 8);
-    out.extend(context.to_be_bytes());
-    for extent in extents {
-        out.extend(u32::try_from(extent.length).unwrap_or(u32::MAX).to_be_bytes());
-        out.extend(extent.status.to_be_bytes());
-    }
-    out
-}
-
 /// The first bytes of any reply, for the client side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReplyHeader {
@@ -126,7 +186,7 @@ pub enum ReplyHeader {
         /// The request it answers.
         cookie: u64,
     },
-    /// A structured chunk.
+    /// A structured or extended chunk.
     Chunk {
         /// Flags as sent; bit 0 is DONE.
         flags: u16,
@@ -134,8 +194,10 @@ pub enum ReplyHeader {
         kind: ChunkType,
         /// The request it answers.
         cookie: u64,
-        /// Bytes that follow, any 32-bit value.
-        length: u32,
+        /// The offset of that request, in an extended chunk only.
+        offset: Option<u64>,
+        /// Bytes that follow, any value.
+        length: u64,
     },
 }
 
@@ -145,6 +207,7 @@ impl ReplyHeader {
         match magic {
             SIMPLE_REPLY => Some(SIMPLE_LENGTH),
             STRUCTURED_REPLY => Some(CHUNK_LENGTH),
+            EXTENDED_REPLY => Some(EXTENDED_CHUNK_LENGTH),
             _ => None,
         }
     }
@@ -158,7 +221,15 @@ impl ReplyHeader {
                 flags: fields.u16()?,
                 kind: ChunkType(fields.u16()?),
                 cookie: fields.u64()?,
-                length: fields.u32()?,
+                offset: None,
+                length: u64::from(fields.u32()?),
+            },
+            EXTENDED_REPLY => Self::Chunk {
+                flags: fields.u16()?,
+                kind: ChunkType(fields.u16()?),
+                cookie: fields.u64()?,
+                offset: Some(fields.u64()?),
+                length: fields.u64()?,
             },
             _ => return None,
         };
@@ -208,14 +279,26 @@ mod tests {
     }
 
     #[test]
-    fn a_data_chunk_has_the_bytes_of_the_specification() {
-        let head = data_chunk(7, Last::Yes, 0x1000, 512);
+    fn chunks_have_the_bytes_of_the_specification() {
+        let structured = ChunkHeader::Structured { cookie: 7 };
+        let head = structured.data(Last::Yes, 0x1000, 512);
         assert_eq!(
             head.as_bytes(),
             b"\x66\x8e\x33\xef\x00\x01\x00\x01\x00\x00\x00\x00\x00\x00\x00\x07\x00\x00\x02\x08\x00\x00\x00\x00\x00\x00\x10\x00"
         );
         let header = ReplyHeader::decode(&head.as_bytes()[..CHUNK_LENGTH]).unwrap();
-        assert_eq!(header, ReplyHeader::Chunk { flags: 1, kind: ChunkType::OFFSET_DATA, cookie: 7, length: 520 });
+        let kind = ChunkType::OFFSET_DATA;
+        assert_eq!(header, ReplyHeader::Chunk { flags: 1, kind, cookie: 7, offset: None, length: 520 });
+
+        let extended = ChunkHeader::Extended { cookie: 7, offset: 0x800 };
+        let head = extended.hole(Last::No, 0x1000, 0x200);
+        assert_eq!(
+            head.as_bytes(),
+            b"\x6e\x8a\x27\x8c\x00\x00\x00\x02\x00\x00\x00\x00\x00\x00\x00\x07\x00\x00\x00\x00\x00\x00\x08\x00\x00\x00\x00\x00\x00\x00\x00\x0c\x00\x00\x00\x00\x00\x00\x10\x00\x00\x00\x02\x00"
+        );
+        let header = ReplyHeader::decode(&head.as_bytes()[..EXTENDED_CHUNK_LENGTH]).unwrap();
+        let kind = ChunkType::OFFSET_HOLE;
+        assert_eq!(header, ReplyHeader::Chunk { flags: 0, kind, cookie: 7, offset: Some(0x800), length: 12 });
     }
 
     #[test]
@@ -231,8 +314,14 @@ mod tests {
     }
 
     #[test]
-    fn status_payloads_hold_the_context_and_pairs() {
+    fn status_chunks_hold_the_context_and_pairs() {
         let extents = [Extent { length: 65536, status: 0 }, Extent { length: 512, status: 3 }];
-        assert_eq!(status_payload(1, &extents), [0, 0, 0, 1, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 3]);
+        let (head, payload) = ChunkHeader::Structured { cookie: 1 }.status(Last::Yes, 1, &extents);
+        assert_eq!(head, ChunkHeader::Structured { cookie: 1 }.chunk(ChunkType::BLOCK_STATUS, Last::Yes, 20));
+        assert_eq!(payload, [0, 0, 0, 1, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 3]);
+        let header = ChunkHeader::Extended { cookie: 1, offset: 0 };
+        let (head, payload) = header.status(Last::No, 2, &[Extent { length: 1 << 40, status: 3 }]);
+        assert_eq!(head, header.chunk(ChunkType::BLOCK_STATUS_EXT, Last::No, 24));
+        assert_eq!(payload, [0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 3]);
     }
 }

@@ -5,7 +5,9 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
-use blockyard_nbd::{Buffer, Device, Durability, Error, ErrorKind, Export, Extent, ZeroFlags};
+use blockyard_nbd::{
+    Buffer, Content, Context, ContextSet, Device, Durability, Error, ErrorKind, Export, Extent, Space,
+};
 use tokio::sync::{Semaphore, watch};
 
 /// Bytes per block of `Mem`.
@@ -115,9 +117,21 @@ impl Device for Mem {
         Box::new(vec![0; length])
     }
 
-    async fn read(&self, offset: u64, mut buffer: Buffer) -> Result<Buffer, Error> {
+    /// Holes are told, and the buffer is full of junk there.
+    async fn read(&self, offset: u64, mut buffer: Buffer) -> Result<Content, Error> {
+        let length = (*buffer).as_ref().len();
         self.get(offset, (*buffer).as_mut());
-        Ok(buffer)
+        let mut holes = Vec::new();
+        let mut at = 0;
+        for extent in self.extents(Context::BaseAllocation, offset, length as u64, usize::MAX).await? {
+            let next = at + extent.length as usize;
+            if extent.status == 3 {
+                (*buffer).as_mut()[at..next].fill(0xdd);
+                holes.push(at..next);
+            }
+            at = next;
+        }
+        Ok(Content { buffer, holes })
     }
 
     async fn write(&self, offset: u64, buffer: Buffer, durability: Durability) -> Result<(), Error> {
@@ -126,13 +140,15 @@ impl Device for Mem {
         Ok(())
     }
 
-    async fn zero(&self, offset: u64, length: u64, flags: ZeroFlags, durability: Durability) -> Result<(), Error> {
-        if flags.fast && (!offset.is_multiple_of(BLOCK) || !length.is_multiple_of(BLOCK)) {
-            return Err(Error::new(ErrorKind::NotSupported, "only whole blocks are fast"));
-        }
-        self.punch(offset, length, flags.no_hole);
+    async fn zero(&self, offset: u64, length: u64, space: Space, durability: Durability) -> Result<(), Error> {
+        self.punch(offset, length, space == Space::Keep);
         self.settle(durability);
         Ok(())
+    }
+
+    /// Only whole blocks are fast.
+    async fn fast_zero(&self, offset: u64, length: u64) -> bool {
+        offset.is_multiple_of(BLOCK) && length.is_multiple_of(BLOCK)
     }
 
     async fn trim(&self, offset: u64, length: u64, durability: Durability) -> Result<(), Error> {
@@ -146,14 +162,18 @@ impl Device for Mem {
         Ok(())
     }
 
-    async fn extents(&self, offset: u64, length: u64, max: usize) -> Result<Vec<Extent>, Error> {
+    async fn extents(&self, context: Context, offset: u64, length: u64, max: usize) -> Result<Vec<Extent>, Error> {
         let now = self.now.lock().unwrap();
         let mut extents: Vec<Extent> = Vec::new();
         let (mut at, end) = (offset, offset + length);
         while at < end {
             let block = at / BLOCK;
             let next = end.min((block + 1) * BLOCK);
-            let status = if now.contains_key(&block) { 0 } else { 3 };
+            let status = match (context, now.contains_key(&block)) {
+                (Context::BaseAllocation, true) | (Context::AllocationDepth, false) => 0,
+                (Context::BaseAllocation, false) => 3,
+                (Context::AllocationDepth, true) => 1,
+            };
             let full = extents.len() == max;
             match extents.last_mut() {
                 Some(last) if last.status == status => last.length += next - at,
@@ -174,6 +194,7 @@ pub enum Call {
     Zero,
     Trim,
     Flush,
+    Cache,
     Extents,
 }
 
@@ -201,7 +222,7 @@ impl<H: Hook> Device for Hooked<H> {
         self.disk.buffer(offset, length)
     }
 
-    async fn read(&self, offset: u64, buffer: Buffer) -> Result<Buffer, Error> {
+    async fn read(&self, offset: u64, buffer: Buffer) -> Result<Content, Error> {
         self.hook.before(Call::Read, offset, (*buffer).as_ref().len() as u64).await?;
         self.disk.read(offset, buffer).await
     }
@@ -211,9 +232,19 @@ impl<H: Hook> Device for Hooked<H> {
         self.disk.write(offset, buffer, durability).await
     }
 
-    async fn zero(&self, offset: u64, length: u64, flags: ZeroFlags, durability: Durability) -> Result<(), Error> {
+    async fn zero(&self, offset: u64, length: u64, space: Space, durability: Durability) -> Result<(), Error> {
         self.hook.before(Call::Zero, offset, length).await?;
-        self.disk.zero(offset, length, flags, durability).await
+        self.disk.zero(offset, length, space, durability).await
+    }
+
+    async fn fast_zero(&self, offset: u64, length: u64) -> bool {
+        self.disk.fast_zero(offset, length).await
+    }
+
+    async fn cache(&self, offset: u64, length: u64) {
+        // A hint has nobody to tell of a failure.
+        let _ = self.hook.before(Call::Cache, offset, length).await;
+        self.disk.cache(offset, length).await;
     }
 
     async fn trim(&self, offset: u64, length: u64, durability: Durability) -> Result<(), Error> {
@@ -226,9 +257,9 @@ impl<H: Hook> Device for Hooked<H> {
         self.disk.flush().await
     }
 
-    async fn extents(&self, offset: u64, length: u64, max: usize) -> Result<Vec<Extent>, Error> {
+    async fn extents(&self, context: Context, offset: u64, length: u64, max: usize) -> Result<Vec<Extent>, Error> {
         self.hook.before(Call::Extents, offset, length).await?;
-        self.disk.extents(offset, length, max).await
+        self.disk.extents(context, offset, length, max).await
     }
 }
 
@@ -339,6 +370,7 @@ pub struct Disk {
     pub name: String,
     pub size: u64,
     pub read_only: bool,
+    pub fast_zero: bool,
     pub device: Arc<dyn Device>,
     pub opened: AtomicUsize,
     /// What opening says, if it fails.
@@ -348,11 +380,16 @@ pub struct Disk {
 impl Disk {
     pub fn new(name: &str, size: u64, device: Arc<dyn Device>) -> Self {
         let opened = AtomicUsize::new(0);
-        Self { name: name.into(), size, read_only: false, device, opened, broken: None }
+        Self { name: name.into(), size, read_only: false, fast_zero: true, device, opened, broken: None }
     }
 
     pub fn read_only(mut self) -> Self {
         self.read_only = true;
+        self
+    }
+
+    pub fn without_fast_zero(mut self) -> Self {
+        self.fast_zero = false;
         self
     }
 
@@ -378,6 +415,14 @@ impl Export for Disk {
 
     fn read_only(&self) -> bool {
         self.read_only
+    }
+
+    fn contexts(&self) -> ContextSet {
+        ContextSet::ALL
+    }
+
+    fn fast_zero(&self) -> bool {
+        self.fast_zero
     }
 
     async fn open(&self) -> Result<Arc<dyn Device>, Error> {

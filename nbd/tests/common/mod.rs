@@ -7,9 +7,12 @@ pub mod servers;
 
 use std::time::Duration;
 
+use blockyard_nbd::client::raw::Raw;
+use blockyard_nbd::transmission::Mode;
 use blockyard_nbd::wire::reply::ReplyHeader;
 use blockyard_nbd::wire::request::Request;
 use blockyard_nbd::wire::{Command, CommandFlags};
+use tokio::io::{AsyncRead, AsyncWrite};
 
 /// Tells served from hung; no test waits for it to pass.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -17,6 +20,19 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 /// A request with cookie and range.
 pub fn request(command: Command, cookie: u64, offset: u64, length: u64) -> Request {
     Request { flags: CommandFlags(0), command, cookie, offset, length }
+}
+
+/// Sends a request with the header of the mode; in an extended one the payload of a WRITE is announced.
+pub async fn ask<S: AsyncRead + AsyncWrite + Unpin>(raw: &mut Raw<S>, mode: Mode, request: Request, payload: &[u8]) {
+    let sent = match mode {
+        Mode::Simple | Mode::Structured => raw.request(request, payload).await,
+        Mode::Extended if request.command == Command::WRITE => {
+            let flags = request.flags.with(CommandFlags::PAYLOAD_LEN);
+            raw.extended_request(Request { flags, ..request }, payload).await
+        }
+        Mode::Extended => raw.extended_request(request, payload).await,
+    };
+    sent.unwrap();
 }
 
 /// Error number of a reply, 0 for success, and the cookie.

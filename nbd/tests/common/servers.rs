@@ -21,11 +21,19 @@ pub fn options() -> Options {
     Options::new(Budget::new(&BudgetLimits::default()))
 }
 
-/// Greets and enters the export; with structured replies also `base:allocation`.
+/// All forms of headers and replies.
+pub const MODES: [Mode; 3] = [Mode::Simple, Mode::Structured, Mode::Extended];
+
+/// Greets and enters the export; unless replies are simple also `base:allocation`.
 pub async fn enter<S: AsyncRead + AsyncWrite + Unpin>(raw: &mut Raw<S>, mode: Mode) {
     raw.greet(3).await.unwrap();
-    if mode == Mode::Structured {
-        settle(raw, OptionCode::STRUCTURED_REPLY, b"").await;
+    let option = match mode {
+        Mode::Simple => None,
+        Mode::Structured => Some(OptionCode::STRUCTURED_REPLY),
+        Mode::Extended => Some(OptionCode::EXTENDED_HEADERS),
+    };
+    if let Some(option) = option {
+        settle(raw, option, b"").await;
         settle(raw, OptionCode::SET_META_CONTEXT, &MetaRequest::encode(NAME, &["base:allocation"])).await;
     }
     settle(raw, OptionCode::GO, &InfoRequest { name: NAME, wanted: WantedInfo::default() }.encode()).await;
@@ -69,6 +77,21 @@ impl Served {
 
     pub async fn client(&self) -> Client {
         super::soon("a connection", Client::connect(&self.uri())).await.unwrap()
+    }
+
+    /// A client with this form of headers and replies, and every context that goes with it.
+    pub async fn client_in(&self, mode: Mode) -> Client {
+        let mut negotiation = self.negotiation().await;
+        match mode {
+            Mode::Simple => {}
+            Mode::Structured => negotiation.structured_replies().await.unwrap(),
+            Mode::Extended => negotiation.extended_headers().await.unwrap(),
+        }
+        if mode != Mode::Simple {
+            let contexts = ["base:allocation", "qemu:allocation-depth"];
+            negotiation.set_meta_contexts(NAME, &contexts).await.unwrap();
+        }
+        negotiation.go(NAME).await.unwrap()
     }
 
     pub async fn negotiation(&self) -> Negotiation {

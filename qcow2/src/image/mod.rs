@@ -16,6 +16,7 @@ mod grow;
 mod identical;
 mod map;
 mod open;
+mod prefetch;
 mod read;
 mod session;
 mod write;
@@ -45,6 +46,7 @@ pub use identical::Identical;
 pub use map::{Extent, ExtentKind};
 pub use open::{Caching, OpenOptions};
 pub(crate) use open::{read_header, refuse_read_only_features};
+pub(crate) use read::Holes;
 pub use zero::ZeroMode;
 
 /// An open qcow2 image.

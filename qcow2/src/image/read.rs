@@ -1,5 +1,7 @@
 //! Reading: look the mapping up, let go of it, move bytes.
 
+use std::ops::Range;
+
 use super::Image;
 use crate::compressed::{Compression, inflate};
 use crate::error::{Error, Result};
@@ -26,34 +28,77 @@ pub(super) struct Run {
     pub(super) source: Source,
 }
 
+/// Parts of a buffer that read as zeroes and were not filled: ascending, apart, none empty.
+#[derive(Debug, Default)]
+pub(crate) struct Holes(Vec<Range<usize>>);
+
+impl Holes {
+    /// Adds `length` bytes from `at` on; behind all the others.
+    pub(crate) fn push(&mut self, at: usize, length: usize) {
+        match self.0.last_mut() {
+            Some(last) if last.end == at => last.end += length,
+            _ if length > 0 => self.0.push(at..at + length),
+            _ => {}
+        }
+    }
+
+    /// Puts zeroes there.
+    pub(crate) fn fill(self, buffer: &mut [u8]) {
+        self.0.into_iter().for_each(|hole| buffer[hole].fill(0));
+    }
+}
+
 impl Image {
     /// Fills the buffer with the disk's bytes from `offset` on. Holes and everything past a shorter backing file read as
     /// zeroes. A read error poisons nothing; the buffer's content is then undefined.
     pub fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        let mut holes = Holes::default();
+        self.read_layer(offset, buffer, 0, &mut holes)?;
+        holes.fill(buffer);
+        Ok(())
+    }
+
+    /// As [`Image::read`], but what reads as zeroes as far as the tables tell is told instead of filled: byte ranges of
+    /// the buffer, ascending, apart from each other, none empty; what the buffer holds there is left as it was. They are
+    /// what [`Image::map`] tells to be something else than data, except that of a raw backing file only large holes count.
+    pub fn read_sparse(&self, offset: u64, buffer: &mut [u8]) -> Result<Vec<Range<usize>>> {
+        let mut holes = Holes::default();
+        self.read_layer(offset, buffer, 0, &mut holes)?;
+        Ok(holes.0)
+    }
+
+    /// As [`Image::read_sparse`], for a part of a buffer that begins at `at` of the whole.
+    pub(crate) fn read_layer(&self, offset: u64, part: &mut [u8], at: usize, holes: &mut Holes) -> Result<()> {
         let _operation = self.reading()?;
-        self.check_range(offset, buffer.len() as u64)?;
-        self.read_range(offset, buffer)
+        self.check_range(offset, part.len() as u64)?;
+        self.read_parts(offset, part, at, holes)
     }
 
     /// As [`Image::read`], inside an operation.
-    pub(super) fn read_range(&self, offset: u64, mut buffer: &mut [u8]) -> Result<()> {
+    pub(super) fn read_range(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        let mut holes = Holes::default();
+        self.read_parts(offset, buffer, 0, &mut holes)?;
+        holes.fill(buffer);
+        Ok(())
+    }
+
+    fn read_parts(&self, offset: u64, mut buffer: &mut [u8], mut at: usize, holes: &mut Holes) -> Result<()> {
         let too_early = mutant!("pending_before_mapping") && self.write_behind.is_idle();
         for (start, length) in self.geometry().by_table(offset, buffer.len() as u64) {
             for run in self.runs(start, length)? {
                 let (part, rest) = buffer.split_at_mut(run.length as usize);
                 buffer = rest;
-                match run.source {
-                    Source::Host(host) if too_early => {
+                let length = part.len();
+                match (run.source, &self.backing) {
+                    (Source::Host(host), _) if too_early => {
                         self.storage.read(host, part).map_err(Error::io("read", host))?
                     }
-                    Source::Host(host) => self.write_behind.read(host, part)?,
-                    Source::Compressed { host, length } => self.read_compressed(host, length, run.offset, part)?,
-                    Source::Zero { .. } => part.fill(0),
-                    Source::Below => match &self.backing {
-                        Some(layer) => layer.read(run.offset, part)?,
-                        None => part.fill(0),
-                    },
+                    (Source::Host(host), _) => self.write_behind.read(host, part)?,
+                    (Source::Compressed { host, length }, _) => self.read_compressed(host, length, run.offset, part)?,
+                    (Source::Below, Some(layer)) => layer.read_sparse(run.offset, part, at, holes)?,
+                    (Source::Zero { .. }, _) | (Source::Below, None) => holes.push(at, length),
                 }
+                at += length;
             }
         }
         Ok(())

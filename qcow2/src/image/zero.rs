@@ -33,6 +33,30 @@ impl Image {
         self.settle(durability, false)
     }
 
+    /// Whether [`Image::zero`] on this range would change tables only: whole clusters, the end of the disk ending one, and
+    /// parts of clusters that read as zeroes as far as the tables tell. Changes nothing and reads tables at most, and those
+    /// only for parts of clusters; `false` too when they cannot be read, or when the range is not inside the disk.
+    ///
+    /// It stays true until somebody writes to one of these clusters.
+    pub fn zero_is_fast(&self, offset: u64, length: u64) -> bool {
+        self.check_range(offset, length).is_ok() && self.parts_read_zero(offset, offset + length).unwrap_or(false)
+    }
+
+    /// Whether what is not a whole cluster of `[offset, end)` reads as zeroes.
+    fn parts_read_zero(&self, offset: u64, end: u64) -> Result<bool> {
+        let (start, stop) = self.whole_clusters(offset, end);
+        let parts = if start < stop { [(offset, start), (stop, end)] } else { [(offset, end), (end, end)] };
+        for (from, to) in parts {
+            if from < to {
+                let _operation = self.reading()?;
+                if !self.reads_zero(from, to - from)? {
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
+    }
+
     /// Gives back the space of the whole clusters inside a range; they then read as zeroes, never as the layer below.
     /// Partial clusters at the ends are left alone.
     ///

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, IoSlice};
+use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
 
 use rustix::fs::{Advice, FallocateFlags, SeekFrom};
@@ -10,6 +11,9 @@ use rustix::io::{Errno, ReadWriteFlags};
 use super::direct::Direct;
 use super::{Reservation, Storage};
 use crate::geometry::SECTOR;
+
+/// Linux reads ahead so many bytes, unless told otherwise, and of a longer advice it takes no more.
+const READ_AHEAD: u64 = 128 << 10;
 
 /// One open file description for the whole session: locks, cached writes and syncs all go through it, because the kernel
 /// reports a failed writeback to each description once. Direct writes report their own failures.
@@ -171,6 +175,17 @@ impl Storage for FileStorage {
 
     fn drop_cache(&self) -> io::Result<()> {
         Ok(rustix::fs::fadvise(&self.file, 0, None, Advice::DontNeed)?)
+    }
+
+    fn prefetch(&self, offset: u64, length: u64) {
+        let end = offset.saturating_add(length);
+        let mut at = offset;
+        while let Some(step) = NonZeroU64::new(end.saturating_sub(at).min(READ_AHEAD)) {
+            if rustix::fs::fadvise(&self.file, at, Some(step), Advice::WillNeed).is_err() {
+                return;
+            }
+            at += step.get();
+        }
     }
 
     fn is_hole(&self, offset: u64, length: u64) -> bool {

@@ -64,6 +64,9 @@ pub trait Storage: Send + Sync + Debug {
     /// Drops cached pages, so that the next read shows what the disk holds.
     fn drop_cache(&self) -> io::Result<()>;
 
+    /// The range will be read soon. A hint: what becomes of it is nobody's business, and storage may ignore it.
+    fn prefetch(&self, _offset: u64, _length: u64) {}
+
     /// Bytes, a power of two, that the storage reads and writes at once: two writes that share such a block must not run
     /// at once.
     fn block_size(&self) -> u64 {

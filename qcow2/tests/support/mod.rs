@@ -2,10 +2,11 @@
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part")]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use blockyard_qcow2::{Access, Backing, BackingFormat, CreateOptions, Image, OpenOptions};
+use blockyard_qcow2::{Access, Backing, BackingFormat, CreateOptions, ExtentKind, Image, OpenOptions};
 
 pub const KIB: u64 = 1024;
 pub const MIB: u64 = 1024 * KIB;
@@ -115,4 +116,37 @@ pub fn wordy(seed: u64, length: usize) -> Vec<u8> {
     let mut bytes: Vec<u8> = words.chunks(16).flat_map(|word| word.repeat(32)).collect();
     bytes.truncate(length);
     bytes
+}
+
+/// Reads a range with its holes told: they are zeroes and untouched, everything else is filled. Returns the holes.
+pub fn read_sparse(image: &Image, offset: u64, expected: &[u8]) -> Vec<Range<usize>> {
+    const UNTOUCHED: u8 = 0xee;
+    let mut found = vec![UNTOUCHED; expected.len()];
+    let holes = image.read_sparse(offset, &mut found).unwrap();
+    let mut end = None;
+    for hole in &holes {
+        assert!(hole.start < hole.end && hole.end <= found.len(), "{hole:?}");
+        assert!(end.is_none_or(|end| hole.start > end), "{holes:?} are not ascending, or not merged");
+        assert!(found[hole.clone()].iter().all(|byte| *byte == UNTOUCHED), "{hole:?} was touched");
+        found[hole.clone()].fill(0);
+        end = Some(hole.end);
+    }
+    let wrong = found.iter().zip(expected).position(|(found, expected)| found != expected);
+    assert_eq!(wrong, None, "first wrong byte, counted from {offset}; holes {holes:?}");
+    holes
+}
+
+/// What the map of a range calls zeroes, as the holes of a buffer.
+pub fn mapped_holes(image: &Image, offset: u64, length: u64) -> Vec<Range<usize>> {
+    let mut holes: Vec<Range<usize>> = Vec::new();
+    for extent in image.map(offset, length, usize::MAX).unwrap() {
+        let start = (extent.offset - offset) as usize;
+        let end = start + extent.length as usize;
+        match holes.last_mut() {
+            _ if extent.kind == ExtentKind::Data => {}
+            Some(last) if last.end == start => last.end = end,
+            _ => holes.push(start..end),
+        }
+    }
+    holes
 }

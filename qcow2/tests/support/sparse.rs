@@ -1,5 +1,5 @@
 //! Storage in memory that holds only the pages that were written: files of many TiB for the price of their content.
-#![allow(unreachable_pub, clippy::unwrap_used, reason = "part of the tests that include it")]
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used, reason = "part of the tests that include it")]
 
 use std::collections::BTreeMap;
 use std::io::{self, IoSlice};

@@ -27,7 +27,7 @@ pub(super) fn run(map: &Map, output: &Output) -> Result<Exit, CliError> {
         output.note(NOT_CLOSED);
     }
     let files = image.chain();
-    let extents = image.map(0, image.size(), usize::MAX).map_err(failed)?;
+    let extents = image.map_all().map_err(failed)?;
     let rows: Vec<Value> = extents.iter().map(|extent| row(extent, &files)).collect();
     output.answer(&Value::Array(rows), describe)?;
     Ok(Exit::Ok)

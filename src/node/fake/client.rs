@@ -155,7 +155,7 @@ impl Client {
         let mut pause = RETRY_PAUSE;
         for attempt in 1..=ATTEMPTS {
             let sent = if zero {
-                link.zero(offset, request, ZeroFlags::default(), Durability::OnFlush).await
+                link.zero(offset, length, ZeroFlags::default(), Durability::OnFlush).await
             } else {
                 link.write(offset, data.clone(), Durability::OnFlush).await
             };
