@@ -124,6 +124,9 @@ pub enum TlsError {
         /// File of the certificate.
         certificate: PathBuf,
     },
+    /// A subject is none.
+    #[error(transparent)]
+    Subject(#[from] SubjectError),
     /// Subjects are allowed, and no certificate would be asked for.
     #[error("subjects are allowed, but without the roots of client certificates no client is asked for one")]
     SubjectsWithoutRoots,
