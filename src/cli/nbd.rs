@@ -18,7 +18,9 @@ use super::image_error::ImageError;
 use super::serve::Stop;
 use super::tls::TlsArguments;
 use super::{CliError, Exit, Format, Output};
+use crate::config;
 use crate::export::{Access, Caching, ImageExport, OpenOptions};
+use crate::telemetry;
 
 /// How long requests under way may take to end after the signal.
 const DRAIN: Duration = Duration::from_secs(30);
@@ -65,6 +67,8 @@ enum Cache {
 }
 
 pub(super) async fn run(arguments: Arguments, output: &Output) -> Result<Exit, CliError> {
+    // Of what happens to clients only what somebody should know.
+    telemetry::init(&config::Server { log: "warn".to_owned(), ..config::Server::default() });
     let tls = arguments.tls.load()?;
     if !arguments.bind.is_loopback() && !matches!(tls, Tls::Required(_)) {
         return Err(CliError::NotLoopback { address: arguments.bind });

@@ -2,6 +2,8 @@
 #![allow(unreachable_pub, reason = "a test binary has no outside")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
+#[path = "../support/certificates.rs"]
+mod certificates;
 mod clients;
 mod command;
 mod disks;
@@ -10,4 +12,5 @@ mod ending;
 #[allow(dead_code, reason = "every test binary uses its own part")]
 mod process;
 mod server;
+mod tls;
 mod tools;

@@ -114,7 +114,7 @@ where
 {
     let Some(acceptor) = entrance.shared.tls.acceptor() else { return };
     // Under the name of the peer, which who judges its certificate does not know.
-    let span = tracing::info_span!("tls", peer = entrance.peer);
+    let span = tracing::error_span!("tls", peer = entrance.peer);
     let accepted = acceptor.accept(join(reader, writer)).into_fallible().instrument(span);
     let stream = match entrance.within(accepted).await {
         Ok(Ok(stream)) => stream,
