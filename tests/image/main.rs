@@ -4,6 +4,7 @@
 
 #[path = "../support/certificates.rs"]
 mod certificates;
+#[path = "../../nbd/tests/foreign/clients/mod.rs"]
 mod clients;
 mod command;
 mod disks;
@@ -11,6 +12,9 @@ mod ending;
 #[path = "../support/process.rs"]
 #[allow(dead_code, reason = "every test binary uses its own part")]
 mod process;
+#[path = "../../nbd/tests/common/programs.rs"]
+mod programs;
+mod served;
 mod server;
 mod tls;
 mod tools;
