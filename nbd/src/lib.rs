@@ -1,7 +1,8 @@
 //! An NBD server and a small client for tokio.
 //!
-//! [`Server::start`] serves [`Export`]s on a bound listener; [`client`] talks to any NBD server. Memory is bounded over
-//! the whole process by one [`Budget`]. [`wire`], [`handshake`] and [`transmission`] are the protocol without I/O.
+//! [`Server::start`] serves [`Export`]s on a bound listener; [`client`] talks to any NBD server; [`tls`] is what both need to
+//! do so encrypted. Memory is bounded over the whole process by one [`Budget`]. [`wire`], [`handshake`] and [`transmission`]
+//! are the protocol without I/O.
 #![forbid(unsafe_code)]
 
 pub mod budget;

@@ -40,7 +40,7 @@ fn foreign_clients_work_in_tls() {
     assert_eq!(succeed("nbdinfo", &["--size", &uri]).trim(), size.to_string());
     let information: serde_json::Value = serde_json::from_str(&succeed("nbdinfo", &["--json", &uri])).unwrap();
     assert_eq!((&information["TLS"], &information["structured"]), (&true.into(), &true.into()), "{information}");
-    succeed("nbdcopy", &["--flush", &text(&raw), &uri]);
+    succeed("nbdcopy", &["--flush", text(&raw), &uri]);
     succeed("nbdcopy", &["-C", "4", "--request-size=33554432", "-R", "2", text(&raw), &uri]);
     let back = folder.path().join("back.raw");
     succeed("nbdcopy", &[&uri, text(&back)]);
@@ -55,7 +55,7 @@ fn foreign_clients_work_in_tls() {
     assert!(std::fs::read(&other).unwrap() == std::fs::read(&raw).unwrap(), "converted differently");
 
     // Who does not encrypt, or has no certificate, or does not trust ours, gets nothing.
-    assert!(!run("nbdinfo", &[&uri.replace("nbds://", "nbd://").split('?').next().unwrap()]).status.success());
+    assert!(!run("nbdinfo", &[uri.replace("nbds://", "nbd://").split('?').next().unwrap()]).status.success());
     let bare = folder.path().join("bare");
     std::fs::create_dir(&bare).unwrap();
     std::fs::copy(folder.path().join("ca-cert.pem"), bare.join("ca-cert.pem")).unwrap();
