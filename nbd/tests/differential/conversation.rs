@@ -22,7 +22,6 @@ pub mod option {
     pub const ABORT: u32 = 2;
     pub const LIST: u32 = 3;
     pub const PEEK_EXPORT: u32 = 4;
-    pub const STARTTLS: u32 = 5;
     pub const INFO: u32 = 6;
     pub const GO: u32 = 7;
     pub const STRUCTURED_REPLY: u32 = 8;
@@ -154,15 +153,17 @@ impl Player {
             self.stream.read_exact(&mut data)?;
             match reply {
                 2 => {
-                    let name = u32::from_be_bytes(*data.first_chunk().ok_or_else(|| broken("SERVER"))?) as usize;
-                    let (name, description) = data[4..].split_at_checked(name).ok_or_else(|| broken("SERVER"))?;
+                    let mut rest = &data[..];
+                    let name = take::<4>(&mut rest)? as usize;
+                    let (name, description) = rest.split_at_checked(name).ok_or_else(|| broken("SERVER"))?;
                     let text = String::from_utf8_lossy;
                     told.push(format!("SERVER {:?} {:?}", text(name), text(description)));
                 }
                 3 => told.extend(information(&data, &asked, facts)?),
                 4 => {
-                    let id = u32::from_be_bytes(*data.first_chunk().ok_or_else(|| broken("META_CONTEXT"))?);
-                    let name = String::from_utf8_lossy(&data[4..]).into_owned();
+                    let mut name = &data[..];
+                    let id = take::<4>(&mut name)? as u32;
+                    let name = String::from_utf8_lossy(name).into_owned();
                     let zero = if code == option::LIST_META_CONTEXT && id != 0 { " with an id" } else { "" };
                     told.push(format!("META_CONTEXT {name}{zero}"));
                     if code == option::SET_META_CONTEXT && self.contexts.iter().all(|(known, _)| *known != id) {
@@ -323,29 +324,35 @@ struct Answer {
 
 impl Answer {
     fn chunk(&mut self, kind: u16, payload: &[u8]) -> io::Result<()> {
-        let word = |at: usize| {
-            payload.get(at..at + 4).map(|bytes| u64::from(u32::from_be_bytes(*bytes.first_chunk().unwrap())))
-        };
-        let long = |at: usize| payload.get(at..at + 8).map(|bytes| u64::from_be_bytes(*bytes.first_chunk().unwrap()));
-        let short = || broken("a payload of the wrong length");
+        let mut rest = payload;
         match kind {
             0 if payload.is_empty() => {}
-            1 if payload.len() > 8 => self.content.push((long(0).ok_or_else(short)?, payload[8..].to_vec())),
+            1 if payload.len() > 8 => self.content.push((take::<8>(&mut rest)?, rest.to_vec())),
             2 if payload.len() == 12 => {
-                let length = word(8).ok_or_else(short)? as usize;
-                self.content.push((long(0).ok_or_else(short)?, vec![0; length]));
+                let (offset, length) = (take::<8>(&mut rest)?, take::<4>(&mut rest)?);
+                self.content.push((offset, vec![0; length as usize]));
             }
-            5 | 6 => {
-                let (from, size) = if kind == 5 { (4, 4) } else { (8, 8) };
+            5 => {
+                let context = take::<4>(&mut rest)?;
                 let mut extents = Vec::new();
-                for at in (from..payload.len()).step_by(2 * size) {
-                    let pair = if kind == 5 { word(at).zip(word(at + 4)) } else { long(at).zip(long(at + 8)) };
-                    extents.push(pair.ok_or_else(short)?);
+                while !rest.is_empty() {
+                    extents.push((take::<4>(&mut rest)?, take::<4>(&mut rest)?));
                 }
-                self.status.push((word(0).ok_or_else(short)? as u32, extents));
+                self.status.push((context as u32, extents));
             }
-            0x8000.. => self.error = Some(word(0).ok_or_else(short)? as u32),
-            _ => return Err(broken("a chunk of an unknown type")),
+            6 => {
+                let (context, count) = (take::<4>(&mut rest)?, take::<4>(&mut rest)?);
+                let mut extents = Vec::new();
+                while !rest.is_empty() {
+                    extents.push((take::<8>(&mut rest)?, take::<8>(&mut rest)?));
+                }
+                if extents.len() as u64 != count {
+                    return Err(broken("another number of extents than was told"));
+                }
+                self.status.push((context as u32, extents));
+            }
+            0x8000.. => self.error = Some(take::<4>(&mut rest)? as u32),
+            _ => return Err(broken("a chunk of an unknown type or length")),
         }
         self.chunks += 1;
         Ok(())
@@ -403,6 +410,13 @@ impl Answer {
     }
 }
 
+/// The next number of so many bytes.
+fn take<const N: usize>(bytes: &mut &[u8]) -> io::Result<u64> {
+    let (number, rest) = bytes.split_first_chunk::<N>().ok_or_else(|| broken("a payload that is too short"))?;
+    *bytes = rest;
+    Ok(number.iter().fold(0, |value, byte| value << 8 | u64::from(*byte)))
+}
+
 /// Which information the data of INFO or GO ask for, if they are what they seem.
 fn asked(data: &[u8]) -> Option<Vec<u16>> {
     let (length, rest) = data.split_first_chunk()?;
@@ -411,31 +425,24 @@ fn asked(data: &[u8]) -> Option<Vec<u16>> {
 }
 
 /// `EXPORT` is always told, and what else is told unasked is of no account.
-fn information(data: &[u8], asked: &[u16], facts: bool) -> io::Result<Option<String>> {
-    let (kind, rest) = data.split_first_chunk().ok_or_else(|| broken("INFO"))?;
-    let short = || broken("INFO");
-    let kind = u16::from_be_bytes(*kind);
+fn information(mut data: &[u8], asked: &[u16], facts: bool) -> io::Result<Option<String>> {
+    let kind = take::<2>(&mut data)? as u16;
     if kind != 0 && !asked.contains(&kind) {
         return Ok(None);
     }
-    Ok(match kind {
-        0 => {
-            let (size, flags) = rest.split_first_chunk().ok_or_else(short)?;
-            let flags = u16::from_be_bytes(flags.try_into().map_err(|_| short())?);
-            let size = u64::from_be_bytes(*size);
-            Some(if facts { format!("EXPORT {size} {flags:#06x}") } else { "EXPORT".to_owned() })
+    Ok(Some(match kind {
+        0 if facts => format!("EXPORT {} {:#06x}", take::<8>(&mut data)?, take::<2>(&mut data)?),
+        0 => "EXPORT".to_owned(),
+        1 => format!("NAME {:?}", String::from_utf8_lossy(data)),
+        2 => format!("DESCRIPTION {:?}", String::from_utf8_lossy(data)),
+        3 if facts => {
+            let sizes = [take::<4>(&mut data)?, take::<4>(&mut data)?, take::<4>(&mut data)?];
+            format!("BLOCK_SIZE {} {} {}", sizes[0], sizes[1], sizes[2])
         }
-        1 => Some(format!("NAME {:?}", String::from_utf8_lossy(rest))),
-        2 => Some(format!("DESCRIPTION {:?}", String::from_utf8_lossy(rest))),
-        3 => {
-            let sizes: Vec<String> = rest
-                .chunks(4)
-                .map(|size| u32::from_be_bytes(size.try_into().unwrap_or_default()).to_string())
-                .collect();
-            facts.then(|| format!("BLOCK_SIZE {}", sizes.join(" ")))
-        }
-        other => Some(format!("information {other}")),
-    })
+        // A server need not tell it.
+        3 => return Ok(None),
+        other => format!("information {other}"),
+    }))
 }
 
 /// An option whose length is the truth.

@@ -126,15 +126,6 @@ const TABLE: &[Difference] = &[
         ],
     },
     Difference {
-        what: "STARTTLS where there is no TLS",
-        clause: "NOTLS mode: ERR_POLICY, ERR_UNSUP or another error",
-        right: Right::Both,
-        seen: &[
-            Seen { by: ALL, ours: "ERR_UNSUP", theirs: "ERR_POLICY", conversations: &["STARTTLS where there is no TLS"] },
-            Seen { by: ALL, ours: "ERR_UNSUP", theirs: "ERR_INVALID", conversations: &["STARTTLS with data"] },
-        ],
-    },
-    Difference {
         what: "STRUCTURED_REPLY twice",
         clause: "Option types, STRUCTURED_REPLY: ACK or a permitted error; a repetition is not spoken of",
         right: Right::Both,

@@ -4,10 +4,12 @@ use std::time::Duration;
 
 use serde_json::Value;
 use tokio::net::UnixListener;
+use tokio::runtime::Runtime;
 
 use crate::clients::{NAME, SIZE};
+use crate::common::devices::Mem;
 use crate::common::soon;
-use crate::programs::{Dialogue, fails, succeeds};
+use crate::programs::{Dialogue, Folder, fails, succeeds};
 use crate::{Served, Transport, start};
 
 /// 143: a name of the longest length, one that is there and one that is not.
@@ -84,4 +86,25 @@ fn a_client_that_reconnects_finds_the_next_server() {
     client.hear("read 65536/65536");
     client.say("quit");
     assert!(client.end().success());
+}
+
+/// nbd-reconnect-on-open: a client that is told to wait for its first connection finds the server that comes later.
+#[test]
+fn a_client_that_is_too_early_waits_for_the_server() {
+    let folder = Folder::new();
+    let socket = folder.file("socket");
+    let runtime = Runtime::new().unwrap();
+    let early = runtime.block_on(async { UnixListener::bind(&socket).unwrap() });
+    let options = format!("driver=nbd,server.type=unix,server.path={socket},export={NAME},open-timeout=30");
+    let client = Dialogue::start(&["qemu-io", "--image-opts", "-c", "read -P 0 0 64k", &options]);
+    // It has tried once and was turned away.
+    drop(runtime.block_on(soon("the first try", early.accept())).unwrap());
+    drop(early);
+    std::fs::remove_file(&socket).unwrap();
+    let _served = runtime.block_on(async {
+        let listener = UnixListener::bind(&socket).unwrap();
+        start(listener.into(), NAME, &Mem::new(SIZE))
+    });
+    let status = client.end();
+    assert!(status.success(), "{status}");
 }
