@@ -74,3 +74,25 @@ impl From<&io::Error> for ErrorKind {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_of_the_operating_system_become_the_few_that_the_protocol_has() {
+        use io::ErrorKind as Os;
+        for (os, kind) in [
+            (Os::StorageFull, ErrorKind::NoSpace),
+            (Os::QuotaExceeded, ErrorKind::NoSpace),
+            (Os::FileTooLarge, ErrorKind::NoSpace),
+            (Os::ReadOnlyFilesystem, ErrorKind::NotPermitted),
+            (Os::PermissionDenied, ErrorKind::NotPermitted),
+            (Os::OutOfMemory, ErrorKind::Io),
+            (Os::UnexpectedEof, ErrorKind::Io),
+            (Os::Other, ErrorKind::Io),
+        ] {
+            assert_eq!(ErrorKind::from(&io::Error::from(os)), kind, "{os:?}");
+        }
+    }
+}
