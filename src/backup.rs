@@ -27,6 +27,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use blockyard_nbd::Tls;
 use tokio::sync::oneshot;
 
 use ending::{CompleteError, Failed, Sealed};
@@ -104,6 +105,7 @@ impl Backups {
         config: Arc<Config>,
         store: Store,
         locks: Arc<RepositoryLocks>,
+        tls: Tls,
         boot_id: &str,
     ) -> Result<Self, NodeClientError> {
         let mut nodes = BTreeMap::new();
@@ -114,7 +116,7 @@ impl Backups {
         }
         let shared = Shared {
             ports: PortPool::new(config.nbd.bind),
-            listener_options: ListenerOptions::new(&config.nbd),
+            listener_options: ListenerOptions::new(&config.nbd, tls),
             registry: Arc::new(Registry::new()),
             boot_id: boot_id.to_owned(),
             config,

@@ -87,13 +87,12 @@ fn prefix_of(name: &str) -> Option<&'static str> {
     })
 }
 
-fn number(text: &str) -> u64 {
+fn number(text: &str) -> Option<u64> {
     let text = text.replace(['_', '`'], "");
-    let parsed = match text.strip_prefix("0x") {
-        Some(digits) => u64::from_str_radix(digits, 16),
-        None => text.parse(),
-    };
-    parsed.unwrap_or_else(|error| panic!("{text:?}: {error}"))
+    match text.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16).ok(),
+        None => text.parse().ok(),
+    }
 }
 
 #[test]
@@ -104,8 +103,7 @@ fn every_number_of_the_wire_is_on_the_page() {
     for (name, value) in &constants {
         let row = rows.iter().find(|row| row[0] == format!("`{name}`"));
         let row = row.unwrap_or_else(|| panic!("{name} is not on the page"));
-        // Some known twice are bits of one word.
-        assert_eq!(number(&row[1]), number(value), "{name}");
+        assert!(number(value).is_some() && number(&row[1]) == number(value), "{name} is {value}");
     }
     let text = page();
     for line in read("nbd/src/wire/mod.rs").lines() {
@@ -113,8 +111,8 @@ fn every_number_of_the_wire_is_on_the_page() {
             continue;
         };
         let value = number(&format!("0x{}", value.trim_end_matches(';')));
-        let known = rows.iter().any(|row| row[1].split(", ").any(|cell| cell.contains("0x") && number(cell) == value));
-        assert!(known || text.contains(&format!("{value:#x}")), "{line} is not on the page");
+        let known = rows.iter().any(|row| row[1].split(", ").any(|cell| number(cell) == value));
+        assert!(known || text.contains(&format!("{:#x}", value.unwrap())), "{line} is not on the page");
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use blockyard_nbd::server::Listener;
-use blockyard_nbd::{Budget, BudgetLimits, Exports, Options, Server};
+use blockyard_nbd::{Budget, BudgetLimits, Exports, Options, Server, Tls};
 use clap::{Args, ValueEnum};
 use serde_json::json;
 use socket2::{Domain, SockAddr, Socket, Type};
@@ -16,8 +16,11 @@ use tokio::net::{TcpListener, UnixListener};
 use super::below::Below;
 use super::image_error::ImageError;
 use super::serve::Stop;
+use super::tls::TlsArguments;
 use super::{CliError, Exit, Format, Output};
+use crate::config;
 use crate::export::{Access, Caching, ImageExport, OpenOptions};
+use crate::telemetry;
 
 /// How long requests under way may take to end after the signal.
 const DRAIN: Duration = Duration::from_secs(30);
@@ -28,7 +31,7 @@ const BACKLOG: i32 = 1024;
 pub(super) struct Arguments {
     /// The qcow2 image. Its format is never guessed: another file is refused.
     image: PathBuf,
-    /// Address to listen on; only loopback, because there is no encryption yet.
+    /// Address to listen on; others than loopback only with `--tls required`.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1")]
     bind: IpAddr,
     /// TCP port; 0 takes a free one and prints it.
@@ -51,6 +54,8 @@ pub(super) struct Arguments {
     #[arg(long, value_enum, default_value_t = Cache::Auto)]
     cache: Cache,
     #[command(flatten)]
+    tls: TlsArguments,
+    #[command(flatten)]
     below: Below,
 }
 
@@ -62,7 +67,10 @@ enum Cache {
 }
 
 pub(super) async fn run(arguments: Arguments, output: &Output) -> Result<Exit, CliError> {
-    if !arguments.bind.is_loopback() {
+    // Of what happens to clients only what somebody should know.
+    telemetry::init(&config::Server { log: "warn".to_owned(), ..config::Server::default() });
+    let tls = arguments.tls.load()?;
+    if !arguments.bind.is_loopback() && !matches!(tls, Tls::Required(_)) {
         return Err(CliError::NotLoopback { address: arguments.bind });
     }
     // Listened for before anything is opened: a stop during the start is not lost.
@@ -77,7 +85,7 @@ pub(super) async fn run(arguments: Arguments, output: &Output) -> Result<Exit, C
     let export = ImageExport::open(&arguments.export, path, options).await;
     let failed = |error| ImageError::of(&arguments.image, error);
     let export = export.map_err(failed)?;
-    let served = serve(&arguments, &export, &mut stop, output).await;
+    let served = serve(&arguments, &export, tls, &mut stop, output).await;
     // Whatever came in between: what was written is made whole, and a failure of that is the one to tell.
     export.image().close().await.map_err(failed)?;
     served
@@ -86,6 +94,7 @@ pub(super) async fn run(arguments: Arguments, output: &Output) -> Result<Exit, C
 async fn serve(
     arguments: &Arguments,
     export: &ImageExport,
+    tls: Tls,
     stop: &mut Stop,
     output: &Output,
 ) -> Result<Exit, CliError> {
@@ -93,6 +102,7 @@ async fn serve(
     let exports = exports.map_err(|error| CliError::Export { reason: error.to_string() })?;
     let options = Options {
         connections_per_export: usize::from(arguments.connections),
+        tls,
         ..Options::new(Budget::new(&BudgetLimits::default()))
     };
     let (listener, _socket) = listen(arguments).await?;

@@ -22,3 +22,4 @@ mod refusals;
 mod restart;
 mod rig;
 mod start;
+mod tls;

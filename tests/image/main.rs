@@ -2,6 +2,9 @@
 #![allow(unreachable_pub, reason = "a test binary has no outside")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
+#[path = "../support/certificates.rs"]
+mod certificates;
+#[path = "../../nbd/tests/foreign/clients/mod.rs"]
 mod clients;
 mod command;
 mod disks;
@@ -9,5 +12,9 @@ mod ending;
 #[path = "../support/process.rs"]
 #[allow(dead_code, reason = "every test binary uses its own part")]
 mod process;
+#[path = "../../nbd/tests/common/programs.rs"]
+mod programs;
+mod served;
 mod server;
+mod tls;
 mod tools;

@@ -1,10 +1,9 @@
-//! Foreign programs, each bounded in time; a missing one fails the test with the package that has it.
+//! Foreign programs, and images made and judged by them.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Output;
 
-/// Longest that one foreign program may run: tells done from hung, on the slowest machine.
-const LIMIT: &str = "120";
+use crate::programs;
 
 /// A folder on a real file system, removed at the end.
 pub fn folder() -> tempfile::TempDir {
@@ -15,28 +14,16 @@ pub fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// Runs a program with Debian's folders first on the path, as its Python modules want it.
+/// Runs a program to its end.
+#[track_caller]
 pub fn run(program: &str, arguments: &[&str]) -> Output {
-    let path = format!("/usr/bin:/usr/sbin:{}", std::env::var("PATH").unwrap_or_default());
-    let output = Command::new("timeout").arg(LIMIT).arg(program).args(arguments).env("PATH", path).output().unwrap();
-    let package = match program {
-        "qemu-img" | "qemu-io" => "qemu-utils",
-        "nbdcopy" | "nbdinfo" => "libnbd-bin",
-        "nbdsh" => "python3-libnbd",
-        other => other,
-    };
-    assert_ne!(output.status.code(), Some(127), "{program} is missing: install the Debian package {package}");
-    assert_ne!(output.status.code(), Some(124), "{program} {arguments:?} did not end within {LIMIT} s");
-    output
+    programs::run(&[&[program], arguments].concat())
 }
 
 /// Runs a program that must succeed; returns what it printed.
 #[track_caller]
 pub fn succeed(program: &str, arguments: &[&str]) -> String {
-    let output = run(program, arguments);
-    let out = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(output.status.success(), "{program} {arguments:?}: {out}{}", String::from_utf8_lossy(&output.stderr));
-    out
+    programs::succeeds(&[&[program], arguments].concat())
 }
 
 /// A qcow2 image made by QEMU.
