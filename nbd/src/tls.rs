@@ -247,6 +247,11 @@ impl ClientCertVerifier for Allowed {
     }
 }
 
+/// The subject of a certificate, as text.
+pub(crate) fn subject(certificate: &CertificateDer<'_>) -> Option<String> {
+    Certificate::from_der(certificate).ok().map(|certificate| certificate.tbs_certificate().subject().to_string())
+}
+
 fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
     std::fs::read(path).map_err(|source| TlsError::Unreadable { path: path.to_owned(), source })
 }

@@ -663,6 +663,50 @@ async fn a_server_that_stops_says_so_in_tls_and_before_it() {
     assert_eq!(soon("the stop", stop).await.unwrap(), Stopped::Drained);
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_stop_waits_for_nobody_who_is_still_shaking_hands() {
+    let pki = Pki::new();
+    let served = served(Tls::Required(pki.server(&[]))).await;
+    let connector = connector(pki.folder.path(), BOTH);
+    let mut greeted = Raw(served.pipe(PIPE));
+    greeted.greet(3).await.unwrap();
+    let mut silent = upgrading(&served).await;
+    let mut stuck = upgrading(&served).await;
+    stuck.send(&[0x16, 3, 1, 0x20, 0, 1, 0]).await.unwrap();
+    let mut options = secure(upgrading(&served).await, &connector).await;
+    let mut idle = entered(&served, &connector).await;
+    let start = tokio::time::Instant::now();
+    assert_eq!(soon("the stop", served.handle.stop(Duration::from_secs(60))).await, Stopped::Drained);
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+    for raw in [&mut greeted, &mut silent, &mut stuck] {
+        assert_eq!(raw.receive_all().await.unwrap(), b"");
+    }
+    let _ = options.receive_all().await;
+    assert_eq!(idle.receive_all().await.unwrap(), b"", "with a close_notify");
+}
+
+#[tokio::test]
+async fn a_stream_that_breaks_ends_its_connection_only() {
+    let pki = Pki::new();
+    let served = served(Tls::Required(pki.server(&[]))).await;
+    let connector = connector(pki.folder.path(), BOTH);
+    for broken in [&[0x17, 3, 3, 0, 32][..], b"GET / HTTP/1.1\r\n\r\n", &[0x15, 3, 3, 0, 2, 2, 40], b""] {
+        let mut raw = entered(&served, &connector).await;
+        // A WRITE of which half has come when the stream ends, without close_notify, or turns into something else.
+        raw.request(request(Command::WRITE, 1, 0, 4096), &[7; 2048]).await.unwrap();
+        let mut below = raw.0.into_inner().0;
+        below.write_all(broken).await.unwrap();
+        below.write_all(&vec![0xaa; broken.len() * 7]).await.unwrap();
+        below.shutdown().await.unwrap();
+        let mut told = Vec::new();
+        soon("the close", below.read_to_end(&mut told)).await.unwrap();
+        served.connections(0).await;
+    }
+    let figures = served.stats.snapshot();
+    assert_eq!(figures.bytes_written, 0, "half a payload is no write");
+    is_well(&served, &pki).await;
+}
+
 #[test]
 fn files_that_cannot_be_used_are_named_with_the_reason() {
     let pki = Pki::new();

@@ -20,6 +20,10 @@ const AT_ONCE: usize = 8;
 /// # Cancellation
 /// Every operation owns its buffer. Once it has begun it runs to its end, also when its future is dropped; one that still
 /// waits for its turn is never begun.
+///
+/// # Dropping
+/// As for [`Image`], but the last handle never waits for the disk: a write that is under way goes on, and the file stays
+/// open and locked until it has ended.
 #[derive(Clone, Debug)]
 pub struct AsyncImage {
     image: Arc<Image>,
@@ -38,6 +42,7 @@ impl AsyncImage {
 
     /// Shares an open image.
     pub fn new(image: Image) -> Self {
+        image.never_wait_when_dropped();
         Self { image: Arc::new(image), turns: Arc::new(Semaphore::new(AT_ONCE)) }
     }
 

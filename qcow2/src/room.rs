@@ -25,7 +25,7 @@ struct State {
 
 impl State {
     fn fits(&self, bytes: u64) -> bool {
-        self.held == 0 || self.held + bytes <= BUDGET_BYTES
+        self.held == 0 || self.held + bytes <= BUDGET_BYTES || mutant!("room_for_all")
     }
 
     fn wake_first(&self) {
@@ -46,14 +46,17 @@ impl Room {
     pub(crate) fn take(self: &Arc<Self>, length: u64) -> Share {
         let bytes = cost(length);
         let mut state = lock(&self.state);
-        if !state.line.is_empty() || !state.fits(bytes) {
+        let has_line = !state.line.is_empty() && !mutant!("room_passed_by");
+        if has_line || !state.fits(bytes) {
             let mine = Arc::new(Condvar::new());
             state.line.push_back(mine.clone());
             while !state.line.front().is_some_and(|first| Arc::ptr_eq(first, &mine)) || !state.fits(bytes) {
                 state = wait(&mine, state);
             }
             state.line.pop_front();
-            state.wake_first();
+            if !mutant!("room_wakes_one") {
+                state.wake_first();
+            }
         }
         state.held += bytes;
         drop(state);
@@ -70,6 +73,9 @@ impl Room {
 
 /// Buffers come in powers of two and begin at a page.
 fn cost(length: u64) -> u64 {
+    if mutant!("room_by_length") {
+        return length;
+    }
     length.next_power_of_two().max(PAGE) + PAGE
 }
 
@@ -83,15 +89,18 @@ pub(crate) struct Share {
 impl Drop for Share {
     fn drop(&mut self) {
         let mut state = lock(&self.room.state);
-        state.held -= self.bytes;
+        state.held -= if mutant!("room_kept") { 0 } else { self.bytes };
         if state.held <= WAKE_BYTES {
             state.wake_first();
         }
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(feature = "shuttle")))]
 mod tests {
+    use std::sync::mpsc::{Receiver, channel};
+    use std::time::{Duration, Instant};
+
     use super::*;
 
     #[test]
@@ -104,24 +113,60 @@ mod tests {
         drop(room.take(10 * BUDGET_BYTES));
     }
 
+    /// Whoever does not get there by then never will.
+    const DEADLINE: Duration = Duration::from_secs(10);
+
+    /// Takes room in a thread of its own, which stands in line when this returns.
+    fn queue(room: &Arc<Room>, length: u64) -> Receiver<Share> {
+        let in_line = lock(&room.state).line.len();
+        let (taken, share) = channel();
+        let mine = room.clone();
+        std::thread::spawn(move || taken.send(mine.take(length)));
+        let begin = Instant::now();
+        while lock(&room.state).line.len() == in_line {
+            assert!(begin.elapsed() < DEADLINE, "{length} bytes were not kept waiting");
+            std::thread::yield_now();
+        }
+        share
+    }
+
     #[test]
     fn a_large_request_is_not_passed_by_small_ones() {
         let room = Arc::new(Room::default());
         let first = room.take(BUDGET_BYTES / 2);
-        std::thread::scope(|scope| {
-            let large = scope.spawn(|| room.take(BUDGET_BYTES - PAGE));
-            while lock(&room.state).line.is_empty() {
-                std::thread::yield_now();
-            }
-            // There would be room for this one, but it is not its turn.
-            let small = scope.spawn(|| room.take(1));
-            while lock(&room.state).line.len() < 2 {
-                std::thread::yield_now();
-            }
-            drop(first);
-            drop(large.join().unwrap());
-            drop(small.join().unwrap());
-        });
+        let large = queue(&room, BUDGET_BYTES - PAGE);
+        // There would be room for this one, but it is not its turn.
+        let small = queue(&room, 1);
+        drop(first);
+        drop(large.recv_timeout(DEADLINE).unwrap());
+        drop(small.recv_timeout(DEADLINE).unwrap());
         assert_eq!(lock(&room.state).held, 0);
+    }
+
+    #[test]
+    fn one_that_leaves_lets_in_as_many_as_fit() {
+        let room = Arc::new(Room::default());
+        let (large, rest) = (room.take(BUDGET_BYTES / 2), room.take(BUDGET_BYTES / 4));
+        let waiting = [(); 3].map(|()| queue(&room, BUDGET_BYTES / 4));
+        drop(large);
+        let [first, second, third] = waiting;
+        let shares = [first, second].map(|share| share.recv_timeout(DEADLINE).unwrap());
+        // All is taken: the last one goes on waiting.
+        assert_eq!(lock(&room.state).line.len(), 1);
+        drop(rest);
+        drop(shares);
+        drop(third.recv_timeout(DEADLINE).unwrap());
+        assert_eq!(lock(&room.state).held, 0);
+    }
+
+    #[test]
+    fn what_a_request_adds_is_held_at_once_and_keeps_the_next_one_out() {
+        let room = Arc::new(Room::default());
+        let (share, filling) = (room.take(BUDGET_BYTES / 2), room.add(BUDGET_BYTES));
+        let next = queue(&room, 1);
+        drop(share);
+        assert_eq!(lock(&room.state).line.len(), 1);
+        drop(filling);
+        drop(next.recv_timeout(DEADLINE).unwrap());
     }
 }

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::payload::Piece;
 use crate::poison::Poison;
 use crate::storage::Storage;
-use crate::sync::atomic::{AtomicUsize, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use crate::sync::thread::{self, JoinHandle};
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard, lock, wait};
 
@@ -83,6 +83,8 @@ struct Shared {
 pub(crate) struct WriteBehind {
     shared: Arc<Shared>,
     workers: Mutex<Vec<JoinHandle<()>>>,
+    /// See [`WriteBehind::never_wait_when_dropped`].
+    leaves_threads: AtomicBool,
 }
 
 impl State {
@@ -244,7 +246,7 @@ impl WriteBehind {
         let state = Mutex::new(State { block_size: storage.block_size(), ..State::default() });
         let present = AtomicUsize::new(0);
         let shared = Shared { storage, poison, state, work: Condvar::new(), done: Condvar::new(), present };
-        Self { shared: Arc::new(shared), workers: Mutex::new(Vec::new()) }
+        Self { shared: Arc::new(shared), workers: Mutex::default(), leaves_threads: AtomicBool::new(false) }
     }
 
     /// Starts the threads; before the first payload comes.
@@ -372,6 +374,11 @@ impl WriteBehind {
         Ok(found)
     }
 
+    /// From now on, dropping this while something is being written does not wait for the end of that write.
+    pub(crate) fn never_wait_when_dropped(&self) {
+        self.leaves_threads.store(true, Ordering::Relaxed);
+    }
+
     /// Ends the threads. Payload that is still queued is forgotten, as by a crash: whoever wants it drains first.
     pub(crate) fn stop(&self) {
         lock(&self.shared.state).is_stopping = true;
@@ -385,7 +392,20 @@ impl WriteBehind {
 
 impl Drop for WriteBehind {
     fn drop(&mut self) {
-        self.stop();
+        let leaves_threads = self.leaves_threads.load(Ordering::Relaxed);
+        let mut state = lock(&self.shared.state);
+        state.is_stopping = true;
+        // Nobody will write it, so nobody need hold it until the disk comes back.
+        let forgotten = std::mem::take(&mut state.queued);
+        let is_writing = !state.submitted.is_empty();
+        drop(state);
+        drop(forgotten);
+        if leaves_threads && is_writing {
+            // They end after their write, and the last one closes the file.
+            self.shared.work.notify_all();
+        } else {
+            self.stop();
+        }
     }
 }
 

@@ -22,6 +22,24 @@ fn from_an_image(client: Client) {
 clients::a_test_for_each_client!(from_an_image);
 
 #[test]
+fn an_image_is_served_over_ipv6_and_a_unix_socket_too() {
+    let folder = folder();
+    let image = image(&folder, "image.qcow2", SIZE);
+    let socket = folder.path().join("socket");
+    for place in [["--bind", "::1"], ["--socket", text(&socket)]] {
+        let server = NbdServer::start(&image, &[&["--export", NAME], &place[..]].concat());
+        let target = Target::new(server.uri.clone(), Folder::new());
+        for client in [clients::nbdinfo::sees_what_is_offered, clients::qemu_nbd::lists_the_export] {
+            client(&target);
+        }
+        let raw = target.source(1);
+        succeed("nbdcopy", &[&raw, &server.uri]);
+        server.stop();
+        assert_whole(&image, raw.as_ref());
+    }
+}
+
+#[test]
 fn the_last_cluster_may_be_partial() {
     let folder = folder();
     let size = 40 * MIB + 512;

@@ -14,7 +14,7 @@ use super::half_open::Handshaking;
 use crate::handshake::{Action, Handshake, Negotiated, Policy, Stance, TlsPolicy};
 use crate::session::{Connection, Ending, Phase, reached, serve};
 use crate::stats::Place;
-use crate::tls::Tls;
+use crate::tls::{self, Tls};
 use crate::wire::option::greeting;
 use crate::{Device, Error, ErrorKind};
 
@@ -46,6 +46,8 @@ struct Entrance {
     phase: watch::Receiver<Phase>,
     handshaking: Handshaking,
     deadline: Instant,
+    /// Of the client's certificate.
+    subject: Option<String>,
 }
 
 impl Entrance {
@@ -91,7 +93,7 @@ where
     let handshake = Handshake::new(shared.exports.facts().clone(), policy, stance);
     let deadline = Instant::now() + time;
     let (phase, handshaking) = (shared.phase.subscribe(), shared.half_open.enter());
-    let mut entrance = Entrance { shared, peer, phase, handshaking, deadline };
+    let mut entrance = Entrance { shared, peer, phase, handshaking, deadline, subject: None };
     let shared = entrance.shared.clone();
     let greeted = async {
         match send(&mut writer, &greeting()).await {
@@ -126,6 +128,8 @@ where
         }
         Err(reason) => return tracing::debug!(peer = entrance.peer, reason, "handshake ended"),
     };
+    let certificate = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
+    entrance.subject = certificate.and_then(|certificate| tls::subject(certificate));
     let (mut reader, mut writer) = split(stream);
     let shared = entrance.shared.clone();
     let outcome = entrance.within(negotiate(&shared, &mut reader, &mut writer, handshake)).await;
@@ -138,10 +142,10 @@ where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin + Send + 'static,
 {
-    let Entrance { shared, peer, handshaking, .. } = entrance;
+    let Entrance { shared, peer, handshaking, subject, .. } = entrance;
     drop(handshaking);
     match outcome {
-        Outcome::Entered(entered) => transmit(&shared, reader, writer, *entered, &peer).await,
+        Outcome::Entered(entered) => transmit(&shared, reader, writer, *entered, &peer, subject).await,
         Outcome::Refused(reason) => {
             tracing::debug!(%peer, reason, "handshake ended");
             let _ = timeout(shared.limits.linger, async {
@@ -222,7 +226,7 @@ async fn open(
     Ok((device, place))
 }
 
-async fn transmit<R, W>(shared: &Shared, reader: R, writer: W, entered: Entered, peer: &str)
+async fn transmit<R, W>(shared: &Shared, reader: R, writer: W, entered: Entered, peer: &str, subject: Option<String>)
 where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin + Send + 'static,
@@ -231,7 +235,7 @@ where
     let Some(facts) = shared.exports.facts().get(negotiated.export) else { return };
     let terms = negotiated.terms(facts);
     place.stats().accepted.fetch_add(1, Relaxed);
-    tracing::debug!(peer, export = facts.name, ?terms, "connected");
+    tracing::debug!(peer, export = facts.name, ?terms, subject, "connected");
     let connection = Connection::new(device, terms, shared.limits.clone(), &shared.budget, place);
     let ending = serve(connection, reader, writer, &rest, shared.phase.subscribe()).await;
     match ending {

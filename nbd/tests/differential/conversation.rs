@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 /// Tells an answer from none.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(10);
 
 const COMPACT: u32 = 0x2560_9513;
 const EXTENDED: u32 = 0x21e4_1c71;
@@ -74,6 +74,8 @@ pub enum Step {
     ExportName(&'static str, usize),
     /// Sends requests in one piece and reads the replies to all of them.
     Requests(Vec<Request>),
+    /// Sends a BLOCK_STATUS over so many bytes that asks for the contexts of these names only; extended headers.
+    Filter(&'static [&'static str], u64),
     /// Sends a request and tells also whether an error came in a reply without room for its text.
     ErrorForm(Request),
     /// Sends bytes that leave nothing to be answered, and reads what comes before the server closes.
@@ -121,6 +123,7 @@ impl Player {
             Step::Option(code, data) => self.option(*code, data, facts),
             Step::ExportName(name, length) => self.export_name(name, *length),
             Step::Requests(requests) => self.requests(requests, None, false),
+            Step::Filter(names, length) => self.filter(names, *length),
             Step::ErrorForm(request) => self.requests(&[*request], None, true),
             Step::Last(bytes) => self.stream.write_all(bytes).and_then(|()| self.until_closed()),
             Step::Disconnect(requests, goodbye) => self.requests(requests, Some(*goodbye), false),
@@ -198,6 +201,23 @@ impl Player {
     fn requests(&mut self, requests: &[Request], goodbye: Option<Request>, form: bool) -> io::Result<String> {
         self.send(&[requests, goodbye.as_slice()].concat())?;
         self.hear(requests, goodbye.is_some(), form)
+    }
+
+    fn filter(&mut self, names: &[&str], length: u64) -> io::Result<String> {
+        let id = |name: &&str| self.contexts.iter().find(|(_, known)| known == name).map_or(4711, |(id, _)| *id);
+        let ids: Vec<u32> = names.iter().map(id).collect();
+        let header = Request {
+            command: command::BLOCK_STATUS,
+            flags: flag::PAYLOAD_LEN,
+            offset: 0,
+            length: 8 + 4 * ids.len() as u64,
+            cookie: 1,
+        };
+        let mut bytes = self.encode_header(&header);
+        bytes.extend(length.to_be_bytes());
+        bytes.extend(ids.iter().flat_map(|id| id.to_be_bytes()));
+        self.stream.write_all(&bytes)?;
+        self.hear(&[Request { length, ..header }], false, false)
     }
 
     /// Sends requests in one piece.
@@ -279,6 +299,14 @@ impl Player {
     }
 
     fn encode(&self, request: &Request) -> Vec<u8> {
+        let mut bytes = self.encode_header(request);
+        if request.command == command::WRITE || (self.extended && request.flags & flag::PAYLOAD_LEN != 0) {
+            bytes.resize(bytes.len() + request.length as usize, 0x57);
+        }
+        bytes
+    }
+
+    fn encode_header(&self, request: &Request) -> Vec<u8> {
         let Request { command, flags, offset, length, cookie } = *request;
         let mut bytes = Vec::new();
         bytes.extend(if self.extended { EXTENDED } else { COMPACT }.to_be_bytes());
@@ -291,8 +319,6 @@ impl Player {
         } else {
             bytes.extend((length as u32).to_be_bytes());
         }
-        let payload = command == command::WRITE || (self.extended && flags & flag::PAYLOAD_LEN != 0);
-        bytes.resize(bytes.len() + if payload { length as usize } else { 0 }, 0x57);
         bytes
     }
 

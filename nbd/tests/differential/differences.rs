@@ -36,11 +36,15 @@ struct Seen {
 struct By(Kind, &'static [(u32, u32)]);
 
 const QEMU: By = By(Kind::QemuNbd, &[(7, 2), (10, 0)]);
-const NBDKIT_MEMORY: By = By(Kind::NbdkitMemory, &[(1, 32)]);
-const NBDKIT_FILE: By = By(Kind::NbdkitFile, &[(1, 32)]);
+const NBDKIT_MEMORY: By = By(Kind::NbdkitMemory, &[(1, 32), (1, 42)]);
+const NBDKIT_FILE: By = By(Kind::NbdkitFile, &[(1, 32), (1, 42)]);
+/// Not each time.
+const NBDKIT_SOMETIMES: &[By] = &[By(Kind::NbdkitMemory, &[]), By(Kind::NbdkitFile, &[])];
 const NBDKIT: &[By] = &[NBDKIT_MEMORY, NBDKIT_FILE];
 const ALL: &[By] = &[QEMU, NBDKIT_MEMORY, NBDKIT_FILE];
-/// Those without extended headers.
+/// Those with extended headers.
+const EXTENDED: &[By] = &[By(Kind::QemuNbd, &[(10, 0)])];
+/// Those without.
 const COMPACT: &[By] = &[By(Kind::QemuNbd, &[(7, 2)]), NBDKIT_MEMORY, NBDKIT_FILE];
 
 #[rustfmt::skip]
@@ -105,13 +109,19 @@ const TABLE: &[Difference] = &[
             Seen { by: &[QEMU], conversations: &["what the export is, read-only"],
                 ours: "BLOCK_SIZE 1 65536 67108864, EXPORT 1048576 0x050f, ACK",
                 theirs: "BLOCK_SIZE 1 4096 33554432, EXPORT 1048576 0x050f, ACK" },
-            Seen { by: &[NBDKIT_MEMORY], conversations: &["what the export is"],
+            Seen { by: &[By(Kind::NbdkitMemory, &[(1, 32)])], conversations: &["what the export is"],
                 ours: "BLOCK_SIZE 1 65536 67108864, EXPORT 1048576 0x0ded, ACK",
                 theirs: "EXPORT 1048576 0x0ded, ACK" },
+            Seen { by: &[By(Kind::NbdkitMemory, &[(1, 42)])], conversations: &["what the export is"],
+                ours: "BLOCK_SIZE 1 65536 67108864, EXPORT 1048576 0x0ded, ACK",
+                theirs: "BLOCK_SIZE 1 32768 4294967295, EXPORT 1048576 0x0ded, ACK" },
             Seen { by: &[NBDKIT_FILE], conversations: &["what the export is"],
                 ours: "BLOCK_SIZE 1 65536 67108864, EXPORT 1048576 0x0ded, ACK",
                 theirs: "EXPORT 1048576 0x05ed, ACK" },
-            Seen { by: NBDKIT, conversations: &["what the export is, read-only"],
+            Seen { by: &[By(Kind::NbdkitMemory, &[(1, 42)])], conversations: &["what the export is, read-only"],
+                ours: "BLOCK_SIZE 1 65536 67108864, EXPORT 1048576 0x050f, ACK",
+                theirs: "BLOCK_SIZE 1 32768 4294967295, EXPORT 1048576 0x0507, ACK" },
+            Seen { by: &[By(Kind::NbdkitMemory, &[(1, 32)]), NBDKIT_FILE], conversations: &["what the export is, read-only"],
                 ours: "BLOCK_SIZE 1 65536 67108864, EXPORT 1048576 0x050f, ACK",
                 theirs: "EXPORT 1048576 0x0507, ACK" },
         ],
@@ -130,7 +140,8 @@ const TABLE: &[Difference] = &[
         clause: "Option types, STRUCTURED_REPLY: ACK or a permitted error; a repetition is not spoken of",
         right: Right::Both,
         seen: &[
-            Seen { by: NBDKIT, ours: "ERR_INVALID", theirs: "ACK", conversations: &["STRUCTURED_REPLY twice"] },
+            Seen { by: &[By(Kind::NbdkitMemory, &[(1, 32)]), By(Kind::NbdkitFile, &[(1, 32)])],
+                ours: "ERR_INVALID", theirs: "ACK", conversations: &["STRUCTURED_REPLY twice"] },
         ],
     },
     Difference {
@@ -240,7 +251,8 @@ const TABLE: &[Difference] = &[
         right: Right::Both,
         seen: &[
             Seen { by: ALL, ours: "OK", theirs: "EINVAL",
-                conversations: &["*: FLUSH at each edge", "*: each command over 4294967295 bytes"] },
+                conversations: &["*: FLUSH at each edge", "*: each command over 4294967295 bytes",
+                    "extended: each command over 2^32 and 2^62 bytes"] },
             Seen { by: NBDKIT, ours: "OK", theirs: "EINVAL", conversations: &["*: each command, read-only"] },
         ],
     },
@@ -251,7 +263,7 @@ const TABLE: &[Difference] = &[
         seen: &[
             Seen { by: &[QEMU], ours: "ENOSPC", theirs: "EINVAL",
                 conversations: &["*: WRITE at each edge", "*: WRITE_ZEROES at each edge",
-                    "*: each command over 4294967295 bytes"] },
+                    "*: each command over 4294967295 bytes", "extended: each command over 2^32 and 2^62 bytes"] },
         ],
     },
     Difference {
@@ -260,6 +272,15 @@ const TABLE: &[Difference] = &[
         right: Right::Ours,
         seen: &[
             Seen { by: &[QEMU], ours: "EPERM", theirs: "EINVAL", conversations: &["*: each command, read-only"] },
+        ],
+    },
+    Difference {
+        what: "READ of 2^32 bytes and more",
+        clause: "Request types, READ: EOVERFLOW up front is permitted; Size constraints: past the end SHOULD be EINVAL",
+        right: Right::Both,
+        seen: &[
+            Seen { by: EXTENDED, ours: "EOVERFLOW", theirs: "EINVAL",
+                conversations: &["extended: each command over 2^32 and 2^62 bytes"] },
         ],
     },
     Difference {
@@ -298,6 +319,15 @@ const TABLE: &[Difference] = &[
         seen: &[
             Seen { by: NBDKIT, ours: "EINVAL", theirs: "EINVAL in a simple reply",
                 conversations: &["structured: the form of an error"] },
+        ],
+    },
+    Difference {
+        what: "The end of the connection after DISC (nbdkit 1.42, not each time)",
+        clause: "Terminating the transmission phase: the server MUST then close the TCP connection",
+        right: Right::Ours,
+        seen: &[
+            Seen { by: NBDKIT_SOMETIMES, ours: "answers 0 of 0, then closes", theirs: "answers 0 of 0, then says nothing",
+                conversations: &["*: DISC", "*: DISC with flags and a range"] },
         ],
     },
     Difference {
@@ -429,7 +459,7 @@ fn row(difference: &Difference) -> String {
         let said = format!("`{}` for our `{}`", seen.theirs, seen.ours);
         for By(kind, versions) in seen.by {
             let versions: Vec<String> = versions.iter().map(|(major, minor)| format!("{major}.{minor}")).collect();
-            let server = format!("{} {}", kind.program(), versions.join(", "));
+            let server = [kind.program(), &versions.join(", ")].join(" ").trim_end().to_owned();
             match servers.iter_mut().find(|(name, _)| *name == server) {
                 Some((_, all)) if all.contains(&said) => {}
                 Some((_, all)) => all.push(said.clone()),

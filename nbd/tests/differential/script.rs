@@ -345,6 +345,11 @@ fn transmissions(form: Form, word: &str) -> Vec<Script> {
             ],
         );
     }
+    if form == Form::Extended {
+        let long = commands.into_iter().filter(|(command, _)| *command != WRITE);
+        let long = long.flat_map(|(command, _)| [1 << 32, 1 << 62].map(|length| one(command, 0, 0, length)));
+        script("each command over 2^32 and 2^62 bytes", Disk::Writable, long.collect());
+    }
     script(
         "every byte of 1000",
         Disk::Odd,
@@ -382,5 +387,31 @@ fn transmissions(form: Form, word: &str) -> Vec<Script> {
             bytes
         })],
     );
+    if form == Form::Extended {
+        scripts.push(filters(enter));
+    }
     scripts
+}
+
+/// Questions for some of two contexts, about a range with data.
+fn filters(mut enter: Vec<Step>) -> Script {
+    const BASE: &str = "base:allocation";
+    const DEPTH: &str = "qemu:allocation-depth";
+    let go = enter.pop();
+    enter.push(option(option::SET_META_CONTEXT, &meta(NAME, &[BASE, DEPTH])));
+    enter.extend(go);
+    enter.push(one(command::WRITE, flag::PAYLOAD_LEN, 0, 65536));
+    enter.push(one(command::BLOCK_STATUS, 0, 0, 65536));
+    let names: [&[&str]; 6] = [&[BASE], &[DEPTH], &[DEPTH, BASE], &[], &[BASE, BASE], &[BASE, "nosuch"]];
+    enter.extend(names.map(|names| Step::Filter(names, 65536)));
+    enter.extend([SIZE + 1, 0].map(|length| Step::Filter(&[BASE], length)));
+    enter.extend([0, 7, 9].map(|length| one(command::BLOCK_STATUS, flag::PAYLOAD_LEN, 0, length)));
+    Script {
+        name: "extended: BLOCK_STATUS for some contexts".to_owned(),
+        disk: Disk::Writable,
+        facts: false,
+        writes: true,
+        extended: true,
+        steps: enter,
+    }
 }

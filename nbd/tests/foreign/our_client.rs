@@ -93,6 +93,29 @@ async fn our_client_works_with_nbdkit() {
     soon("the goodbye", client.disconnect()).await.unwrap();
 }
 
+/// Each 8 bytes of this disk are their own offset.
+#[tokio::test(flavor = "multi_thread")]
+async fn our_client_reads_every_byte_of_a_foreign_disk() {
+    let folder = Folder::new();
+    let (_server, client) = connected(&["nbdkit", "-f", "pattern", "64M"], &folder).await;
+    const REQUEST: u64 = 8 << 20;
+    let reads: Vec<_> = (0..SIZE / REQUEST)
+        .map(|number| {
+            let client = client.clone();
+            tokio::spawn(async move { client.read(number * REQUEST, REQUEST as u32).await.unwrap() })
+        })
+        .collect();
+    let mut offset = 0_u64;
+    for read in reads {
+        for word in soon("a read", read).await.unwrap().chunks_exact(8) {
+            assert_eq!(word, offset.to_be_bytes());
+            offset += 8;
+        }
+    }
+    assert_eq!(offset, SIZE);
+    soon("the goodbye", client.disconnect()).await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn our_client_reports_an_unreadable_foreign_disk() {
     let folder = Folder::new();

@@ -52,7 +52,8 @@ pub use zero::ZeroMode;
 /// An open qcow2 image.
 ///
 /// Dropping it without [`Image::close`] is what a crash would be: what was flushed is there, the dirty bit stays set, and
-/// the close of the next session rebuilds the refcounts.
+/// the close of the next session rebuilds the refcounts. The drop waits for writes that are under way, unless the image
+/// was given to a [`crate::AsyncImage`].
 #[derive(Debug)]
 pub struct Image {
     path: PathBuf,
@@ -129,6 +130,10 @@ impl Image {
 
     pub(crate) fn poison_by_panic(&self) {
         self.poison.by_panic();
+    }
+
+    pub(crate) fn never_wait_when_dropped(&self) {
+        self.write_behind.never_wait_when_dropped();
     }
 
     fn refuse_poisoned(&self) -> Result<()> {

@@ -24,6 +24,10 @@ def extents(length, offset, flags=0):
     return seen
 
 
+# A library that knows extended headers must have got them.
+if hasattr(h, "get_extended_headers_negotiated"):
+    assert h.get_extended_headers_negotiated()
+
 # Past the end: what adds data finds no space, the rest is invalid.
 for request, expected in [
     (lambda: h.pwrite(bytes(KIB), size - 512), "ENOSPC"),
