@@ -166,6 +166,10 @@ impl nbd::Device for ImageDevice {
         Box::new(self.image.buffer(length))
     }
 
+    fn buffer_memory(&self, length: usize) -> usize {
+        qcow2::Buffer::memory_for(length)
+    }
+
     async fn read(&self, offset: u64, buffer: nbd::Buffer) -> Result<nbd::Content, nbd::Error> {
         let _pass = self.enter()?;
         let read = self.image.read_sparse(offset, Lent(buffer)).await;

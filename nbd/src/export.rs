@@ -206,6 +206,11 @@ pub trait Device: Send + Sync + 'static {
     /// Memory for `length` bytes at `offset` (the offset lets an engine choose alignment). Contents are arbitrary.
     fn buffer(&self, offset: u64, length: usize) -> Buffer;
 
+    /// Bytes of memory that such a buffer takes up, at least `length`: what is counted against the [`crate::Budget`].
+    fn buffer_memory(&self, length: usize) -> usize {
+        length
+    }
+
     /// Fills the buffer from `offset` on, as far as there are no holes, and hands it back.
     async fn read(&self, offset: u64, buffer: Buffer) -> Result<Content, Error>;
 

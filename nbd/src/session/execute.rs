@@ -150,7 +150,7 @@ async fn read_pieces(slot: Slot, request: Request, offset: u64, length: u64) {
         let next = piece_end(at, end, connection.piece);
         // A piece fits 32 bits by the bound on its size.
         let bytes = u32::try_from(next - at).unwrap_or(u32::MAX);
-        let Some(permit) = permit(&connection, &connection.output, bytes).await else { return };
+        let Some(permit) = permit(&connection, &connection.output, connection.cost(bytes)).await else { return };
         let content = match read(&connection, at, bytes as usize).await {
             Ok(content) => content,
             Err(error) => return slot.answer(&request, Err(error)),
@@ -232,6 +232,16 @@ fn worth_telling(at: u64, holes: Vec<Range<usize>>, buffer: &mut [u8]) -> Vec<Ra
     told.collect()
 }
 
+/// The pieces of a range: where each begins, and its length, which fits 32 bits by the bound on it.
+fn pieces(offset: u64, end: u64, piece: u32) -> impl Iterator<Item = (u64, u32)> {
+    let mut at = offset;
+    std::iter::from_fn(move || {
+        let start = at;
+        at = if start < end { piece_end(start, end, piece) } else { return None };
+        Some((start, u32::try_from(at - start).unwrap_or(u32::MAX)))
+    })
+}
+
 async fn read_whole(slot: Slot, request: Request, offset: u64, length: u64) {
     let connection = slot.connection().clone();
     let bytes = match u32::try_from(length) {
@@ -244,14 +254,13 @@ async fn read_whole(slot: Slot, request: Request, offset: u64, length: u64) {
             return slot.answer(&request, Err(Error::new(kind, "more than the memory of this server")));
         }
     };
-    let Some(permit) = permit(&connection, &connection.output, bytes).await else { return };
-    let end = offset + length;
+    let pieces = || pieces(offset, offset + length, connection.piece);
+    let cost = pieces().map(|(_, piece)| connection.cost(piece)).fold(0, u32::saturating_add);
+    let cost = cost.min(connection.output.largest());
+    let Some(permit) = permit(&connection, &connection.output, cost).await else { return };
     let mut buffers = Vec::new();
-    let mut at = offset;
-    while at < end {
-        let next = piece_end(at, end, connection.piece);
-        let piece = usize::try_from(next - at).unwrap_or(usize::MAX);
-        match read(&connection, at, piece).await {
+    for (at, piece) in pieces() {
+        match read(&connection, at, piece as usize).await {
             Ok(Content { mut buffer, holes }) => {
                 for hole in holes {
                     (*buffer).as_mut()[hole].fill(0);
@@ -263,7 +272,6 @@ async fn read_whole(slot: Slot, request: Request, offset: u64, length: u64) {
         if connection.flight.is_dead() {
             return;
         }
-        at = next;
     }
     connection.stats().bytes_read.fetch_add(length, Relaxed);
     let head = match chunk_header(connection.terms.mode, &request) {

@@ -102,6 +102,13 @@ impl Connection {
     fn stats(&self) -> &ExportStats {
         self.place.stats()
     }
+
+    /// What a buffer for a piece or less costs of the budget, in bytes.
+    fn cost(&self, length: u32) -> u32 {
+        let memory = u32::try_from(self.device.buffer_memory(length as usize)).unwrap_or(u32::MAX);
+        // More than there can ever be would be waited for for ever.
+        memory.min(self.input.largest()).max(length)
+    }
 }
 
 /// The place of one request in its connection; see [`Flight`].
@@ -279,7 +286,7 @@ async fn receive_one<R: AsyncRead + Unpin>(
     match verdict {
         Verdict::Disconnect | Verdict::Run(Task::Nothing) => slot.answer(&request, Ok(())),
         Verdict::Run(Task::Write { offset, length, durability }) if length <= connection.piece => {
-            let permit = connection.input.acquire(length).await;
+            let permit = connection.input.acquire(connection.cost(length)).await;
             let mut buffer = charged(connection.device.buffer(offset, length as usize), permit);
             intake.payload((*buffer).as_mut()).await?;
             launch(execute::write(slot, request, buffer, durability)).await;
@@ -328,7 +335,7 @@ async fn long_write<R: AsyncRead + Unpin>(
         if write.has_failed() {
             intake.discard(bytes).await?;
         } else {
-            let permit = connection.input.acquire(bytes).await;
+            let permit = connection.input.acquire(connection.cost(bytes)).await;
             let mut buffer = charged(connection.device.buffer(at, bytes as usize), permit);
             intake.payload((*buffer).as_mut()).await?;
             launch(write.clone().piece(at, buffer)).await;

@@ -35,7 +35,8 @@ fn bounded<S: AsRef<OsStr>>(arguments: &[S]) -> Command {
     assert!(found, "{name} is missing: apt-get install {}", package(name));
     let search = std::env::var("PATH").unwrap_or_default();
     let mut command = Command::new("timeout");
-    command.args(["--kill-after=1", LIMIT]).args(arguments);
+    // `timeout` may be asked to end before it knows its child: the child does not survive that.
+    command.args(["--kill-after=1", LIMIT, "setpriv", "--pdeathsig", "KILL"]).args(arguments);
     command.env("PATH", format!("/usr/bin:/usr/sbin:{search}")).stdin(Stdio::null());
     command
 }
@@ -91,11 +92,11 @@ impl Background {
     /// A server that is handed a listening Unix socket, so that clients may come before it is up. It learns of the socket
     /// as systemd would tell it.
     pub fn server(arguments: &[&str], socket: &str) -> Self {
+        // For its message about a missing package.
+        drop(bounded(arguments));
         let listener = UnixListener::bind(socket).unwrap();
         let activate = r#"exec 3<&0 </dev/null; export LISTEN_PID=$$ LISTEN_FDS=1; exec "$@""#;
         let words = [&["sh", "-c", activate, "sh"], arguments].concat();
-        // For its message about a missing package.
-        drop(bounded(arguments));
         Self::start(&words, |command| {
             command.stdin(OwnedFd::from(listener)).stdout(Stdio::null()).stderr(Stdio::null());
         })

@@ -8,7 +8,9 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 /// Tells an answer from none.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Tells the end of a connection from none.
+const PATIENCE_AT_THE_END: Duration = Duration::from_secs(10);
 
 const COMPACT: u32 = 0x2560_9513;
 const EXTENDED: u32 = 0x21e4_1c71;
@@ -232,6 +234,8 @@ impl Player {
         open.extend(requests.iter().enumerate().map(|(number, request)| (number, *request, Answer::default())));
         let mut told = Vec::new();
         while !open.is_empty() || to_the_end {
+            let patience = if open.is_empty() { PATIENCE_AT_THE_END } else { PATIENCE };
+            self.stream.set_read_timeout(Some(patience))?;
             match self.reply(&mut open) {
                 // Of requests with one cookie any may be answered first.
                 Ok(Some(index)) => {

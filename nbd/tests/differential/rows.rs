@@ -17,9 +17,9 @@ use crate::programs::Folder;
 use crate::script::{Form, NAME, SIZE, enter, one, request};
 use crate::servers::{Ours, Theirs, glance};
 
-/// A disk of QEMU that takes ten seconds for each read: none ends before its test.
+/// A disk of QEMU that takes a minute for each read: none ends before its test.
 const SLOW: [&str; 5] =
-    ["qemu-nbd", "-t", "-e0", "--image-opts", "driver=null-co,size=1M,read-zeroes=off,latency-ns=10000000000"];
+    ["qemu-nbd", "-t", "-e0", "--image-opts", "driver=null-co,size=1M,read-zeroes=off,latency-ns=60000000000"];
 
 fn ours(device: Arc<dyn Device>) -> Ours {
     Ours::start(Export::new(NAME, SIZE, device), options())
