@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use blockyard_nbd::Tls;
 use tokio::sync::watch;
 
 use crate::backup::Backups;
@@ -47,15 +48,15 @@ pub enum Phase {
 }
 
 impl App {
-    /// The state of a service that is starting.
+    /// The state of a service that is starting; `tls` is for its NBD listeners.
     ///
     /// # Errors
     /// A node that cannot be called at all.
-    pub fn new(config: Config, store: Store, tokens: Tokens) -> Result<Self, NodeClientError> {
+    pub fn new(config: Config, store: Store, tokens: Tokens, tls: Tls) -> Result<Self, NodeClientError> {
         let boot_id = crate::id::new_ulid().to_string();
         let config = Arc::new(config);
         let locks = Arc::new(RepositoryLocks::new());
-        let listeners = ListenerOptions::new(&config.nbd);
+        let listeners = ListenerOptions::new(&config.nbd, tls);
         let backups =
             Backups::new(Arc::clone(&config), store.clone(), Arc::clone(&locks), listeners.clone(), &boot_id)?;
         let phase = watch::Sender::new(Phase::Starting);

@@ -18,6 +18,7 @@ mod repo;
 mod serve;
 mod size;
 mod table;
+mod tls;
 mod vm;
 
 use std::ffi::OsString;

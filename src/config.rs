@@ -161,6 +161,31 @@ pub struct Nbd {
     pub handshake_timeout_s: u64,
     /// Payload in memory over all listeners, in bytes.
     pub memory_budget_bytes: u64,
+    /// Whether the listeners speak TLS.
+    pub tls: TlsMode,
+    /// Their certificate, with those that lead to a root, as a PEM file.
+    #[serde(with = "blank")]
+    pub cert_file: Option<PathBuf>,
+    /// Its private key, as a PEM file.
+    #[serde(with = "blank")]
+    pub key_file: Option<PathBuf>,
+    /// The roots of client certificates, as a PEM file; with it a client must show one.
+    #[serde(with = "blank")]
+    pub client_ca_file: Option<PathBuf>,
+    /// Subjects of client certificates that are accepted; all when empty.
+    pub allow_subjects: Vec<String>,
+}
+
+/// Whether the listeners speak TLS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TlsMode {
+    /// They do not.
+    Off,
+    /// With clients that ask for it.
+    On,
+    /// With everybody.
+    Required,
 }
 
 /// How exports are named.
@@ -259,6 +284,15 @@ impl Config {
     }
 }
 
+impl Nbd {
+    /// What the backup client is told of a disk: `<device key>:nbd://<host>:<port>/<export>`. `nbds` instead if it must encrypt;
+    /// a client that may is not asked to, since it may not know how.
+    pub fn target(&self, device_key: u32, advertised_port: u16, export: &str) -> String {
+        let scheme = if self.tls == TlsMode::Required { "nbds" } else { "nbd" };
+        format!("{device_key}:{scheme}://{}:{advertised_port}/{export}", self.advertise_host)
+    }
+}
+
 impl Default for Server {
     fn default() -> Self {
         Self {
@@ -310,6 +344,11 @@ impl Default for Nbd {
             max_connections_per_export: 16,
             handshake_timeout_s: 10,
             memory_budget_bytes: 256 << 20,
+            tls: TlsMode::Off,
+            cert_file: None,
+            key_file: None,
+            client_ca_file: None,
+            allow_subjects: Vec::new(),
         }
     }
 }

@@ -11,9 +11,10 @@ use std::time::Duration;
 
 use blockyard_nbd::budget::Usage;
 use blockyard_nbd::stats::{ConnectionSnapshot, ExportStats, ListenerSnapshot, ListenerStats, Snapshot};
-use blockyard_nbd::{Budget, BudgetLimits, Exports, Handle, Limits, ListPolicy, Options, Server};
+use blockyard_nbd::tls::{ServerTls, TlsError, TlsFiles};
+use blockyard_nbd::{Budget, BudgetLimits, Exports, Handle, Limits, ListPolicy, Options, Server, Tls};
 
-use crate::config;
+use crate::config::{self, TlsMode};
 use crate::export::ImageExport;
 use live::{LiveExport, LiveExports, ServedDisk};
 use ports::{BoundPort, PortLease};
@@ -30,14 +31,17 @@ pub struct ListenerOptions {
 }
 
 impl ListenerOptions {
-    /// Those of `[nbd]`, with one memory budget for all.
-    pub fn new(nbd: &config::Nbd) -> Self {
+    /// Those of `[nbd]`, with one memory budget for all, and what [`tls`] read.
+    pub fn new(nbd: &config::Nbd, tls: Tls) -> Self {
         let budget = Budget::new(&BudgetLimits { bytes: nbd.memory_budget_bytes, ..BudgetLimits::default() });
         let handshake_deadline = Duration::from_secs(nbd.handshake_timeout_s);
         let limits = Limits { handshake_deadline, linger: LINGER, ..Limits::default() };
         let list = if nbd.list_exports { ListPolicy::Show } else { ListPolicy::Hide };
         let connections_per_export = usize::try_from(nbd.max_connections_per_export).unwrap_or(usize::MAX);
-        Self { options: Options { limits, list, connections_per_export, ..Options::new(budget) }, live: Arc::default() }
+        Self {
+            options: Options { limits, list, tls, connections_per_export, ..Options::new(budget) },
+            live: Arc::default(),
+        }
     }
 
     /// What is served, and what was counted.
@@ -49,6 +53,26 @@ impl ListenerOptions {
     pub fn usage(&self) -> Usage {
         self.options.budget.usage()
     }
+}
+
+/// Reads the certificates that `[nbd]` names.
+///
+/// # Errors
+/// The first file that cannot be used, and why.
+pub fn tls(nbd: &config::Nbd) -> Result<Tls, TlsError> {
+    if nbd.tls == TlsMode::Off {
+        return Ok(Tls::Off);
+    }
+    let server = ServerTls::load(&TlsFiles {
+        certificate: nbd.cert_file.clone().unwrap_or_default(),
+        key: nbd.key_file.clone().unwrap_or_default(),
+        client_ca: nbd.client_ca_file.clone(),
+        allow: nbd.allow_subjects.iter().map(|subject| subject.parse()).collect::<Result<_, _>>()?,
+    })?;
+    if !nbd.bind.is_loopback() && nbd.client_ca_file.is_none() {
+        tracing::warn!(bind = %nbd.bind, "nbd.client_ca_file is not set: whoever reaches a listener may write to its disk");
+    }
+    Ok(if nbd.tls == TlsMode::Required { Tls::Required(server) } else { Tls::On(server) })
 }
 
 /// A disk that clients can reach. Dropped without [`Self::stop`], it closes at once.

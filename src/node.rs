@@ -35,7 +35,7 @@ pub struct StartRequest {
     pub vm_path: String,
     /// Ignored by current nodes, read by old ones.
     pub nbd_host: String,
-    /// `<device key>:nbd://<host>:<port>/<export>` for every disk, joined by commas.
+    /// `<device key>:nbd://<host>:<port>/<export>` for every disk, joined by commas; `nbds` where TLS is required.
     pub nbd_targets: String,
     /// `full` or `incremental`.
     pub backup_type: String,

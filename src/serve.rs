@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use blockyard_nbd::tls::TlsError;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -20,9 +21,9 @@ use tokio::task::JoinSet;
 use crate::app::{App, AppState, Phase};
 use crate::backup::RecoverError;
 use crate::config::{AuthMode, Config};
-use crate::http;
 use crate::node::NodeClientError;
 use crate::store::{SchemaError, Store};
+use crate::{http, listeners};
 
 /// How long open requests may take to end once jobs have ended. A guess: handlers answer in milliseconds, and the longest
 /// poll is cut without harm.
@@ -48,6 +49,9 @@ pub enum StartError {
     /// The tokens cannot be had.
     #[error(transparent)]
     Token(#[from] http::TokenError),
+    /// The certificates of `[nbd]` cannot be used.
+    #[error("the certificates of [nbd]: {0}")]
+    Tls(#[from] TlsError),
     /// The database does not fit this binary.
     #[error(transparent)]
     Schema(#[from] SchemaError),
@@ -89,6 +93,7 @@ impl Service {
     pub async fn start(config: Config) -> Result<Self, StartError> {
         let lock = StateLock::take(&config.server.state_dir)?;
         let tokens = http::Tokens::load(&config)?;
+        let tls = listeners::tls(&config.nbd)?;
         if config.auth.mode == AuthMode::Off {
             tracing::warn!(
                 "auth.mode is off: whoever reaches this port, also through a node's tunnel, may delete and restore; set \
@@ -104,7 +109,7 @@ impl Service {
         let callbacks_address = callbacks.as_ref().map(|(_, address)| *address);
 
         let drain = Duration::from_secs(config.server.drain_s);
-        let app: AppState = Arc::new(App::new(config, store, tokens)?);
+        let app: AppState = Arc::new(App::new(config, store, tokens, tls)?);
         let close_sockets = watch::Sender::new(false);
         let mut servers = JoinSet::new();
         servers.spawn(serve(listener, http::router(&app), close_sockets.subscribe()));

@@ -60,11 +60,25 @@ pub enum Stance {
     ShuttingDown,
 }
 
+/// What the server wants of TLS ("TLS support").
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TlsPolicy {
+    /// NOTLS: STARTTLS is answered ERR_POLICY.
+    #[default]
+    Off,
+    /// SELECTIVETLS with no export that is TLS-only: clients may.
+    On,
+    /// FORCEDTLS: until a client has started TLS, everything but that and ABORT is answered ERR_TLS_REQD.
+    Required,
+}
+
 /// What one handshake is held to.
 #[derive(Clone, Debug)]
 pub struct Policy {
     /// Answer to LIST.
     pub list: ListPolicy,
+    /// Answer to STARTTLS.
+    pub tls: TlsPolicy,
     /// Most options.
     pub options: u32,
     /// Most bytes of option data.
@@ -91,6 +105,8 @@ pub enum Action {
     Send(Vec<u8>),
     /// Open the export with this index, then call [`Handshake::opened`].
     Open(usize),
+    /// Shake hands in TLS, and go on inside it with [`Handshake::secured`].
+    StartTls,
     /// The handshake is over; nothing more is to be sent before the first reply.
     Enter(Negotiated),
     /// Close, as the client wishes. What was sent must still reach it.
@@ -107,6 +123,7 @@ enum State {
     /// Drop so many more bytes of the option, then answer.
     Discard(OptionHeader, u32),
     Opening(OptionCode, Negotiated, WantedInfo),
+    StartingTls,
     Entering(Negotiated),
     Aborted,
     Closed(&'static str),
@@ -123,6 +140,8 @@ pub struct Handshake {
     /// Bytes of the inbox that are done with; they are dropped at the next feed.
     consumed: usize,
     outbox: Vec<u8>,
+    /// Inside TLS.
+    secure: bool,
     zeroes: bool,
     fixed: bool,
     mode: Mode,
@@ -142,6 +161,7 @@ impl Handshake {
             inbox: Vec::new(),
             consumed: 0,
             outbox: Vec::new(),
+            secure: false,
             zeroes: true,
             fixed: false,
             mode: Mode::default(),
@@ -149,6 +169,14 @@ impl Handshake {
             options: 0,
             option_bytes: 0,
         }
+    }
+
+    /// The handshake that follows [`Action::StartTls`]: a new one, inside TLS. Of the old one it knows the client flags, which
+    /// are sent only once, and nothing else that came in plain text.
+    #[must_use]
+    pub fn secured(self) -> Self {
+        let Self { exports, policy, stance, zeroes, fixed, .. } = self;
+        Self { secure: true, zeroes, fixed, state: State::Header, ..Self::new(exports, policy, stance) }
     }
 
     /// Takes bytes of the client, any number of them.
@@ -175,6 +203,7 @@ impl Handshake {
                 State::Data(header) => self.data(*header),
                 State::Discard(header, left) => self.discard(*header, *left),
                 State::Opening(_, negotiated, _) => return Action::Open(negotiated.export),
+                State::StartingTls => return Action::StartTls,
                 State::Entering(negotiated) => return Action::Enter(*negotiated),
                 State::Aborted => return Action::Aborted,
                 State::Closed(reason) => return Action::Close(reason),
@@ -237,7 +266,13 @@ impl Handshake {
         let known = u32::from(FIXED_NEWSTYLE | NO_ZEROES);
         self.fixed = flags & u32::from(FIXED_NEWSTYLE) != 0;
         self.zeroes = flags & u32::from(NO_ZEROES) == 0;
-        self.state = if flags & !known == 0 { State::Header } else { State::Closed("unknown client flags") };
+        self.state = if flags & !known != 0 {
+            State::Closed("unknown client flags")
+        } else if self.lacks_tls() && !self.fixed {
+            State::Closed("a client that is not fixed newstyle cannot start TLS")
+        } else {
+            State::Header
+        };
         Some(())
     }
 
@@ -262,17 +297,27 @@ impl Handshake {
             State::Closed("too many bytes of options")
         } else if header.code == OptionCode::EXPORT_NAME {
             // Its answer has no place for what extended headers are about, so the text forbids it after them.
-            let possible = self.stance == Stance::Welcome && self.mode != Mode::Extended;
+            let possible = self.is_served() && self.mode != Mode::Extended;
             match usize::try_from(header.length) {
                 Ok(length) if possible && length <= MAX_STRING => State::Data(header),
                 _ => State::Closed("EXPORT_NAME cannot be refused politely"),
             }
-        } else if header.length > MAX_PARSED || !has_data(header.code) || self.stance != Stance::Welcome {
+        } else if header.length > MAX_PARSED || !has_data(header.code) || !self.is_served() {
             State::Discard(header, header.length)
         } else {
             State::Data(header)
         };
         Some(())
+    }
+
+    /// Whether TLS has to be started before anything else.
+    fn lacks_tls(&self) -> bool {
+        self.policy.tls == TlsPolicy::Required && !self.secure
+    }
+
+    /// Whether what an option says makes a difference to its answer.
+    fn is_served(&self) -> bool {
+        self.stance == Stance::Welcome && !self.lacks_tls()
     }
 
     fn discard(&mut self, header: OptionHeader, left: u32) -> Option<()> {

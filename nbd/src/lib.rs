@@ -1,7 +1,8 @@
 //! An NBD server and a small client for tokio.
 //!
-//! [`Server::start`] serves [`Export`]s on a bound listener; [`client`] talks to any NBD server. Memory is bounded over
-//! the whole process by one [`Budget`]. [`wire`], [`handshake`] and [`transmission`] are the protocol without I/O.
+//! [`Server::start`] serves [`Export`]s on a bound listener; [`client`] talks to any NBD server; [`tls`] is what both need to
+//! do so encrypted. Memory is bounded over the whole process by one [`Budget`]. [`wire`], [`handshake`] and [`transmission`]
+//! are the protocol without I/O.
 #![forbid(unsafe_code)]
 
 pub mod budget;
@@ -13,6 +14,7 @@ pub mod limits;
 pub mod server;
 mod session;
 pub mod stats;
+pub mod tls;
 pub mod transmission;
 pub mod wire;
 
@@ -21,3 +23,4 @@ pub use error::{Error, ErrorKind};
 pub use export::{Buffer, Content, Context, ContextSet, Device, Durability, Export, Extent, Space, ZeroFlags};
 pub use limits::{BudgetLimits, Limits};
 pub use server::{Exports, Handle, ListPolicy, Options, Server, Stopped};
+pub use tls::{ServerTls, Tls};

@@ -38,6 +38,8 @@ fn handshakes() -> Vec<(&'static str, Vec<u8>)> {
         ("extended", talk(0, 3, &[(OptionCode::EXTENDED_HEADERS, b""), structured, go])),
         ("unknown", talk(0x60, 3, &[(OptionCode(77), b"what?"), (OptionCode::PEEK_EXPORT, b"x"), go])),
         ("starttls", talk(0, 3, &[(OptionCode::STARTTLS, b""), go])),
+        ("starttls-on", talk(0x30, 3, &[structured, (OptionCode::STARTTLS, b""), go])),
+        ("starttls-required", talk(0x18, 3, &[go, (OptionCode::STARTTLS, b"")])),
         ("hidden", talk(1, 3, &[(OptionCode::LIST, b""), go])),
         ("refused", talk(4, 3, &[(OptionCode::LIST, b""), go])),
         ("stopping", talk(6, 3, &[(OptionCode::INFO, &info(NAME)), go])),

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use blockyard_nbd::handshake::{Action, ExportFacts, Handshake, ListPolicy, Negotiated, Policy, Stance};
+use blockyard_nbd::handshake::{Action, ExportFacts, Handshake, ListPolicy, Negotiated, Policy, Stance, TlsPolicy};
 use blockyard_nbd::transmission::Mode;
 use blockyard_nbd::wire::option::{
     InfoRequest, MetaRequest, OptionCode, OptionReplyHeader, ReplyType, WantedInfo, encode_option,
@@ -26,7 +26,7 @@ fn facts(name: &str) -> ExportFacts {
 }
 
 fn policy() -> Policy {
-    Policy { list: ListPolicy::Show, options: 256, option_bytes: 4 << 20 }
+    Policy { list: ListPolicy::Show, tls: TlsPolicy::Off, options: 256, option_bytes: 4 << 20 }
 }
 
 /// What a conversation came to.
@@ -92,6 +92,7 @@ impl Server {
                         told.opened.push(export);
                         handshake.opened(self.open.clone());
                     }
+                    Action::StartTls => handshake = handshake.secured(),
                     Action::Enter(negotiated) => {
                         told.entered = Some(negotiated);
                         break;
@@ -244,7 +245,7 @@ fn abort_is_acknowledged_and_its_data_are_ignored() {
 
 #[test]
 fn options_not_served_are_unsupported_and_the_next_one_is_understood() {
-    for code in [4, 5, 12, 0xffff, u32::MAX, 0].map(OptionCode) {
+    for code in [4, 12, 0xffff, u32::MAX, 0].map(OptionCode) {
         for data in [&b""[..], b"x", &[7; 70_000], &[7; 1 << 20]] {
             let told = Server::new().hears(FIXED, &[(code, data), (OptionCode::GO, &go("disk0"))]);
             assert_eq!(told.replies()[0].0, code, "the option is echoed");
@@ -252,6 +253,35 @@ fn options_not_served_are_unsupported_and_the_next_one_is_understood() {
             assert!(told.entered.is_some());
         }
     }
+}
+
+#[test]
+fn starttls_is_a_matter_of_policy_and_takes_no_data() {
+    for (data, answer) in
+        [(&b""[..], ReplyType::ERR_POLICY), (b"x", ReplyType::ERR_INVALID), (&[7; 70_000], ReplyType::ERR_INVALID)]
+    {
+        let told = Server::new().hears(FIXED, &[(OptionCode::STARTTLS, data), (OptionCode::GO, &go("disk0"))]);
+        assert_eq!(told.types()[0], answer, "{} bytes", data.len());
+        assert!(told.entered.is_some());
+    }
+    let server = Server { policy: Policy { tls: TlsPolicy::On, ..policy() }, ..Server::new() };
+    let mut handshake = Handshake::new(server.exports, server.policy, server.stance);
+    handshake.feed(&conversation(FIXED, &[STRUCTURED, (OptionCode::STARTTLS, b"")]));
+    let mut acks = Vec::new();
+    while let Action::Send(bytes) = handshake.next_action() {
+        acks.extend(bytes);
+    }
+    assert_eq!(Told { sent: acks, ..Told::default() }.types(), [ACK, ACK]);
+    // Only after the ACK was sent, and until the driver has done it.
+    assert_eq!(handshake.next_action(), Action::StartTls);
+    assert_eq!(handshake.next_action(), Action::StartTls);
+    // What was fed meanwhile belongs to no handshake of TLS.
+    handshake.feed(&encode_option(OptionCode::GO, &go("disk0")));
+    let mut handshake = handshake.secured();
+    assert_eq!(handshake.next_action(), Action::Wait);
+    handshake.feed(&encode_option(OptionCode::STARTTLS, b""));
+    let Action::Send(bytes) = handshake.next_action() else { panic!("no answer") };
+    assert_eq!(Told { sent: bytes, ..Told::default() }.types(), [ReplyType::ERR_INVALID]);
 }
 
 #[test]

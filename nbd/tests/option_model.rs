@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use blockyard_nbd::handshake::{Action, ExportFacts, Handshake, ListPolicy, Negotiated, Policy, Stance};
+use blockyard_nbd::handshake::{Action, ExportFacts, Handshake, ListPolicy, Negotiated, Policy, Stance, TlsPolicy};
 use blockyard_nbd::transmission::Mode;
 use blockyard_nbd::wire::option::{
     InfoRequest, MetaRequest, OptionCode, OptionReplyHeader, ReplyType, WantedInfo, encode_option,
@@ -24,6 +24,7 @@ enum Ask {
     List(usize),
     Structured(usize),
     Extended(usize),
+    StartTls(usize),
     Abort(usize),
     /// INFO and GO: the name, which may be nobody's, and what is wrong with the data.
     Info {
@@ -66,10 +67,11 @@ struct Course {
     entered: Option<Negotiated>,
     closed: bool,
     opened: usize,
+    secured: bool,
 }
 
 /// The model: what the text says of each option in each state.
-fn expected(asks: &[Ask], opening: Opening) -> Course {
+fn expected(asks: &[Ask], opening: Opening, tls: TlsPolicy) -> Course {
     let mut course = Course::default();
     let mut mode = Mode::Simple;
     let mut set: Option<(usize, ContextSet)> = None;
@@ -82,6 +84,23 @@ fn expected(asks: &[Ask], opening: Opening) -> Course {
             Negotiated { export, mode, contexts: contexts.unwrap_or_default() }
         };
         match ask {
+            Ask::Abort(_) => {
+                say(ReplyType::ACK);
+                course.closed = true;
+                return course;
+            }
+            Ask::StartTls(0) if course.secured => say(ReplyType::ERR_INVALID),
+            Ask::StartTls(0) if tls == TlsPolicy::Off => say(ReplyType::ERR_POLICY),
+            Ask::StartTls(0) => {
+                say(ReplyType::ACK);
+                (mode, set, course.secured) = (Mode::Simple, None, true);
+            }
+            Ask::StartTls(_) => say(ReplyType::ERR_INVALID),
+            Ask::ExportName(_) if tls == TlsPolicy::Required && !course.secured => {
+                course.closed = true;
+                return course;
+            }
+            _ if tls == TlsPolicy::Required && !course.secured => say(ReplyType::ERR_TLS_REQD),
             Ask::Unknown(..) => say(ReplyType::ERR_UNSUP),
             Ask::List(0) => {
                 for name in NAMES {
@@ -99,11 +118,6 @@ fn expected(asks: &[Ask], opening: Opening) -> Course {
                 say(ReplyType::ACK);
             }
             Ask::List(_) | Ask::Structured(_) | Ask::Extended(_) => say(ReplyType::ERR_INVALID),
-            Ask::Abort(_) => {
-                say(ReplyType::ACK);
-                course.closed = true;
-                return course;
-            }
             Ask::Info { flaw: Flaw::Huge, .. } => say(ReplyType::ERR_TOO_BIG),
             Ask::Info { flaw: Flaw::Short | Flaw::Long, .. } => say(ReplyType::ERR_INVALID),
             Ask::Info { go, name, .. } => match find(name) {
@@ -205,6 +219,7 @@ fn encode(ask: &Ask) -> (OptionCode, Vec<u8>) {
         Ask::List(length) => (OptionCode::LIST, vec![0; *length]),
         Ask::Structured(length) => (OptionCode::STRUCTURED_REPLY, vec![0; *length]),
         Ask::Extended(length) => (OptionCode::EXTENDED_HEADERS, vec![0; *length]),
+        Ask::StartTls(length) => (OptionCode::STARTTLS, vec![0; *length]),
         Ask::Abort(length) => (OptionCode::ABORT, vec![0; *length]),
         Ask::Info { go, name, flaw } => {
             let code = if *go { OptionCode::GO } else { OptionCode::INFO };
@@ -219,8 +234,8 @@ fn encode(ask: &Ask) -> (OptionCode, Vec<u8>) {
     }
 }
 
-/// What the server does.
-fn actual(asks: &[Ask], opening: Opening, step: usize) -> Course {
+/// What the server does. A client waits for the answer to STARTTLS, so with TLS each option is fed alone.
+fn actual(asks: &[Ask], opening: Opening, tls: TlsPolicy, step: usize) -> Course {
     let facts = NAMES.map(|name| ExportFacts {
         name: name.into(),
         description: "a disk".into(),
@@ -230,16 +245,21 @@ fn actual(asks: &[Ask], opening: Opening, step: usize) -> Course {
         contexts: ContextSet::ALL,
         preferred_block_size: 4096,
     });
-    let policy = Policy { list: ListPolicy::Show, options: 256, option_bytes: 4 << 20 };
+    let policy = Policy { list: ListPolicy::Show, tls, options: 256, option_bytes: 4 << 20 };
     let mut handshake = Handshake::new(Arc::new(facts), policy, Stance::Welcome);
-    let options = asks.iter().flat_map(|ask| {
+    let options = asks.iter().map(|ask| {
         let (code, data) = encode(ask);
         encode_option(code, &data)
     });
-    let bytes: Vec<u8> = 3u32.to_be_bytes().into_iter().chain(options).collect();
+    let messages: Vec<Vec<u8>> = [3u32.to_be_bytes().to_vec()].into_iter().chain(options).collect();
+    let whole = messages.concat();
+    let pieces: Vec<&[u8]> = match tls {
+        TlsPolicy::Off => whole.chunks(step).collect(),
+        TlsPolicy::On | TlsPolicy::Required => messages.iter().map(Vec::as_slice).collect(),
+    };
     let mut course = Course::default();
     let mut sent = Vec::new();
-    'feeding: for piece in bytes.chunks(step) {
+    'feeding: for piece in pieces {
         handshake.feed(piece);
         loop {
             match handshake.next_action() {
@@ -251,6 +271,10 @@ fn actual(asks: &[Ask], opening: Opening, step: usize) -> Course {
                         Opening::Works => Ok(()),
                         Opening::Fails => Err(Error::new(ErrorKind::Io, "it is broken")),
                     });
+                }
+                Action::StartTls => {
+                    course.secured = true;
+                    handshake = handshake.secured();
                 }
                 Action::Enter(negotiated) => {
                     course.entered = Some(negotiated);
@@ -307,13 +331,14 @@ impl Random {
             _ => Flaw::None,
         };
         match self.below(16) {
-            0 => Ask::Unknown(self.of(&[0, 4, 5, 12, 0xffff, u32::MAX]), self.of(&[0, 1, 16, 70_000])),
+            0 => Ask::Unknown(self.of(&[0, 4, 12, 0xffff, u32::MAX]), self.of(&[0, 1, 16, 70_000])),
             1 => Ask::List(self.of(&[0, 0, 1])),
             2..4 => Ask::Structured(self.of(&[0, 0, 0, 0, 0, 1])),
             4 => Ask::Extended(self.of(&[0, 0, 0, 1])),
             5..7 => Ask::Info { go: false, name, flaw },
             7 if self.below(2) == 0 => Ask::Info { go: true, name, flaw },
             8 if self.below(4) == 0 => Ask::ExportName(name),
+            10 => Ask::StartTls(self.of(&[0, 0, 0, 1])),
             9 if self.below(4) == 0 => Ask::Abort(self.of(&[0, 5])),
             more => {
                 let known = ["base:allocation", "qemu:allocation-depth", "base:", "qemu:", "base:nosuch", "x:y", ":"];
@@ -333,7 +358,7 @@ fn scale() -> u64 {
 
 #[test]
 fn random_handshakes_go_as_the_model_says() {
-    let (mut entered, mut closed, mut with_contexts) = (0, 0, 0);
+    let (mut entered, mut closed, mut with_contexts, mut secured) = (0, 0, 0, 0);
     let handshakes = 20_000 * scale();
     for seed in 0..handshakes {
         let mut random = Random(seed);
@@ -343,13 +368,17 @@ fn random_handshakes_go_as_the_model_says() {
             asks.truncate(last + 1);
         }
         let opening = if seed % 8 == 0 { Opening::Fails } else { Opening::Works };
-        let model = expected(&asks, opening);
+        let tls = random.of(&[TlsPolicy::Off, TlsPolicy::Off, TlsPolicy::On, TlsPolicy::Required]);
+        let model = expected(&asks, opening, tls);
         let step = random.of(&[1 << 20, 4096, 501]);
-        assert_eq!(actual(&asks, opening, step), model, "seed {seed}: {asks:?}");
+        assert_eq!(actual(&asks, opening, tls, step), model, "seed {seed}, {tls:?}: {asks:?}");
         entered += usize::from(model.entered.is_some());
         closed += usize::from(model.closed);
+        secured += usize::from(model.secured);
         with_contexts += usize::from(model.entered.is_some_and(|agreed| agreed.contexts != ContextSet::default()));
     }
-    println!("{handshakes} handshakes: {entered} entered, {with_contexts} with contexts, {closed} closed");
-    assert!(entered > 10_000 && with_contexts > 500 && closed > 1000);
+    println!(
+        "{handshakes} handshakes: {entered} entered, {with_contexts} with contexts, {secured} in TLS, {closed} closed"
+    );
+    assert!(entered > 8000 && with_contexts > 500 && closed > 1000 && secured > 1000);
 }

@@ -10,7 +10,7 @@ use blockyard_nbd::transmission::Mode;
 use blockyard_nbd::wire::option::{InfoRequest, MetaRequest, OptionCode, ReplyType, WantedInfo, greeting};
 use blockyard_nbd::wire::request::Request;
 use blockyard_nbd::wire::{Command, CommandFlags};
-use blockyard_nbd::{ErrorKind, Exports};
+use blockyard_nbd::{ErrorKind, Exports, Tls};
 use common::devices::{Disk, Mem};
 use common::servers::{MODES, NAME, Served, options};
 use common::{ask, request, soon, verdict};
@@ -38,6 +38,8 @@ enum Seen {
     Greeting(fn(&[u8]) -> bool),
     /// Exports of this size are not served.
     NotServed(u64),
+    /// There is no way to configure it.
+    NotConfigurable,
 }
 
 fn info(infos: &[u16]) -> Vec<u8> {
@@ -66,10 +68,8 @@ fn table() -> Vec<(&'static str, Seen)> {
         ("other client flags", FlagsClose(4)),
         ("other client flags", FlagsClose(0x8000_0003)),
         ("NBD_OPT_PEEK_EXPORT", Answer(OptionCode::PEEK_EXPORT, b"disk0".to_vec(), unsupported)),
-        ("NBD_OPT_STARTTLS", Answer(OptionCode::STARTTLS, Vec::new(), unsupported)),
         ("other options", Answer(OptionCode(12), Vec::new(), unsupported)),
         ("other options", Answer(OptionCode(u32::MAX), vec![1; 70_000], unsupported)),
-        ("NBD_REP_ERR_TLS_REQD", Told(OptionCode::INFO, info(&[]), vec![ReplyType::INFO; 2])),
         // A client that does not ask for block sizes is served all the same.
         ("NBD_REP_ERR_BLOCK_SIZE_REQD", Told(OptionCode::GO, info(&[]), vec![ReplyType::INFO; 2])),
         ("other informations", Told(OptionCode::INFO, info(&[4, 17, 0xffff]), vec![ReplyType::INFO; 2])),
@@ -94,6 +94,7 @@ fn table() -> Vec<(&'static str, Seen)> {
         // Each mode has the chunk types of its own, and `malformed` knows no others.
         ("other chunk types", Errno(structured, request(Command::BLOCK_STATUS, 7, 0, 512), 0)),
         ("NBD_ENOMEM", NeverSent(12)),
+        ("pre-shared keys, anonymous TLS", Seen::NotConfigurable),
     ]
 }
 
@@ -164,6 +165,10 @@ async fn what_the_page_calls_refused_or_not_applicable_is() {
                 assert_eq!(ErrorKind::from(&memory), E::Io, "{line}");
             }
             Seen::Greeting(is_right) => assert!(is_right(&greeting()), "{line}"),
+            // An exhaustive match, so that a new way of configuring TLS is looked at here.
+            Seen::NotConfigurable => match Tls::default() {
+                Tls::Off | Tls::On(_) | Tls::Required(_) => {}
+            },
             Seen::NotServed(size) => {
                 assert!(Exports::single(Arc::new(Disk::new(NAME, size, Mem::new(MIB)))).is_err(), "{line}");
             }

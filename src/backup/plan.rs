@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 
 use super::state::{BackupType, RequestedType, TypeReason};
+use crate::config;
 use crate::repository::layout;
 use crate::store::points::PointDiskRow;
 use crate::store::vms::VmDisk;
@@ -152,14 +153,14 @@ fn same_identity(disk: &VmDisk, before: &PointDiskRow) -> bool {
         }
 }
 
-/// `<device key>:nbd://<host>:<port>/<export>` for every disk, joined by commas: the form the backup client parses.
+/// [`config::Nbd::target`] for every disk, joined by commas: the form the backup client parses.
 ///
 /// Names and hosts hold neither commas nor colons, so splitting gives back exactly these targets.
-pub fn targets(disks: &[DiskPlan], host: &str, ports: impl Fn(usize) -> u16) -> String {
+pub fn targets(disks: &[DiskPlan], nbd: &config::Nbd, ports: impl Fn(usize) -> u16) -> String {
     disks
         .iter()
         .enumerate()
-        .map(|(index, disk)| format!("{}:nbd://{host}:{}/{}", disk.device_key, ports(index), disk.export_name))
+        .map(|(index, disk)| nbd.target(disk.device_key, ports(index), &disk.export_name))
         .collect::<Vec<_>>()
         .join(",")
 }
@@ -267,7 +268,7 @@ mod tests {
     fn targets_split_back_into_keys_and_urls() {
         let inventory = [disk(0, 2000, 512), disk(1, 2016, 512)];
         let plans = disks(&inventory, None, RequestedType::Full, plain_export_name("a,b:c%/d")).unwrap();
-        let targets = targets(&plans, "127.0.0.1", |index| 10_100 + index as u16);
+        let targets = targets(&plans, &config::Nbd::default(), |index| 10_100 + index as u16);
         assert_eq!(targets, "2000:nbd://127.0.0.1:10100/a_b_c__d-disk0,2016:nbd://127.0.0.1:10101/a_b_c__d-disk1");
         assert_eq!(targets.split(',').count(), 2);
     }

@@ -16,6 +16,7 @@ use super::job::{Completer, Job, Order};
 use super::plan;
 use super::state::{FailureCode, JobState};
 use crate::clock::UtcTime;
+use crate::config;
 use crate::node::{JobKnown, NodeClient, StartOutcome, StartRequest};
 use crate::store::StoreError;
 use crate::store::backups::{self, NodeOutcome};
@@ -114,7 +115,7 @@ impl Job {
 
     fn start_request(&self) -> StartRequest {
         let facts = &self.facts;
-        let host = &self.shared.config.nbd.advertise_host;
+        let nbd = &self.shared.config.nbd;
         StartRequest {
             job_id: facts.id.to_string(),
             vm_name: facts.vm.name.clone(),
@@ -122,8 +123,8 @@ impl Job {
             vcenter_user: self.vcenter_user.clone(),
             vcenter_password: self.password.clone(),
             vm_path: facts.vm.path.clone(),
-            nbd_host: host.clone(),
-            nbd_targets: facts.targets(host),
+            nbd_host: nbd.advertise_host.clone(),
+            nbd_targets: facts.targets(nbd),
             backup_type: facts.backup_type.to_string(),
             previous_change_id: String::new(),
         }
@@ -285,9 +286,9 @@ impl Job {
 
 impl super::job::JobFacts {
     /// The string that tells the backup client where each disk goes.
-    pub fn targets(&self, host: &str) -> String {
+    pub fn targets(&self, nbd: &config::Nbd) -> String {
         let plans: Vec<_> = self.disks.iter().map(|disk| disk.plan.clone()).collect();
-        plan::targets(&plans, host, |index| self.disks.get(index).map_or(0, |disk| disk.advertised_port))
+        plan::targets(&plans, nbd, |index| self.disks.get(index).map_or(0, |disk| disk.advertised_port))
     }
 }
 

@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use blockyard_nbd::tls::TlsError;
+
 use super::client::ClientError;
 use super::demo::DemoError;
 use super::image_error::ImageError;
@@ -154,11 +156,17 @@ pub enum CliError {
         source: std::io::Error,
     },
     /// An address that others can reach.
-    #[error("{address} is not loopback: without encryption an image is served to this machine only")]
+    #[error("{address} is not loopback: without --tls required an image is served to this machine only")]
     NotLoopback {
         /// The address.
         address: std::net::IpAddr,
     },
+    /// TLS cannot be used as asked.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// Files for TLS that would not be used.
+    #[error("certificates are of no use without --tls on or --tls required")]
+    TlsOff,
     /// The export cannot be served under this name.
     #[error("the image cannot be exported: {reason}")]
     Export {
@@ -194,8 +202,11 @@ impl CliError {
             | Self::PassedAndNamed
             | Self::PassedSockets { .. }
             | Self::PassedSocket { .. }
+            | Self::TlsOff
             | Self::Export { .. } => Exit::Usage,
             Self::Bind { .. } => Exit::Conflict,
+            Self::Tls(error) => tls_exit(error),
+            Self::Start(StartError::Tls(error)) => tls_exit(error),
             Self::Start(StartError::StateInUse { .. }) | Self::Ambiguous { .. } => Exit::Conflict,
             Self::NotFound { .. } => Exit::NotFound,
             Self::BackingRoot { source, .. } if source.kind() == std::io::ErrorKind::NotFound => Exit::NotFound,
@@ -214,5 +225,12 @@ impl CliError {
             | Self::Output { .. }
             | Self::Signals { .. } => Exit::Failed,
         }
+    }
+}
+
+fn tls_exit(error: &TlsError) -> Exit {
+    match error {
+        TlsError::Unreadable { source, .. } if source.kind() == std::io::ErrorKind::NotFound => Exit::NotFound,
+        _ => Exit::Usage,
     }
 }

@@ -19,7 +19,7 @@ const PORT: u16 = 10809;
 
 #[derive(Debug, Args)]
 pub(super) struct Place {
-    /// Address to listen on; only loopback, because there is no encryption yet [default: 127.0.0.1].
+    /// Address to listen on; others than loopback only with `--tls required` [default: 127.0.0.1].
     #[arg(long, value_name = "ADDR")]
     bind: Option<IpAddr>,
     /// TCP port; 0 takes a free one and prints it [default: 10809].
@@ -32,21 +32,21 @@ pub(super) struct Place {
 
 impl Place {
     /// Binds the socket, or takes the one that was passed by systemd, or by whoever does as it does (`LISTEN_FDS`). The file
-    /// of a socket made here is removed with the second value.
-    pub(super) fn listen(&self) -> Result<(Listener, Option<SocketFile>), CliError> {
+    /// of a socket made here is removed with the second value. Addresses other than loopback are for encrypted images only.
+    pub(super) fn listen(&self, encrypted: bool) -> Result<(Listener, Option<SocketFile>), CliError> {
         let mut passed = ListenFd::from_env();
         match (passed.len(), &self.socket) {
             (0, Some(path)) => listen_unix(path).map(|(listener, file)| (listener.into(), Some(file))),
-            (0, None) => self.listen_tcp().map(|listener| (listener, None)),
+            (0, None) => self.listen_tcp(encrypted).map(|listener| (listener, None)),
             _ if self.socket.is_some() || self.bind.is_some() || self.port.is_some() => Err(CliError::PassedAndNamed),
-            (1, _) => take(&mut passed).map(|listener| (listener, None)),
+            (1, _) => take(&mut passed, encrypted).map(|listener| (listener, None)),
             (count, _) => Err(CliError::PassedSockets { count }),
         }
     }
 
-    fn listen_tcp(&self) -> Result<Listener, CliError> {
+    fn listen_tcp(&self, encrypted: bool) -> Result<Listener, CliError> {
         let address = SocketAddr::new(self.bind.unwrap_or(Ipv4Addr::LOCALHOST.into()), self.port.unwrap_or(PORT));
-        may_listen_on(address.ip())?;
+        may_listen_on(address.ip(), encrypted)?;
         let bind = || {
             let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
             socket.set_nonblocking(true)?;
@@ -61,12 +61,12 @@ impl Place {
 }
 
 /// Whether an image may be served on this address.
-fn may_listen_on(address: IpAddr) -> Result<(), CliError> {
-    if address.is_loopback() { Ok(()) } else { Err(CliError::NotLoopback { address }) }
+fn may_listen_on(address: IpAddr, encrypted: bool) -> Result<(), CliError> {
+    if address.is_loopback() || encrypted { Ok(()) } else { Err(CliError::NotLoopback { address }) }
 }
 
 /// The one socket that was passed.
-fn take(passed: &mut ListenFd) -> Result<Listener, CliError> {
+fn take(passed: &mut ListenFd, encrypted: bool) -> Result<Listener, CliError> {
     let unusable = |source| CliError::PassedSocket { source };
     let listens = |socket: SockRef| match socket.is_listener() {
         Ok(true) => Ok(()),
@@ -76,7 +76,7 @@ fn take(passed: &mut ListenFd) -> Result<Listener, CliError> {
     // A socket that is no TCP listener stays for the second look.
     if let Ok(Some(listener)) = passed.take_tcp_listener(0) {
         listens(SockRef::from(&listener))?;
-        may_listen_on(listener.local_addr().map_err(unusable)?.ip())?;
+        may_listen_on(listener.local_addr().map_err(unusable)?.ip(), encrypted)?;
         listener.set_nonblocking(true).map_err(unusable)?;
         return TcpListener::from_std(listener).map(Listener::from).map_err(unusable);
     }

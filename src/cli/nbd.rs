@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use blockyard_nbd::{Budget, BudgetLimits, Exports, Options, Server};
+use blockyard_nbd::{Budget, BudgetLimits, Exports, Options, Server, Tls};
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
@@ -13,8 +13,11 @@ use super::image_error::ImageError;
 use super::listen::Place;
 use super::serve::Stop;
 use super::size::{Size, SizeError};
+use super::tls::TlsArguments;
 use super::{CliError, Exit, Format, Output};
+use crate::config;
 use crate::export::{Access, Caching, ImageExport, OpenOptions};
+use crate::telemetry;
 
 /// How long requests under way may take to end after the signal.
 const DRAIN: Duration = Duration::from_secs(30);
@@ -45,6 +48,8 @@ pub(super) struct Arguments {
     #[arg(long, value_enum, default_value_t = Cache::Auto)]
     cache: Cache,
     #[command(flatten)]
+    tls: TlsArguments,
+    #[command(flatten)]
     below: Below,
 }
 
@@ -61,6 +66,9 @@ fn memory_budget(text: &str) -> Result<Size, String> {
 }
 
 pub(super) async fn run(arguments: Arguments, output: &Output) -> Result<Exit, CliError> {
+    // Of what happens to clients only what somebody should know.
+    telemetry::init(&config::Server { log: "warn".to_owned(), ..config::Server::default() });
+    let tls = arguments.tls.load()?;
     // Listened for before anything is opened: a stop during the start is not lost.
     let mut stop = Stop::new()?;
     let access = if arguments.read_only { Access::ReadOnly } else { Access::ReadWrite };
@@ -73,7 +81,7 @@ pub(super) async fn run(arguments: Arguments, output: &Output) -> Result<Exit, C
     let export = ImageExport::open(&arguments.export, path, options).await;
     let failed = |error| ImageError::of(&arguments.image, error);
     let export = export.map_err(failed)?;
-    let served = serve(&arguments, &export, &mut stop, output).await;
+    let served = serve(&arguments, &export, tls, &mut stop, output).await;
     // Whatever came in between: what was written is made whole, and a failure of that is the one to tell.
     export.image().close().await.map_err(failed)?;
     served
@@ -82,6 +90,7 @@ pub(super) async fn run(arguments: Arguments, output: &Output) -> Result<Exit, C
 async fn serve(
     arguments: &Arguments,
     export: &ImageExport,
+    tls: Tls,
     stop: &mut Stop,
     output: &Output,
 ) -> Result<Exit, CliError> {
@@ -91,8 +100,9 @@ async fn serve(
     let connections = usize::from(arguments.connections);
     let defaults = BudgetLimits::default();
     let budget = Budget::new(&BudgetLimits { bytes, connections: defaults.connections.max(connections), ..defaults });
-    let options = Options { connections_per_export: connections, ..Options::new(budget) };
-    let (listener, _socket) = arguments.place.listen()?;
+    let encrypted = matches!(tls, Tls::Required(_));
+    let options = Options { connections_per_export: connections, tls, ..Options::new(budget) };
+    let (listener, _socket) = arguments.place.listen(encrypted)?;
     let server = Server::start(listener, exports, options).map_err(|source| CliError::Listening { source })?;
     let uri = server.uris().into_iter().next().unwrap_or_default();
     let ready = match output.format() {

@@ -229,7 +229,7 @@ fn apply_override(table: &mut Table, known: &Table, variable: &str, text: &str) 
     Ok(())
 }
 
-/// `text` as a value of the type that `example` has. A list is written with commas.
+/// `text` as a value of the type that `example` has. A list is written with commas, that of subjects with semicolons.
 fn parse_like(example: &Value, key: &str, text: &str) -> Result<Value, ConfigError> {
     let wrong = |expected: &str| ConfigError::WrongType {
         key: key.to_owned(),
@@ -240,7 +240,9 @@ fn parse_like(example: &Value, key: &str, text: &str) -> Result<Value, ConfigErr
         Value::Float(_) => Value::Float(text.parse().map_err(|_| wrong("number"))?),
         Value::Boolean(_) => Value::Boolean(text.parse().map_err(|_| wrong("true or false"))?),
         Value::Array(_) => {
-            let items = text.split(',').map(str::trim).filter(|item| !item.is_empty());
+            // Subjects are full of commas.
+            let separator = if key == "nbd.allow_subjects" { ';' } else { ',' };
+            let items = text.split(separator).map(str::trim).filter(|item| !item.is_empty());
             Value::Array(items.map(|item| Value::String(item.to_owned())).collect())
         }
         _ => Value::String(text.to_owned()),

@@ -2,8 +2,10 @@
 
 use std::net::IpAddr;
 
+use blockyard_nbd::tls::Subject;
+
 use super::load::ConfigError;
-use super::{AuthMode, Config, Node, PortRange};
+use super::{AuthMode, Config, Node, PortRange, TlsMode};
 
 /// Cluster sizes that a qcow2 image can have: `1 << 9` to `1 << 21` bytes.
 const CLUSTER_BYTES: std::ops::RangeInclusive<u32> = 512..=2 << 20;
@@ -33,18 +35,25 @@ impl Config {
         self.validate_storage()
     }
 
-    /// The API is plain HTTP and exports have no password: both stay on this machine.
+    /// The API is plain HTTP, and exports have no password: both stay on this machine, exports unless they are encrypted.
     fn validate_binds(&self) -> Result<(), ConfigError> {
         let binds = [
             ("server.bind", Some(self.server.bind.ip())),
             ("server.callbacks_bind", self.server.callbacks_bind.map(|address| address.ip())),
             ("nbd.bind", Some(self.nbd.bind)),
         ];
+        let encrypted = self.nbd.tls == TlsMode::Required;
         let outside = binds.into_iter().find_map(|(key, ip)| Some((key, ip.filter(|ip: &IpAddr| !ip.is_loopback())?)));
         match outside {
             Some((key, ip)) if self.auth.mode == AuthMode::Off => Err(invalid(
                 "auth.mode",
                 format!("may be \"off\" only while every bind address is loopback; {key} is {ip}"),
+            )),
+            // The last of them.
+            Some(("nbd.bind", _)) if encrypted => Ok(()),
+            Some(("nbd.bind", ip)) => Err(invalid(
+                "nbd.bind",
+                format!("must be a loopback address, not {ip}, unless nbd.tls is \"required\""),
             )),
             Some((key, ip)) => {
                 Err(invalid(key, format!("must be a loopback address, not {ip}: put a tunnel or a proxy in front")))
@@ -101,6 +110,32 @@ impl Config {
         }
         if nbd.memory_budget_bytes < MEMORY_BUDGET_MIN {
             return Err(invalid("nbd.memory_budget_bytes", format!("must be at least {MEMORY_BUDGET_MIN}")));
+        }
+        self.validate_tls()
+    }
+
+    fn validate_tls(&self) -> Result<(), ConfigError> {
+        let nbd = &self.nbd;
+        let files = [
+            ("nbd.cert_file", &nbd.cert_file),
+            ("nbd.key_file", &nbd.key_file),
+            ("nbd.client_ca_file", &nbd.client_ca_file),
+        ];
+        if nbd.tls == TlsMode::Off {
+            // Whoever names certificates believes that they are used.
+            if let Some((key, _)) = files.iter().find(|(_, file)| file.is_some()) {
+                return Err(invalid(*key, "is of no use while nbd.tls is \"off\""));
+            }
+        } else if let Some((key, _)) = files.iter().take(2).find(|(_, file)| file.is_none()) {
+            return Err(invalid(*key, "must name a file unless nbd.tls is \"off\""));
+        }
+        if !nbd.allow_subjects.is_empty() && nbd.client_ca_file.is_none() {
+            return Err(invalid("nbd.allow_subjects", "needs nbd.client_ca_file, without which no client is asked"));
+        }
+        for subject in &nbd.allow_subjects {
+            if let Err(error) = subject.parse::<Subject>() {
+                return Err(invalid("nbd.allow_subjects", format!("is no list of subjects: {error}")));
+            }
         }
         Ok(())
     }

@@ -129,7 +129,7 @@ async fn start(app: &AppState, JsonBytes(bytes): &JsonBytes) -> Result<Response,
     let new = new_backup(bytes)?;
     let started = app.backups.start(new).await.map_err(refusal::start_refused)?;
     let location = format!("/api/v1/backups/{}", started.facts.id);
-    let answer = StartAnswer::new(&started, &app.config.nbd.advertise_host);
+    let answer = StartAnswer::new(&started, &app.config.nbd);
     Ok((StatusCode::OK, [(LOCATION, location)], Json(answer)).into_response())
 }
 

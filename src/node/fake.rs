@@ -17,6 +17,7 @@ mod source;
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::net::TcpListener;
@@ -45,6 +46,8 @@ pub struct FakeConfig {
     pub disks: BTreeMap<u32, FakeDisk>,
     /// The largest request the client sends. The real one reads up to 32 MiB at a time.
     pub request_bytes: usize,
+    /// Folder of the certificates by which the client reaches targets in TLS, under the names that libnbd uses.
+    pub certificates: Option<PathBuf>,
     /// What goes wrong.
     pub faults: Faults,
 }
@@ -52,7 +55,8 @@ pub struct FakeConfig {
 impl FakeConfig {
     /// A node that does everything right.
     pub fn new(hub_url: impl Into<String>, disks: BTreeMap<u32, FakeDisk>) -> Self {
-        Self { hub_url: hub_url.into(), disks, request_bytes: 32 << 20, faults: Faults::default() }
+        let hub_url = hub_url.into();
+        Self { hub_url, disks, request_bytes: 32 << 20, certificates: None, faults: Faults::default() }
     }
 }
 

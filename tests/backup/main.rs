@@ -23,3 +23,4 @@ mod refusals;
 mod restart;
 mod rig;
 mod start;
+mod tls;

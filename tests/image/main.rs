@@ -2,6 +2,8 @@
 #![allow(unreachable_pub, reason = "a test binary has no outside")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
+#[path = "../support/certificates.rs"]
+mod certificates;
 #[path = "../../nbd/tests/foreign/clients/mod.rs"]
 mod clients;
 mod command;
@@ -16,4 +18,5 @@ mod served;
 #[allow(dead_code, reason = "the load tests use it as well")]
 mod server;
 mod sockets;
+mod tls;
 mod tools;

@@ -59,6 +59,13 @@ impl NbdServer {
         }
     }
 
+    /// What it wrote to standard error until its end.
+    pub fn said(mut self) -> String {
+        let mut said = String::new();
+        self.child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+        said
+    }
+
     /// Ends it as a user does; the image must have been closed.
     pub fn stop(self) {
         self.signal("TERM");

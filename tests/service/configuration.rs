@@ -70,6 +70,7 @@ fn values_of_the_wrong_type_name_their_key() {
 #[test]
 fn values_that_break_a_rule_name_the_rule() {
     let credential = "vcenter_host = \"v\"\nusername = \"\"\npassword_file = \"p\"";
+    let tls = "[nbd]\ntls = \"on\"\ncert_file = \"c\"\nkey_file = \"k\"\n";
     let rows = [
         ("[server]\nbind = \"0.0.0.0:8082\"", "`server.bind` must be a loopback address"),
         ("[server]\nbind = \"[::]:8082\"", "`server.bind` must be a loopback address"),
@@ -91,6 +92,20 @@ fn values_that_break_a_rule_name_the_rule() {
         ("[nbd]\nmax_connections_per_export = 1", "`nbd.max_connections_per_export` must be"),
         ("[nbd]\nhandshake_timeout_s = 0", "`nbd.handshake_timeout_s` must be"),
         ("[nbd]\nmemory_budget_bytes = 1", "`nbd.memory_budget_bytes` must be"),
+        ("[nbd]\ntls = \"on\"", "`nbd.cert_file` must name a file"),
+        ("[nbd]\ntls = \"required\"\ncert_file = \"c\"", "`nbd.key_file` must name a file"),
+        ("[nbd]\ncert_file = \"c\"", "`nbd.cert_file` is of no use while nbd.tls is \"off\""),
+        ("[nbd]\nclient_ca_file = \"c\"", "`nbd.client_ca_file` is of no use while"),
+        (&format!("{tls}allow_subjects = [\"CN=a\"]"), "`nbd.allow_subjects` needs nbd.client_ca_file"),
+        (
+            &format!("{tls}client_ca_file = \"a\"\nallow_subjects = [\"CN=a\", \"/CN=b\"]"),
+            "`nbd.allow_subjects` is no list of subjects: \"/CN=b\" is no subject such as",
+        ),
+        (&format!("{tls}bind = \"0.0.0.0\""), "`nbd.bind` must be a loopback address, not 0.0.0.0, unless nbd.tls is"),
+        (
+            &format!("{}bind = \"0.0.0.0\"\n[auth]\nmode = \"off\"", tls.replace("on", "required")),
+            "`auth.mode` may be \"off\" only while every bind address is loopback; nbd.bind is 0.0.0.0",
+        ),
         ("[jobs]\nidle_s = 0", "`jobs.idle_s` must be"),
         ("[jobs]\nmax_running = 0", "`jobs.max_running` must be"),
         ("[storage]\ncluster_bytes = 1000", "`storage.cluster_bytes` must be"),
@@ -108,6 +123,21 @@ fn values_that_break_a_rule_name_the_rule() {
         let found = parse(toml).unwrap_err();
         assert!(found.starts_with(message), "{toml}: {found}");
     }
+}
+
+#[test]
+fn listeners_beyond_loopback_are_for_those_who_encrypt() {
+    let toml =
+        "[nbd]\ntls = \"required\"\ncert_file = \"c\"\nkey_file = \"k\"\nclient_ca_file = \"a\"\nbind = \"0.0.0.0\"";
+    // Subjects have commas, so that a list of them is written with semicolons.
+    let variables = [("BLOCKYARD__NBD__ALLOW_SUBJECTS", "CN=a,O=x; CN=b,O=x")];
+    let config = parse_with(toml, &variables).unwrap();
+    assert_eq!(config.nbd.allow_subjects, ["CN=a,O=x", "CN=b,O=x"]);
+    assert_eq!(config.nbd.target(2000, 10100, "a-disk0"), "2000:nbds://127.0.0.1:10100/a-disk0");
+    let optional = parse(&toml.replace("required", "on").replace("0.0.0.0", "127.0.0.1")).unwrap();
+    assert_eq!(optional.nbd.target(2000, 10100, "a-disk0"), "2000:nbd://127.0.0.1:10100/a-disk0");
+    let outside = parse(&toml.replace("[nbd]", "[server]\nbind = \"0.0.0.0:1\"\n[nbd]")).unwrap_err();
+    assert!(outside.starts_with("`server.bind` must be a loopback address"), "{outside}");
 }
 
 #[test]

@@ -39,6 +39,28 @@ async fn second_instance_on_the_same_state_refuses_to_start() {
 }
 
 #[tokio::test]
+async fn certificates_that_cannot_be_used_refuse_the_start_and_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let (state, file) = (folder.path().join("state"), folder.path().join("cert.pem"));
+    for (content, code, reason) in [(None, 4, "cannot be read"), (Some("no PEM"), 2, "holds no certificate")] {
+        if let Some(content) = content {
+            std::fs::write(&file, content).unwrap();
+        }
+        let variables = [
+            ("BLOCKYARD__SERVER__BIND", "127.0.0.1:0".as_ref()),
+            ("BLOCKYARD__SERVER__STATE_DIR", state.as_os_str()),
+            ("BLOCKYARD__NBD__TLS", "required".as_ref()),
+            ("BLOCKYARD__NBD__CERT_FILE", file.as_os_str()),
+            ("BLOCKYARD__NBD__KEY_FILE", file.as_os_str()),
+        ];
+        let output = blockyard().arg("serve").envs(variables).output().unwrap();
+        let message = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!((output.status.code(), output.stdout.is_empty()), (Some(code), true), "{message}");
+        assert!(message.contains(&format!("{} {reason}", file.display())), "{message}");
+    }
+}
+
+#[tokio::test]
 async fn killed_instance_leaves_no_lock_behind() {
     let folder = tempfile::tempdir().unwrap();
     let process = ServeProcess::start(folder.path(), |_| {});

@@ -11,6 +11,7 @@ use reqwest::{Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+pub mod certificates;
 pub mod process;
 
 /// A running service with its token. Dropped, it stops at once and its folder goes.

@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
+use crate::tls::TlsError;
 use crate::wire::option::{OptionCode, ReplyType};
 
 /// Why a client call failed.
@@ -25,6 +26,15 @@ pub enum ClientError {
         /// What the server says about it, cut to 4096 bytes; may be empty.
         text: String,
     },
+    /// TLS was wanted, and cannot be configured as asked; nothing was sent.
+    #[error("TLS cannot be used: {0}")]
+    TlsFiles(Arc<TlsError>),
+    /// TLS was wanted, and where its certificates are was not said; nothing was sent.
+    #[error("TLS was asked for without certificates: name their folder with tls-certificates=DIR")]
+    NoCertificates,
+    /// The server is not who it should be, or does not shake hands in TLS; the connection is closed.
+    #[error("the TLS handshake with the NBD server failed: {0}")]
+    TlsHandshake(Arc<io::Error>),
     /// A request failed; the connection goes on.
     #[error("the NBD server answered error {errno}: {text}")]
     Request {
@@ -47,6 +57,12 @@ impl ClientError {
             Self::Request { errno, .. } => Some(*errno),
             _ => None,
         }
+    }
+}
+
+impl From<TlsError> for ClientError {
+    fn from(error: TlsError) -> Self {
+        Self::TlsFiles(Arc::new(error))
     }
 }
 

@@ -25,7 +25,8 @@ use self::collect::{Collector, Outcome, Wanted};
 pub use self::error::ClientError;
 pub use self::negotiation::{ExportDetails, ListedExport, MetaContext, Negotiation};
 use self::transport::{Outgoing, Pending, Waiting};
-pub use self::uri::{Transport, Uri, UriError};
+pub use self::uri::{Transport, Uri, UriError, UriTls};
+use crate::tls::ClientTls;
 use crate::transmission::Mode;
 use crate::wire::request::{Request, StatusFilter};
 use crate::wire::{Command, CommandFlags, MAX_PAYLOAD, TransmissionFlags};
@@ -76,9 +77,17 @@ impl std::fmt::Debug for Pending {
 
 impl Client {
     /// Connects to the export of a URI with all that this client knows: extended headers or else structured replies, and
-    /// `base:allocation`, as far as the server has them.
+    /// `base:allocation`, as far as the server has them. A URI that asks for TLS gets it, from a server whose certificate is
+    /// right, or an error.
     pub async fn connect(uri: &Uri) -> Result<Self> {
+        let tls = match &uri.tls {
+            Some(tls) => Some(ClientTls::load(tls.certificates.as_deref().ok_or(ClientError::NoCertificates)?)?),
+            None => None,
+        };
         let mut negotiation = Negotiation::connect(&uri.transport).await?;
+        if let Some(tls) = &tls {
+            negotiation = negotiation.start_tls(tls, uri.tls_hostname()).await?;
+        }
         let agreed = had(negotiation.extended_headers().await)? || had(negotiation.structured_replies().await)?;
         if agreed {
             // A server without contexts is as good as one without this context.

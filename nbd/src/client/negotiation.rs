@@ -1,9 +1,13 @@
 //! The handshake, seen from the client: one call per option, then [`Negotiation::go`] turns it into a [`Client`].
 
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use std::sync::Arc;
+
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, join, split};
 use tokio::net::{TcpStream, UnixStream};
+use tokio_rustls::rustls::pki_types::ServerName;
 
 use super::{Client, ClientError, Transport};
+use crate::tls::ClientTls;
 use crate::transmission::Mode;
 use crate::wire::option::{
     BlockSizes, ExportInfo, INFO_BLOCK_SIZE, INFO_DESCRIPTION, INFO_EXPORT, INFO_NAME, InfoRequest, MetaRequest,
@@ -79,7 +83,7 @@ impl Negotiation {
 
     /// Greets over a stream that is already there.
     pub async fn over<S: AsyncRead + AsyncWrite + Send + 'static>(stream: S) -> Result<Self> {
-        let (reader, writer) = tokio::io::split(stream);
+        let (reader, writer) = split(stream);
         Self::begin(reader, writer).await
     }
 
@@ -105,6 +109,25 @@ impl Negotiation {
         writer.write_u32(client_flags).await?;
         writer.flush().await?;
         Ok(Self { reader, writer, handshake_flags, mode: Mode::Simple, contexts: Vec::new() })
+    }
+
+    /// Goes on in TLS with a server that proves to be `name`, a DNS name or an IP address. What was negotiated before is
+    /// forgotten on both sides.
+    ///
+    /// # Errors
+    /// The server refuses, or its certificate is wrong, or ours. The connection ends in each case: whoever wants TLS does not go
+    /// on without it.
+    pub async fn start_tls(mut self, tls: &ClientTls, name: &str) -> Result<Self> {
+        let failed = |error| ClientError::TlsHandshake(Arc::new(error));
+        let name = ServerName::try_from(name.to_owned()).map_err(|error| failed(std::io::Error::other(error)))?;
+        if !self.option(OptionCode::STARTTLS, &[]).await?.is_empty() {
+            return Err(ClientError::Protocol("its answer to STARTTLS is not only an ACK"));
+        }
+        // What a stranger sent in plain text behind the ACK is not skipped: it breaks the handshake.
+        let stream = tls.connector().connect(name, join(self.reader, self.writer)).await.map_err(failed)?;
+        let (reader, writer) = split(stream);
+        let (reader, writer) = (Box::new(reader), Box::new(writer));
+        Ok(Self { reader, writer, handshake_flags: self.handshake_flags, mode: Mode::Simple, contexts: Vec::new() })
     }
 
     /// Asks for structured replies; an error leaves the connection with simple ones.

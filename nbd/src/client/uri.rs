@@ -1,4 +1,5 @@
-//! NBD URIs: `nbd://host[:port]/export` and `nbd+unix:///export?socket=PATH`. No port means 10809.
+//! NBD URIs: `nbd://host[:port]/export` and `nbd+unix:///export?socket=PATH`. No port means 10809. `nbds` and `nbds+unix` mean
+//! TLS and nothing less, with the certificates in the folder of `tls-certificates=DIR`.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -16,6 +17,28 @@ pub struct Uri {
     pub transport: Transport,
     /// Name of the export; may be empty.
     pub export: String,
+    /// Whether and how to encrypt.
+    pub tls: Option<UriTls>,
+}
+
+/// What a URI says about TLS.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct UriTls {
+    /// `tls-certificates`: the folder for [`ClientTls::load`](crate::tls::ClientTls::load).
+    pub certificates: Option<PathBuf>,
+    /// `tls-hostname`: the name that the server's certificate must be for, if it is not the host of the URI.
+    pub hostname: Option<String>,
+}
+
+impl Uri {
+    /// The name that the server's certificate must be for. A Unix socket has none of its own and stands for `localhost`.
+    pub fn tls_hostname(&self) -> &str {
+        let own = match &self.transport {
+            Transport::Tcp { host, .. } => host,
+            Transport::Unix(_) => "localhost",
+        };
+        self.tls.as_ref().and_then(|tls| tls.hostname.as_deref()).unwrap_or(own)
+    }
 }
 
 /// How to get to a server.
@@ -55,23 +78,44 @@ fn parse(uri: &str) -> Result<Uri, &'static str> {
     let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
     let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
     let export = decode(path)?;
-    let transport = match scheme {
-        "nbd" => tcp(authority)?,
-        "nbd+unix" if authority.is_empty() => {
-            let socket = query.split('&').find_map(|pair| pair.strip_prefix("socket="));
-            Transport::Unix(decode(socket.ok_or("it names no socket")?)?.into())
-        }
-        "nbd+unix" => return Err("a Unix socket has no host"),
-        // Plain text where encryption was asked for would be worse than no connection.
-        "nbds" | "nbds+unix" => return Err("TLS is not supported"),
-        _ => return Err("the scheme is not nbd or nbd+unix"),
+    let value = |key| {
+        let value = query.split('&').find_map(|pair| pair.split_once('=').filter(|(name, _)| *name == key));
+        value.map(|(_, value)| decode(value)).transpose()
     };
-    Ok(Uri { transport, export })
+    let (unix, tls) = match scheme {
+        "nbd" => (false, false),
+        "nbds" => (false, true),
+        "nbd+unix" => (true, false),
+        "nbds+unix" => (true, true),
+        _ => return Err("the scheme is none of nbd, nbds, nbd+unix, nbds+unix"),
+    };
+    let transport = match unix {
+        false => tcp(authority)?,
+        true if authority.is_empty() => Transport::Unix(value("socket")?.ok_or("it names no socket")?.into()),
+        true => return Err("a Unix socket has no host"),
+    };
+    let tls = if tls {
+        // Encryption without knowing with whom is not what anybody asks for.
+        if value("tls-verify-peer")?.is_some_and(|verify| verify != "1" && verify != "true") {
+            return Err("a server that is not verified is not supported");
+        }
+        if value("tls-type")?.is_some_and(|kind| kind != "x509") {
+            return Err("TLS is supported with x509 only");
+        }
+        let certificates = value("tls-certificates")?.map(PathBuf::from);
+        Some(UriTls { certificates, hostname: value("tls-hostname")? })
+    } else if query.split('&').any(|pair| pair.starts_with("tls-")) {
+        // Plain text where encryption was meant would be worse than no connection.
+        return Err("TLS needs the scheme nbds or nbds+unix");
+    } else {
+        None
+    };
+    Ok(Uri { transport, export, tls })
 }
 
 fn tcp(authority: &str) -> Result<Transport, &'static str> {
     if authority.contains('@') {
-        return Err("a user means nothing without TLS");
+        return Err("a user is not supported");
     }
     let (host, port) = match authority.strip_prefix('[') {
         Some(rest) => {
@@ -110,7 +154,7 @@ mod tests {
     use super::*;
 
     fn tcp(host: &str, port: u16, export: &str) -> Uri {
-        Uri { transport: Transport::Tcp { host: host.into(), port }, export: export.into() }
+        Uri { transport: Transport::Tcp { host: host.into(), port }, export: export.into(), tls: None }
     }
 
     #[test]
@@ -130,7 +174,20 @@ mod tests {
     #[test]
     fn unix_uris_name_socket_and_export() {
         let uri: Uri = "nbd+unix:///disk%3F?socket=/run/a%20b&x=y".parse().unwrap();
-        assert_eq!(uri, Uri { transport: Transport::Unix("/run/a b".into()), export: "disk?".into() });
+        assert_eq!(uri, Uri { transport: Transport::Unix("/run/a b".into()), export: "disk?".into(), tls: None });
+    }
+
+    #[test]
+    fn tls_uris_name_certificates_and_host() {
+        let uri: Uri = "nbds://[::1]:7/d?tls-certificates=/a%20b&tls-type=x509&tls-verify-peer=1".parse().unwrap();
+        let tls = UriTls { certificates: Some("/a b".into()), hostname: None };
+        assert_eq!(uri, Uri { tls: Some(tls), ..tcp("::1", 7, "d") });
+        assert_eq!(uri.tls_hostname(), "::1");
+        let uri: Uri = "nbds://10.0.0.1/?tls-hostname=hub.example".parse().unwrap();
+        assert_eq!(uri.tls_hostname(), "hub.example");
+        let uri: Uri = "nbds+unix:///d?socket=/s".parse().unwrap();
+        assert_eq!(uri.tls, Some(UriTls::default()));
+        assert_eq!(uri.tls_hostname(), "localhost");
     }
 
     #[test]
@@ -139,8 +196,13 @@ mod tests {
             "",
             "disk",
             "http://x/",
-            "nbds://host/x",
-            "nbds+unix:///x?socket=/s",
+            "nbds+unix:///x",
+            "nbd://h/x?tls-certificates=/d",
+            "nbd+unix:///x?socket=/s&tls-hostname=h",
+            "nbds://h/x?tls-verify-peer=0",
+            "nbds://h/x?tls-verify-peer=false",
+            "nbds://h/x?tls-type=psk",
+            "nbds://u@h/x",
             "nbd+unix:///x",
             "nbd://h:99999/",
             "nbd://h:x/",

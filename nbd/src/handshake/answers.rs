@@ -1,7 +1,7 @@
 //! What each option is answered, once its data are there.
 #![deny(clippy::indexing_slicing)]
 
-use super::{Handshake, ListPolicy, Negotiated, Stance, State};
+use super::{Handshake, ListPolicy, Negotiated, Stance, State, TlsPolicy};
 use crate::transmission::Mode;
 use crate::wire::option::{
     BlockSizes, ExportInfo, INFO_BLOCK_SIZE, INFO_DESCRIPTION, INFO_EXPORT, INFO_NAME, InfoRequest, MetaRequest,
@@ -22,6 +22,8 @@ impl Handshake {
             Stance::ShuttingDown => return self.refuse(code, ReplyType::ERR_SHUTDOWN, "the server is shutting down"),
         }
         match code {
+            OptionCode::STARTTLS => self.start_tls(length),
+            _ if self.lacks_tls() => self.refuse(code, ReplyType::ERR_TLS_REQD, "start TLS first"),
             OptionCode::LIST | OptionCode::STRUCTURED_REPLY | OptionCode::EXTENDED_HEADERS if length > 0 => {
                 self.refuse(code, ReplyType::ERR_INVALID, "the option takes no data");
             }
@@ -50,6 +52,23 @@ impl Handshake {
                 self.refuse(code, ReplyType::ERR_TOO_BIG, "the option is longer than 65536 bytes");
             }
             _ => self.refuse(code, ReplyType::ERR_UNSUP, "the option is not supported"),
+        }
+    }
+
+    /// A client has to wait for the ACK. What came before it was not said by whoever shakes hands in TLS afterwards.
+    fn start_tls(&mut self, length: u32) {
+        let code = OptionCode::STARTTLS;
+        if length > 0 {
+            self.refuse(code, ReplyType::ERR_INVALID, "the option takes no data");
+        } else if self.secure {
+            self.refuse(code, ReplyType::ERR_INVALID, "TLS was started before");
+        } else if self.policy.tls == TlsPolicy::Off {
+            self.refuse(code, ReplyType::ERR_POLICY, "TLS is not configured here");
+        } else if !self.unread().is_empty() {
+            self.state = State::Closed("bytes behind STARTTLS");
+        } else {
+            self.reply(code, ReplyType::ACK, &[]);
+            self.state = State::StartingTls;
         }
     }
 

@@ -26,6 +26,7 @@ pub use crate::handshake::ListPolicy;
 use crate::limits::Limits;
 use crate::session::{Phase, reached};
 use crate::stats::{ExportStats, ListenerStats};
+use crate::tls::Tls;
 
 /// How long accepting rests after a failure, usually for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -39,14 +40,17 @@ pub struct Options {
     pub budget: Arc<Budget>,
     /// Whether clients may list the exports.
     pub list: ListPolicy,
+    /// Whether connections are encrypted.
+    pub tls: Tls,
     /// Connections in the transmission phase per export, at least 1; one more is told "too many connections".
     pub connections_per_export: usize,
 }
 
 impl Options {
-    /// The defaults, on this budget: exports are listed, 16 connections each.
+    /// The defaults, on this budget: exports are listed, no TLS, 16 connections each.
     pub fn new(budget: Arc<Budget>) -> Self {
-        Self { limits: Limits::default(), budget, list: ListPolicy::default(), connections_per_export: 16 }
+        let (list, tls) = (ListPolicy::default(), Tls::default());
+        Self { limits: Limits::default(), budget, list, tls, connections_per_export: 16 }
     }
 }
 
@@ -57,6 +61,7 @@ struct Shared {
     limits: Arc<Limits>,
     budget: Arc<Budget>,
     list: ListPolicy,
+    tls: Tls,
     connections_per_export: usize,
     half_open: Arc<HalfOpen>,
     stats: Arc<ListenerStats>,
@@ -73,12 +78,12 @@ impl Server {
     pub fn start(listener: impl Into<Listener>, exports: Exports, options: Options) -> io::Result<Handle> {
         let listener = listener.into();
         let address = listener.address()?;
-        let Options { limits, budget, list, connections_per_export } = options;
+        let Options { limits, budget, list, tls, connections_per_export } = options;
         let half_open = HalfOpen::new(limits.half_open);
         let (limits, phase) = (Arc::new(limits), watch::Sender::new(Phase::Running));
         let stats = Arc::default();
         let shared =
-            Arc::new(Shared { exports, limits, budget, list, connections_per_export, half_open, stats, phase });
+            Arc::new(Shared { exports, limits, budget, list, tls, connections_per_export, half_open, stats, phase });
         let (streams, passed) = mpsc::unbounded_channel();
         let accepting = tokio::spawn(accept(listener, passed, shared.clone()));
         Ok(Handle { address, shared, streams, accepting })
@@ -115,9 +120,10 @@ impl Handle {
         &self.address
     }
 
-    /// One URI for each export, in the order given.
+    /// One URI for each export, in the order given; `nbds` and `nbds+unix` if TLS is required.
     pub fn uris(&self) -> Vec<String> {
-        self.shared.exports.iter().map(|(name, _)| self.address.uri(name)).collect()
+        let required = matches!(self.shared.tls, Tls::Required(_));
+        self.shared.exports.iter().map(|(name, _)| self.address.uri(name, required)).collect()
     }
 
     /// The counters of an export; they outlive the server.

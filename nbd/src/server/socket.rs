@@ -53,14 +53,15 @@ pub enum Address {
 }
 
 impl Address {
-    /// The NBD URI of an export here.
-    pub fn uri(&self, export: &str) -> String {
+    /// The NBD URI of an export here, `tls` if clients must encrypt.
+    pub fn uri(&self, export: &str, tls: bool) -> String {
+        let scheme = if tls { "nbds" } else { "nbd" };
         let export = percent_encode(export.as_bytes(), KEPT);
         match self {
-            Self::Tcp(address) => format!("nbd://{address}/{export}"),
+            Self::Tcp(address) => format!("{scheme}://{address}/{export}"),
             Self::Unix(path) => {
                 let path = percent_encode(path.as_os_str().as_encoded_bytes(), KEPT);
-                format!("nbd+unix:///{export}?socket={path}")
+                format!("{scheme}+unix:///{export}?socket={path}")
             }
         }
     }
@@ -138,11 +139,13 @@ mod tests {
     #[test]
     fn uris_are_percent_encoded_and_bracket_ipv6() {
         let v4 = Address::Tcp("127.0.0.1:10809".parse().unwrap());
-        assert_eq!(v4.uri("vm 1/disk?ä"), "nbd://127.0.0.1:10809/vm%201/disk%3F%C3%A4");
+        assert_eq!(v4.uri("vm 1/disk?ä", false), "nbd://127.0.0.1:10809/vm%201/disk%3F%C3%A4");
         let v6 = Address::Tcp("[::1]:5".parse().unwrap());
-        assert_eq!(v6.uri(""), "nbd://[::1]:5/");
+        assert_eq!(v6.uri("", false), "nbd://[::1]:5/");
+        assert_eq!(v6.uri("a", true), "nbds://[::1]:5/a");
         let unix = Address::Unix("/run/a b&c".into());
-        assert_eq!(unix.uri("d"), "nbd+unix:///d?socket=/run/a%20b%26c");
+        assert_eq!(unix.uri("d", false), "nbd+unix:///d?socket=/run/a%20b%26c");
+        assert_eq!(unix.uri("d", true), "nbds+unix:///d?socket=/run/a%20b%26c");
     }
 
     #[tokio::test]

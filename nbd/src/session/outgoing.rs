@@ -118,12 +118,15 @@ pub(crate) async fn send<W: AsyncWrite + Unpin>(connection: &Connection, mut wri
                 Err(_) => return connection.flight.kill(Ending::Stalled),
             }
         }
-        if writer.flush().await.is_err() {
-            return connection.flight.kill(Ending::Gone);
+        // Waits for the peer only where the stream keeps bytes back, as TLS does.
+        match timeout(connection.limits.stall_deadline, writer.flush()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) => return connection.flight.kill(Ending::Gone),
+            Err(_) => return connection.flight.kill(Ending::Stalled),
         }
     }
     // An error here means that the peer is gone, and all has been said.
-    let _ = writer.shutdown().await;
+    let _ = timeout(connection.limits.stall_deadline, writer.shutdown()).await;
 }
 
 async fn write_some<W: AsyncWrite + Unpin>(writer: &mut W, batch: &VecDeque<Frame>) -> io::Result<usize> {

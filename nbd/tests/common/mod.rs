@@ -1,6 +1,7 @@
 //! Devices that tests look through, and servers to reach them.
 #![allow(dead_code, unreachable_pub, reason = "each test file uses its own part")]
 
+pub mod certificates;
 pub mod devices;
 pub mod servers;
 

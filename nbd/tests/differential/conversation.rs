@@ -24,6 +24,7 @@ pub mod option {
     pub const ABORT: u32 = 2;
     pub const LIST: u32 = 3;
     pub const PEEK_EXPORT: u32 = 4;
+    pub const STARTTLS: u32 = 5;
     pub const INFO: u32 = 6;
     pub const GO: u32 = 7;
     pub const STRUCTURED_REPLY: u32 = 8;

@@ -6,8 +6,9 @@ use std::os::unix::process::ExitStatusExt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use blockyard_nbd::{Device, ErrorKind};
+use blockyard_nbd::{Device, ErrorKind, Options, Tls};
 
+use crate::common::certificates::Pki;
 use crate::common::devices::{Call, Disk as Export, Faulty, Gate, Hooked, Mem};
 use crate::common::servers::options;
 use crate::common::soon;
@@ -159,6 +160,11 @@ fn a_client_too_many_is_told_so_at_once() {
 #[test]
 fn an_abort_is_acknowledged_before_tls() {
     let abort = [Step::Hello(3), Step::Option(option::ABORT, Vec::new())];
+    let tls = Tls::Required(Pki::new().server(&[]));
+    let ours = Ours::start(Export::new(NAME, SIZE, Mem::new(SIZE)), Options { tls, ..options() });
+    let mut player = Player::new(ours.connect());
+    assert_eq!(abort.clone().map(|step| player.step(&step, false))[1], "ACK");
+
     let folder = Folder::new();
     std::fs::write(folder.file("keys.psk"), "client:6162636465666768").unwrap();
     let file = folder.file("disk.raw");

@@ -130,6 +130,8 @@ fn handshakes() -> Vec<Script> {
     single("LIST", LIST, b"");
     single("LIST with data", LIST, b"disk0");
     single("PEEK_EXPORT", PEEK_EXPORT, b"disk0");
+    single("STARTTLS where there is no TLS", STARTTLS, b"");
+    single("STARTTLS with data", STARTTLS, b"now");
     single("option 0", 0, b"");
     single("option 12 with data", 12, b"twelve");
     single("option 4294967295", u32::MAX, b"");

@@ -10,6 +10,7 @@ mod our_client;
 mod programs;
 mod qemu_cases;
 mod recorder;
+mod tls;
 
 use std::sync::Arc;
 

@@ -63,6 +63,8 @@ fn answer_to(code: OptionCode, length: usize, mode: Mode) -> Option<ReplyType> {
         _ if length > 1 << 20 => return None,
         OptionCode::EXPORT_NAME => return None,
         OptionCode::LIST if right => ACK,
+        OptionCode::STARTTLS if right => ReplyType::ERR_POLICY,
+        OptionCode::STARTTLS => INVALID,
         OptionCode::STRUCTURED_REPLY if right && mode == Mode::Simple => ACK,
         OptionCode::STRUCTURED_REPLY if right && mode == Mode::Extended => ReplyType::ERR_EXT_HEADER_REQD,
         OptionCode::EXTENDED_HEADERS if right && mode != Mode::Extended => ACK,
@@ -164,15 +166,17 @@ fn frames() -> Vec<Conversation> {
         }
         let failed = Conversation::new(format!("GO behind a failed GO, {mode:?}")).agree(mode);
         all.push(failed.option(OptionCode::GO, &go_data("nosuch"), UNKNOWN).go().disconnect());
-        for code in [OptionCode::STARTTLS, OptionCode::PEEK_EXPORT, OptionCode(99)] {
+        for (code, answer) in [
+            (OptionCode::STARTTLS, ReplyType::ERR_POLICY),
+            (OptionCode::PEEK_EXPORT, ReplyType::ERR_UNSUP),
+            (OptionCode(99), ReplyType::ERR_UNSUP),
+        ] {
             let glued = Conversation::new(format!("{code:?} with bytes behind it, {mode:?}")).agree(mode);
-            all.push(
-                glued.option(code, b"", ReplyType::ERR_UNSUP).raw(b"\x16\x03\x01\x02\x00\x01\x00\x01").raw(&[0; 8]),
-            );
+            let glued = glued.option(code, b"", answer).raw(b"\x16\x03\x01\x02\x00\x01\x00\x01").raw(&[0; 8]);
+            all.push(glued.closes());
         }
     }
-    // The bytes behind are no option.
-    all.into_iter().map(|one| if one.about.contains("with bytes behind") { one.closes() } else { one }).collect()
+    all
 }
 
 /// INFO and GO whose inner lengths lie, and names that nobody has.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use blockyard_nbd::client::{Client, ClientError, Negotiation};
-use blockyard_nbd::handshake::{Action, ExportFacts, Handshake, ListPolicy, Policy, Stance};
+use blockyard_nbd::handshake::{Action, ExportFacts, Handshake, ListPolicy, Policy, Stance, TlsPolicy};
 use blockyard_nbd::wire::option::{OptionCode, OptionHeader, OptionReplyHeader, ReplyType, greeting};
 use blockyard_nbd::wire::{CommandFlags, MAX_ERROR_TEXT, SIZE_LIMIT};
 use blockyard_nbd::{ContextSet, Durability, ZeroFlags};
@@ -76,6 +76,8 @@ fn hear(bytes: &[u8], step: usize, policy: Policy, stance: Stance) -> Heard {
                     opened = true;
                     handshake.opened(Ok(()));
                 }
+                // As if the bytes that follow were decrypted.
+                Action::StartTls => handshake = handshake.secured(),
                 Action::Enter(_) => {
                     assert!(opened, "it enters what was not opened");
                     heard.entered = true;
@@ -126,9 +128,10 @@ pub fn handshake(bytes: &[u8]) {
         2 => Stance::Refused("not today".into()),
         _ => Stance::ShuttingDown,
     };
-    let plain = first & 1 == 0 && stance == Stance::Welcome;
+    let tls = [TlsPolicy::Off, TlsPolicy::Off, TlsPolicy::On, TlsPolicy::Required][usize::from(first >> 3 & 3)];
+    let plain = first & 1 == 0 && tls == TlsPolicy::Off && stance == Stance::Welcome;
     let step = [usize::MAX, 1, 3, 16, 100, 1000, 4096, 5000][usize::from(first >> 5)];
-    let policy = Policy { list, options: 256, option_bytes: 4 << 20 };
+    let policy = Policy { list, tls, options: 256, option_bytes: 4 << 20 };
     let heard = hear(bytes, step, policy, stance);
     let replies = option_replies(&heard.sent);
     let by_name = if heard.entered {

@@ -13,6 +13,7 @@ use crate::backup::state::{
     BackupType, DiskState, FailureCode, JobResult, JobState, OldStatus, RequestedType, TypeReason,
 };
 use crate::clock::UtcTime;
+use crate::config;
 use crate::http::points::QUIESCE;
 use crate::id::{BackupId, RepositoryId, VmId};
 use crate::repository::layout::BackupPaths;
@@ -72,7 +73,7 @@ pub(super) struct DiskResult {
 }
 
 impl StartAnswer {
-    pub(super) fn new(started: &Started, host: &str) -> Self {
+    pub(super) fn new(started: &Started, nbd: &config::Nbd) -> Self {
         let facts = &started.facts;
         let status = if started.confirmed { "started" } else { "starting" };
         let disk_results = facts.disks.iter().map(|disk| DiskResult {
@@ -98,7 +99,7 @@ impl StartAnswer {
             requested_type: facts.requested_type,
             status,
             disk_results: disk_results.collect(),
-            nbd_targets_string: facts.targets(host),
+            nbd_targets_string: facts.targets(nbd),
             disks_count: facts.disks.len(),
             total_bytes: facts.disks.iter().map(|disk| disk.plan.size_bytes).sum(),
             created_at: facts.created_at,
@@ -214,7 +215,7 @@ impl BackupAnswer {
         let total_bytes: u64 = disks.iter().map(|disk| disk.size_bytes).sum();
         let covered: u64 = answers.iter().map(|disk| disk.covered_bytes).sum();
         let status = row.state.old_status();
-        let host = &app.config.nbd.advertise_host;
+        let nbd = &app.config.nbd;
         let advertised =
             |port: u16| u16::try_from(i32::from(port) + app.config.nbd.advertise_port_offset).unwrap_or(port);
         let disk_results: Vec<DiskResult> = disks
@@ -238,7 +239,7 @@ impl BackupAnswer {
             .iter()
             .filter_map(|disk| {
                 let (port, name) = (disk.nbd_port?, disk.nbd_export_name.as_ref()?);
-                Some(format!("{}:nbd://{host}:{port}/{name}", disk.device_key))
+                Some(nbd.target(disk.device_key, port, name))
             })
             .collect();
         Self {

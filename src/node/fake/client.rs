@@ -57,6 +57,9 @@ impl Client {
             return Ok(());
         }
         let mut targets = parse_targets(&self.call.nbd_targets, &self.call.job_id)?;
+        for tls in targets.iter_mut().filter_map(|target| target.uri.tls.as_mut()) {
+            tls.certificates.clone_from(&self.config.certificates);
+        }
         // The order of the virtual hardware.
         targets.sort_by_key(|target| target.device_key);
         if self.config.faults.lie_in_telemetry {
