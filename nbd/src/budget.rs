@@ -114,8 +114,8 @@ impl Kept {
         Self { left: bytes, promise, to_come: connections.into() }
     }
 
-    /// Takes memory for a connection that holds nothing; tells how much. Of less than `bytes` it is a power of two.
-    fn take(&mut self, bytes: u32, need: Need) -> Option<u32> {
+    /// How much there is for a connection that holds nothing. Less than `bytes` is a power of two.
+    fn offer(&self, bytes: u32, need: Need) -> Option<u32> {
         let promised = i64::from(self.promise) * self.to_come.max(0);
         let spare = u32::try_from(i64::from(self.left) - promised).unwrap_or(0);
         let size = match need {
@@ -123,9 +123,12 @@ impl Kept {
             Need::Whole if bytes <= self.promise.max((spare / 4).min(MOST)) => bytes,
             Need::Whole => return None,
         };
-        self.left = self.left.checked_sub(size)?;
+        Some(size).filter(|size| *size <= self.left)
+    }
+
+    fn take(&mut self, size: u32) {
+        self.left -= size;
         self.to_come -= 1;
-        Some(size)
     }
 
     fn give_back(&mut self, size: u32) {
@@ -228,12 +231,12 @@ impl Share {
 
     /// Takes what is kept, unless the connection holds something.
     fn take_kept(self: &Arc<Self>, bytes: u32, need: Need) -> Option<Permit> {
+        let mut kept = self.pool.kept();
+        let size = kept.offer(bytes, need)?;
         self.held.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Acquire).ok()?;
-        let size = self.pool.kept().take(bytes, need);
-        if size.is_none() {
-            self.held.fetch_sub(1, Ordering::AcqRel);
-        }
-        Some(self.permit(size?, Source::Kept))
+        kept.take(size);
+        drop(kept);
+        Some(self.permit(size, Source::Kept))
     }
 
     fn permit(self: &Arc<Self>, bytes: u32, source: Source) -> Permit {
@@ -277,6 +280,8 @@ impl Line {
             let mut freed = pin!(share.freed.notified());
             freed.as_mut().enable();
             let impatient = share.impatient.load(Ordering::Relaxed);
+            // Whose connection holds something hears of its freedom; others may give back what is kept without a word.
+            let timed = !impatient || share.held.load(Ordering::Acquire) == 0;
             tokio::select! {
                 biased;
                 mut permit = &mut *waiting => {
@@ -286,8 +291,7 @@ impl Line {
                 }
                 Some(permit) = async { share.take_kept(bytes, need) }, if impatient => return permit,
                 () = freed, if impatient => {}
-                // Also later, since others may have given back what is kept.
-                () = tokio::time::sleep(PATIENCE) => share.impatient.store(true, Ordering::Relaxed),
+                () = tokio::time::sleep(PATIENCE), if timed => share.impatient.store(true, Ordering::Relaxed),
             }
         }
     }
