@@ -140,7 +140,7 @@ impl Scrape {
         page.counters(
             "nbd_handshakes_closed",
             "Handshakes closed: timed out, evicted because too many were under way, or rejected because the client \
-             broke a rule",
+             broke a rule, those of TLS and certificates included",
             "kind",
             [("timed_out", listeners.timed_out), ("evicted", listeners.evicted), ("rejected", listeners.rejected)],
         )

@@ -460,7 +460,8 @@ pub struct ListenerSnapshot {
     pub timed_out: u64,
     /// Handshakes closed because too many were under way.
     pub evicted: u64,
-    /// Handshakes closed because the client broke a rule of them, or asked for what cannot be refused politely.
+    /// Handshakes closed because the client broke a rule of them, those of TLS and its certificates included, or asked for what
+    /// cannot be refused politely.
     pub rejected: u64,
 }
 

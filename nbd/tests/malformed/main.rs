@@ -11,6 +11,7 @@ mod requests;
 mod script;
 
 use std::collections::HashSet;
+use std::hash::{DefaultHasher, Hasher};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -181,14 +182,20 @@ async fn cut(served: &Served, conversation: &Conversation, at: usize, then: Then
     (heard, ended.then(|| start.elapsed()))
 }
 
-/// Every place between two bytes, but for the insides of long runs of one byte: there is nothing new in them.
-fn places(sent: &[u8]) -> impl Iterator<Item = usize> {
+/// Every place between two bytes, but for the insides of long runs of one byte, in which there is nothing new, and for
+/// fronts that an earlier conversation had as well.
+fn places<'a>(sent: &'a [u8], seen: &'a mut HashSet<u64>) -> impl Iterator<Item = usize> + use<'a> {
     const RUN: usize = 16;
+    let mut front = DefaultHasher::new();
+    let mut fresh = move |at: usize| {
+        at.checked_sub(1).and_then(|last| sent.get(last)).iter().for_each(|byte| front.write_u8(**byte));
+        seen.insert(front.finish())
+    };
     let inside = |at: usize| {
         let around = at.checked_sub(RUN).and_then(|start| sent.get(start..at + RUN));
         around.is_some_and(|around| around.iter().all(|byte| *byte == around[0]))
     };
-    (0..=sent.len()).filter(move |at| !inside(*at))
+    (0..=sent.len()).filter(move |at| fresh(*at) && !inside(*at))
 }
 
 #[test]
@@ -199,6 +206,7 @@ fn every_malformed_conversation_may_be_cut_at_every_byte() {
     runtime.block_on(async {
         let servers = Servers::start().await;
         let corpus = corpus();
+        let mut fronts = [HashSet::new(), HashSet::new()];
         for (round, conversation) in (0..).zip(corpus.iter().filter(|one| !one.heavy)) {
             let served = servers.of(conversation);
             let about = &conversation.about;
@@ -206,7 +214,8 @@ fn every_malformed_conversation_may_be_cut_at_every_byte() {
             conversation.judge(&whole).unwrap_or_else(|reason| panic!("{about}: {reason}"));
             let at_once = ended.is_some_and(|after| after.as_secs() < 1);
             assert_eq!(at_once, conversation.end == End::Closed, "{about}: {ended:?}");
-            for at in places(&conversation.sent) {
+            let fronts = &mut fronts[usize::from(conversation.disk == Disk::ReadOnly)];
+            for at in places(&conversation.sent, fronts) {
                 for then in [Then::Leaves, Then::Stalls] {
                     let (heard, ended) = cut(served, conversation, at, then).await;
                     if let Err(reason) = conversation.judge_part(&heard, &whole) {
