@@ -8,7 +8,6 @@
 mod blocking;
 mod check;
 mod commit;
-pub mod coverage;
 pub mod deadline;
 pub mod ending;
 pub mod job;

@@ -12,6 +12,7 @@ use blockyard_nbd as nbd;
 use blockyard_qcow2::{self as qcow2, AsyncImage, ExtentKind, ZeroMode};
 pub use blockyard_qcow2::{Access, Caching, OpenOptions};
 
+pub mod coverage;
 pub mod gate;
 pub mod meter;
 mod rate;
@@ -48,10 +49,11 @@ impl ImageExport {
         }
     }
 
-    /// Opens the image at `path` and offers it as `name`, with nobody listening to its signals.
+    /// Opens the image at `path` and offers it as `name`, with nobody listening to its signals or asking what was covered.
     pub async fn open(name: &str, path: PathBuf, options: OpenOptions) -> Result<Self, qcow2::Error> {
         let access = options.access;
-        Ok(Self::new(name, AsyncImage::open(path, options).await?, access, Arc::default()))
+        let image = AsyncImage::open(path, options).await?;
+        Ok(Self { meter: Arc::new(Meter::without_coverage()), ..Self::new(name, image, access, Arc::default()) })
     }
 
     /// What was seen so far.

@@ -88,6 +88,7 @@ fn protocol_and_format_are_pure() {
     let pure = [
         "nbd/src/wire",
         "nbd/src/handshake.rs",
+        "nbd/src/handshake",
         "nbd/src/transmission.rs",
         "qcow2/src/format",
         "qcow2/src/geometry.rs",

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use tokio::sync::{Notify, Semaphore};
 
+use crate::half_open::HalfOpen;
 use crate::limits::BudgetLimits;
 
 /// The least that is kept for one connection, in bytes, however many there may be: less is not worth a call.
@@ -27,6 +28,7 @@ pub struct Budget {
     pub(crate) output: Arc<Pool>,
     pub(crate) connections: Arc<Semaphore>,
     pub(crate) refusals: Arc<Semaphore>,
+    pub(crate) half_open: Arc<HalfOpen>,
     pub(crate) max_connections: usize,
     /// What each pool may hold, in bytes.
     half: u32,
@@ -40,6 +42,7 @@ impl Budget {
             output: Arc::new(Pool::new(limits)),
             connections: Arc::new(Semaphore::new(limits.connections)),
             refusals: Arc::new(Semaphore::new(limits.refusals)),
+            half_open: HalfOpen::new(limits.half_open),
             max_connections: limits.connections,
             half: half_of(limits),
         })
@@ -266,6 +269,11 @@ impl Line {
     /// Dropping the future takes nothing, and the place in the queue stays.
     pub(crate) async fn next(&mut self, bytes: u32) -> Permit {
         self.wait(bytes, Need::Pieces).await
+    }
+
+    /// Gives up the place in the queue: there is no next piece.
+    pub(crate) fn leave(&mut self) {
+        self.turn = None;
     }
 
     async fn wait(&mut self, bytes: u32, need: Need) -> Permit {

@@ -187,8 +187,8 @@ pub trait Export: Send + Sync + 'static {
 /// `length > 0`.
 ///
 /// Calls overlap: up to a whole connection's requests are under way at once, of every connection, in no order. A WRITE
-/// longer than a piece ([`crate::Limits::piece_bytes`]) comes as several calls, each at most a piece long and ending at a
-/// multiple of it, and a WRITE_ZEROES or TRIM of more than a GiB comes GiB by GiB; if it was to be durable, [`Device::flush`]
+/// longer than a piece ([`crate::Limits::piece_bytes`]), or any WRITE when memory is short, comes as several calls, each at
+/// most a piece long and ending at a multiple of a power of two, and a WRITE_ZEROES or TRIM of more than a GiB comes GiB by GiB; if it was to be durable, [`Device::flush`]
 /// follows the last of them.
 ///
 /// # Memory
@@ -200,7 +200,8 @@ pub trait Export: Send + Sync + 'static {
 /// socket, and moves to a task of its own if it has to wait: it may copy memory right away, but must not block.
 ///
 /// # Panics
-/// A panic closes the connection whose call it was, and no other.
+/// A panic closes the connection whose call it was, or fails the request with EIO if it was one of several pieces; no other
+/// connection notices.
 #[async_trait]
 pub trait Device: Send + Sync + 'static {
     /// Memory for `length` bytes at `offset` (the offset lets an engine choose alignment). Contents are arbitrary.

@@ -341,7 +341,8 @@ impl Handshake {
         match header.code {
             OptionCode::EXPORT_NAME => self.export_name(&data),
             OptionCode::LIST_META_CONTEXT | OptionCode::SET_META_CONTEXT => self.meta_context(header.code, &data),
-            code => self.info(code, &data),
+            OptionCode::INFO | OptionCode::GO => self.info(header.code, &data),
+            _ => self.answer_without_data(header),
         }
         Some(())
     }

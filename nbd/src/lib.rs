@@ -9,6 +9,7 @@ pub mod budget;
 pub mod client;
 pub mod error;
 pub mod export;
+mod half_open;
 pub mod handshake;
 pub mod limits;
 pub mod server;

@@ -16,7 +16,8 @@ pub struct Limits {
     /// Payloads are received, handed to the device and sent in pieces of at most this many bytes; a power of two.
     /// Larger ones fall out of the processor's cache between the socket and the device.
     pub piece_bytes: u32,
-    /// WRITE payload received and not yet taken by the device, in bytes; at least one piece.
+    /// WRITE payload received and not yet let go of by the device, in bytes; at least one piece. A device that writes behind
+    /// should reach its own bound first: waiting here costs more than waiting there.
     pub input_bytes: u32,
     /// READ data being read or not yet taken by the socket, in bytes; at least one piece. A simple or unfragmented reply
     /// larger than this takes all of it, so there is one of them at a time.
@@ -28,6 +29,8 @@ pub struct Limits {
     pub linger: Duration,
     /// How many bytes are dropped during that time.
     pub linger_bytes: u64,
+    /// How long a peer is heard that is only told that there are too many connections.
+    pub refusal_deadline: Duration,
     /// Connections of one listener that have not reached the transmission phase; one more closes the oldest.
     pub half_open: usize,
 }
@@ -40,10 +43,11 @@ impl Default for Limits {
             option_bytes: 4 << 20,
             requests_in_flight: 64,
             piece_bytes: 1 << 20,
-            input_bytes: 8 << 20,
+            input_bytes: 24 << 20,
             output_bytes: 8 << 20,
             stall_deadline: Duration::from_secs(60),
             linger: Duration::from_secs(2),
+            refusal_deadline: Duration::from_secs(2),
             linger_bytes: 1 << 20,
             half_open: 128,
         }
@@ -60,12 +64,15 @@ pub struct BudgetLimits {
     pub kept_bytes: u64,
     /// Connections in all; above, a peer is told so and closed.
     pub connections: usize,
+    /// Connections of all listeners that have not reached the transmission phase; one more closes the oldest. Well below
+    /// `connections`, so that those who never finish a handshake keep nobody out.
+    pub half_open: usize,
     /// How many peers are being told so at once; above, they are closed without a word.
     pub refusals: usize,
 }
 
 impl Default for BudgetLimits {
     fn default() -> Self {
-        Self { bytes: 256 << 20, kept_bytes: 16 << 20, connections: 1024, refusals: 32 }
+        Self { bytes: 256 << 20, kept_bytes: 16 << 20, connections: 1024, half_open: 512, refusals: 32 }
     }
 }

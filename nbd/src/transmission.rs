@@ -308,7 +308,7 @@ fn judge(terms: &Terms, request: &Request, admission: Admission) -> Result<Task,
             Task::Zero { offset, length, flags, durability }
         }
         Command::CACHE => Task::Cache { offset, length },
-        _ => Task::Nothing,
+        _ => return Err(Error::new(Invalid, "the command is not known")),
     })
 }
 

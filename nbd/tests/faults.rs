@@ -138,6 +138,25 @@ async fn a_panic_in_a_device_call_ends_one_connection_and_no_other() {
 }
 
 #[tokio::test]
+async fn a_long_write_of_which_one_piece_panics_is_no_success() {
+    struct First;
+    #[async_trait::async_trait]
+    impl common::devices::Hook for First {
+        async fn before(&self, call: Call, offset: u64, _: u64) -> Result<(), Error> {
+            tokio::task::yield_now().await;
+            assert!(call != Call::Write || offset > 0, "a device with a bug");
+            Ok(())
+        }
+    }
+    let served = Served::disk(8 * MIB, Hooked::new(Mem::new(8 * MIB), First)).await;
+    for durability in [Durability::OnFlush, Durability::BeforeReply] {
+        let client = served.client().await;
+        let written = soon("an answer", client.write(0, vec![1; 4 << 20], durability)).await;
+        assert!(written.is_err(), "its first mebibyte is not there");
+    }
+}
+
+#[tokio::test]
 async fn fast_zero_that_would_be_slow_is_not_supported_and_changes_nothing() {
     let mem = Mem::filled(MIB, 5);
     let served = Served::disk(MIB, mem.clone()).await;

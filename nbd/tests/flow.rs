@@ -17,6 +17,24 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 const MIB: u64 = 1 << 20;
 
+#[tokio::test(start_paused = true)]
+async fn holes_that_nobody_collects_are_bounded_too() {
+    let hooked = Hooked::new(Mem::new(1 << 40), Counting::default());
+    let options = options();
+    let budget = options.budget.clone();
+    let served = Served::with(Disk::new(NAME, 1 << 40, hooked.clone()), options).await;
+    let mut raw = served.raw(Mode::Extended, 4096).await;
+    for cookie in 0..64 {
+        raw.extended_request(request(Command::READ, cookie, 0, u64::from(u32::MAX)), b"").await.unwrap();
+    }
+    // The paused clock moves on when nothing moves any more.
+    tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+    let reads = hooked.hook.of(Call::Read);
+    assert!(reads > 1000, "{reads} pieces of them are waiting");
+    assert!(reads <= (8 << 20) / 128 + 64, "{reads} pieces, each with a frame");
+    assert!(budget.usage().output <= 8 << 20, "{} bytes", budget.usage().output);
+}
+
 #[tokio::test]
 async fn reads_nobody_collects_do_not_keep_writes_from_coming_in() {
     for mode in [Mode::Simple, Mode::Structured] {

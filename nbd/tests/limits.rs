@@ -195,6 +195,31 @@ async fn the_oldest_half_open_connection_makes_room_for_the_newest() {
 }
 
 #[tokio::test]
+async fn half_open_connections_count_over_all_listeners_also_while_they_are_heard_out() {
+    let mut options = options();
+    options.budget = Budget::new(&BudgetLimits { half_open: 2, ..BudgetLimits::default() });
+    options.limits.linger = Duration::from_secs(3600);
+    options.limits.handshake_deadline = Duration::from_secs(3600);
+    let one = Served::with(Disk::new(NAME, MIB, Mem::new(MIB)), options.clone()).await;
+    let two = Served::with(Disk::new(NAME, MIB, Mem::new(MIB)), options).await;
+    let mut silent = Raw(one.stream().await);
+    silent.greet(3).await.unwrap();
+    let mut refused = Raw(one.stream().await);
+    refused.greet(0xffff).await.unwrap();
+    // It gets no answer, and is listened to.
+    let _ = soon("the end of what it is told", refused.0.read(&mut [0; 1])).await;
+    let (_a, _b) = (two.client().await, two.negotiation().await);
+    assert_eq!(soon("the close", silent.receive_all()).await.unwrap_or_default(), b"");
+    let _c = two.negotiation().await;
+    let gone = async {
+        while refused.send(&[0; 64]).await.is_ok() {
+            tokio::task::yield_now().await;
+        }
+    };
+    soon("the end of the one that was heard out", gone).await;
+}
+
+#[tokio::test]
 async fn connecting_and_leaving_a_thousand_times_costs_nothing() {
     let served = Served::disk(MIB, Mem::new(MIB)).await;
     let sockets = || std::fs::read_dir("/proc/self/fd").unwrap().count();

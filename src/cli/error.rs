@@ -167,6 +167,11 @@ pub enum CliError {
     /// Files for TLS that would not be used.
     #[error("certificates are of no use without --tls on or --tls required")]
     TlsOff,
+    /// Client certificates are demanded of those only who choose to encrypt.
+    #[error(
+        "--tls-client-ca keeps nobody out with --tls on, which lets clients in that do not encrypt: use --tls required"
+    )]
+    TlsOptional,
     /// The export cannot be served under this name.
     #[error("the image cannot be exported: {reason}")]
     Export {
@@ -203,6 +208,7 @@ impl CliError {
             | Self::PassedSockets { .. }
             | Self::PassedSocket { .. }
             | Self::TlsOff
+            | Self::TlsOptional
             | Self::Export { .. } => Exit::Usage,
             Self::Bind { .. } => Exit::Conflict,
             Self::Tls(error) => tls_exit(error),

@@ -19,7 +19,7 @@ pub(super) struct TlsArguments {
     #[arg(long, value_name = "FILE", required_if_eq_any([("tls", "on"), ("tls", "required")]))]
     tls_key: Option<PathBuf>,
     /// Roots of client certificates in PEM form: clients need a certificate. Without this option whoever reaches the port is let
-    /// in.
+    /// in. Only with `--tls required`.
     #[arg(long, value_name = "FILE")]
     tls_client_ca: Option<PathBuf>,
     /// Accept only client certificates of this subject, such as `CN=backup-1,O=Example`; may be repeated.
@@ -51,6 +51,7 @@ impl TlsArguments {
                 return Err(CliError::TlsOff);
             }
             Mode::Off => Tls::Off,
+            Mode::On if self.tls_client_ca.is_some() => return Err(CliError::TlsOptional),
             Mode::On => Tls::On(server()?),
             Mode::Required => Tls::Required(server()?),
         })

@@ -129,6 +129,10 @@ impl Config {
         } else if let Some((key, _)) = files.iter().take(2).find(|(_, file)| file.is_none()) {
             return Err(invalid(*key, "must name a file unless nbd.tls is \"off\""));
         }
+        if nbd.tls == TlsMode::On && nbd.client_ca_file.is_some() {
+            // It would keep out those who encrypt without a certificate, and let in those who do not encrypt.
+            return Err(invalid("nbd.client_ca_file", "keeps nobody out unless nbd.tls is \"required\""));
+        }
         if !nbd.allow_subjects.is_empty() && nbd.client_ca_file.is_none() {
             return Err(invalid("nbd.allow_subjects", "needs nbd.client_ca_file, without which no client is asked"));
         }

@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::time::Instant;
 
+use super::coverage::Coverage;
 use super::rate::Rate;
 use super::signals::Signals;
-use crate::backup::coverage::Coverage;
 
 /// Why an image stopped being usable.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,7 +30,8 @@ pub struct Meter {
     written_bytes: AtomicU64,
     zeroed_bytes: AtomicU64,
     read_bytes: AtomicU64,
-    coverage: Mutex<Coverage>,
+    /// None where nobody asks: it grows with every range that touches no other.
+    coverage: Option<Mutex<Coverage>>,
     rate: Mutex<Rate>,
     /// When the last connection went, while there is none.
     lost_at: Mutex<Option<Instant>>,
@@ -74,11 +75,16 @@ impl Meter {
             written_bytes: AtomicU64::new(0),
             zeroed_bytes: AtomicU64::new(0),
             read_bytes: AtomicU64::new(0),
-            coverage: Mutex::default(),
+            coverage: Some(Mutex::default()),
             rate: Mutex::new(Rate::new(Instant::now())),
             lost_at: Mutex::default(),
             failure: Mutex::default(),
         }
+    }
+
+    /// The same without a memory of which ranges were written.
+    pub fn without_coverage() -> Self {
+        Self { coverage: None, ..Self::new(Arc::default()) }
     }
 
     /// All numbers at once.
@@ -90,13 +96,13 @@ impl Meter {
             written_bytes: self.written_bytes.load(Ordering::Acquire),
             zeroed_bytes: self.zeroed_bytes.load(Ordering::Acquire),
             read_bytes: self.read_bytes.load(Ordering::Acquire),
-            covered_bytes: lock(&self.coverage).covered_bytes(),
+            covered_bytes: self.coverage.as_ref().map_or(0, |coverage| lock(coverage).covered_bytes()),
         }
     }
 
-    /// A copy of the covered ranges.
+    /// A copy of the covered ranges; none without coverage.
     pub fn coverage(&self) -> Coverage {
-        lock(&self.coverage).clone()
+        self.coverage.as_ref().map(|coverage| lock(coverage).clone()).unwrap_or_default()
     }
 
     /// Since when there has been no connection, when there was one before.
@@ -161,7 +167,9 @@ impl Meter {
     }
 
     fn covered(&self, offset: u64, length: u64) {
-        lock(&self.coverage).add(offset, length);
+        if let Some(coverage) = &self.coverage {
+            lock(coverage).add(offset, length);
+        }
         if self.changed.swap(true, Ordering::AcqRel) {
             self.signals.life();
         } else {

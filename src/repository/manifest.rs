@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::backup::coverage::Run;
 use crate::backup::state::{BackupType, RequestedType, TypeReason};
 use crate::clock::UtcTime;
+use crate::export::coverage::Run;
 use crate::id::{BackupId, RepositoryId, VmId};
 
 /// The format this version writes; a reader refuses a higher one.

@@ -14,7 +14,9 @@ fn options(folder: &tempfile::TempDir, mode: &str) -> Vec<String> {
     let file = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     let mut options = vec!["--tls".to_owned(), mode.to_owned()];
     options.extend(["--tls-cert".to_owned(), file("server-cert.pem"), "--tls-key".to_owned(), file("server-key.pem")]);
-    options.extend(["--tls-client-ca".to_owned(), file("ca-cert.pem")]);
+    if mode == "required" {
+        options.extend(["--tls-client-ca".to_owned(), file("ca-cert.pem")]);
+    }
     options
 }
 
@@ -124,6 +126,11 @@ fn certificates_that_cannot_be_used_are_named_before_anything_listens() {
         (&["--tls", "required"][..], 2, "--tls-cert"),
         (&["--tls", "on", "--tls-cert", &certificate], 2, "--tls-key"),
         (&["--tls", "maybe"], 2, "maybe"),
+        (
+            &["--tls", "on", "--tls-cert", &certificate, "--tls-key", &key, "--tls-client-ca", &roots],
+            2,
+            "keeps nobody out",
+        ),
         (&["--tls-cert", &certificate, "--tls-key", &key], 2, "no use"),
         (&["--tls", "on", "--tls-cert", &absent, "--tls-key", &key], 4, "absent.pem cannot be read"),
         (&["--tls", "on", "--tls-cert", &key, "--tls-key", &key], 2, "server-key.pem holds no certificate"),

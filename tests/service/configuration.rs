@@ -96,9 +96,10 @@ fn values_that_break_a_rule_name_the_rule() {
         ("[nbd]\ntls = \"required\"\ncert_file = \"c\"", "`nbd.key_file` must name a file"),
         ("[nbd]\ncert_file = \"c\"", "`nbd.cert_file` is of no use while nbd.tls is \"off\""),
         ("[nbd]\nclient_ca_file = \"c\"", "`nbd.client_ca_file` is of no use while"),
+        (&format!("{tls}client_ca_file = \"c\""), "`nbd.client_ca_file` keeps nobody out unless"),
         (&format!("{tls}allow_subjects = [\"CN=a\"]"), "`nbd.allow_subjects` needs nbd.client_ca_file"),
         (
-            &format!("{tls}client_ca_file = \"a\"\nallow_subjects = [\"CN=a\", \"/CN=b\"]"),
+            &format!("{}client_ca_file = \"a\"\nallow_subjects = [\"CN=a\", \"/CN=b\"]", tls.replace("on", "required")),
             "`nbd.allow_subjects` is no list of subjects: \"/CN=b\" is no subject such as",
         ),
         (&format!("{tls}bind = \"0.0.0.0\""), "`nbd.bind` must be a loopback address, not 0.0.0.0, unless nbd.tls is"),

@@ -10,7 +10,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tracing::Instrument;
 
 use super::Shared;
-use super::half_open::Handshaking;
+use crate::half_open::Handshaking;
 use crate::handshake::{Action, Handshake, Negotiated, Policy, Stance, TlsPolicy};
 use crate::session::{Connection, Ending, Phase, reached, serve};
 use crate::stats::{ClientFacts, Place};
@@ -103,7 +103,7 @@ pub(super) async fn handle<R, W>(
     let limits = &shared.limits;
     let (stance, time) = match refusal {
         None => (Stance::Welcome, limits.handshake_deadline),
-        Some(_) => (Stance::Refused(format!("too many connections ({max} of {max})")), limits.linger),
+        Some(_) => (Stance::Refused(format!("too many connections ({max} of {max})")), limits.refusal_deadline),
     };
     let tls = match shared.tls {
         Tls::Off => TlsPolicy::Off,
@@ -165,17 +165,23 @@ where
     W: AsyncWrite + Unpin + Send + 'static,
 {
     let Entrance { shared, peer, handshaking, subject, .. } = entrance;
-    drop(handshaking);
     match outcome {
-        Outcome::Entered(entered) => transmit(&shared, reader, writer, *entered, &peer, subject).await,
+        Outcome::Entered(entered) => {
+            drop(handshaking);
+            transmit(&shared, reader, writer, *entered, &peer, subject).await;
+        }
         Outcome::Refused(reason) => {
             tracing::debug!(%peer, reason, "handshake ended");
-            let _ = timeout(shared.limits.linger, async {
+            let heard_out = timeout(shared.limits.linger, async {
                 let _ = writer.shutdown().await;
                 let mut sink = reader.take(shared.limits.linger_bytes);
                 let _ = tokio::io::copy(&mut sink, &mut tokio::io::sink()).await;
-            })
-            .await;
+            });
+            // It still makes room for others when there are too many.
+            tokio::select! {
+                _ = heard_out => {}
+                () = handshaking.evicted() => {}
+            }
         }
         Outcome::Over(reason) => tracing::debug!(%peer, reason, "handshake ended"),
         // Inside TLS the handshake does not ask for it.

@@ -5,7 +5,6 @@
 
 mod connection;
 mod exports;
-mod half_open;
 mod socket;
 
 use std::io;
@@ -19,15 +18,17 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, timeout, timeout_at};
 
 pub use self::exports::{Exports, ExportsError};
-use self::half_open::HalfOpen;
 pub use self::socket::{Address, Listener};
 use crate::budget::Budget;
+use crate::half_open::{HalfOpen, Handshaking};
 pub use crate::handshake::ListPolicy;
 use crate::limits::Limits;
 use crate::session::{Phase, reached};
 use crate::stats::{ExportStats, ListenerStats};
 use crate::tls::Tls;
 
+/// Longer than any server runs.
+const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
 /// How long accepting rests after a failure, usually for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -66,6 +67,13 @@ struct Shared {
     half_open: Arc<HalfOpen>,
     stats: Arc<ListenerStats>,
     phase: watch::Sender<Phase>,
+}
+
+impl Shared {
+    /// Counts a connection that begins its handshake.
+    fn handshaking(&self) -> Handshaking {
+        Handshaking::new(&self.half_open, &self.budget.half_open)
+    }
 }
 
 /// An NBD server on one listener.
@@ -140,7 +148,7 @@ impl Handle {
     pub fn serve<S: AsyncRead + AsyncWrite + Send + 'static>(&self, stream: S) {
         let (reader, writer) = tokio::io::split(stream);
         let shared = self.shared.clone();
-        let handshaking = shared.half_open.enter();
+        let handshaking = shared.handshaking();
         let conversation =
             async move { connection::handle(shared, handshaking, reader, writer, "stream".to_owned()).await };
         // The other end goes away with the handle.
@@ -157,7 +165,9 @@ impl Handle {
     /// # Cancellation
     /// Dropping the future aborts what is left, as dropping the handle does.
     pub async fn stop(mut self, drain: Duration) -> Stopped {
-        let deadline = Instant::now() + drain;
+        let now = Instant::now();
+        // A time beyond the clock is as good as for ever.
+        let deadline = now.checked_add(drain).unwrap_or(now + FOREVER);
         let shared = self.shared.clone();
         shared.phase.send_replace(Phase::Draining);
         // After the change of phase: whoever entered until then is among them.
@@ -217,7 +227,7 @@ async fn accept(listener: Listener, mut passed: mpsc::UnboundedReceiver<Conversa
             }
             accepted = listener.accept() => match accepted {
                 Ok((stream, peer)) => {
-                    let (shared, handshaking) = (shared.clone(), shared.half_open.enter());
+                    let (shared, handshaking) = (shared.clone(), shared.handshaking());
                     connections.spawn(async move { stream.handle(shared, handshaking, peer).await });
                 }
                 Err(error) => {
@@ -227,7 +237,7 @@ async fn accept(listener: Listener, mut passed: mpsc::UnboundedReceiver<Conversa
             },
         }
     }
-    drop(listener);
+    drop((listener, passed));
     while let Some(ended) = connections.join_next().await {
         report(ended);
     }

@@ -11,8 +11,8 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
-use super::half_open::Handshaking;
 use super::{Shared, connection};
+use crate::half_open::Handshaking;
 
 /// After this much silence the peer's system is asked whether it still lives.
 const KEEPALIVE: Duration = Duration::from_secs(60);

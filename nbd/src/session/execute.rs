@@ -2,13 +2,13 @@
 //! runs to its end whatever becomes of the client.
 
 use std::ops::Range;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
 
 use super::outgoing::Frame;
-use super::{Connection, Slot, first_piece};
+use super::{Connection, Slot, next_piece};
 use crate::budget::{Line, Permit};
 use crate::stats::Counters;
 use crate::transmission::{Mode, Shape, Task, chunk_header, piece_end, plan_status};
@@ -21,6 +21,8 @@ use crate::{Buffer, Content, ContextSet, Durability, Error, ErrorKind, Space, Ze
 const STEP: u32 = 1 << 30;
 /// Smaller holes are sent as zeroes: the header of a chunk costs the peer more than they do.
 const SMALLEST_HOLE: usize = 4096;
+/// What a queued frame without a body counts for, at least the memory that it takes.
+const FRAME_BYTES: u32 = size_of::<Frame>().next_power_of_two() as u32;
 /// Chunks of content "SHOULD" be cut at multiples of this many bytes.
 const CHUNK_ALIGNMENT: u64 = 512;
 
@@ -71,7 +73,11 @@ pub(crate) async fn run(slot: Slot, request: Request, task: Task) {
             slot.answer(&request, Ok(()));
         }
         Task::Status { offset, length, max, contexts } => status(slot, request, offset, length, max, contexts).await,
-        Task::Write { .. } | Task::StatusFilter { .. } | Task::Nothing => slot.answer(&request, Ok(())),
+        Task::Nothing => slot.answer(&request, Ok(())),
+        // Their payload is the reader's to fetch; success must not be the answer to a mistake of ours.
+        Task::Write { .. } | Task::StatusFilter { .. } => {
+            slot.answer(&request, Err(Error::new(ErrorKind::Io, "the payload was not received")));
+        }
     }
 }
 
@@ -150,10 +156,13 @@ async fn read_pieces(slot: Slot, request: Request, offset: u64, length: u64) {
     let largest = u32::try_from(length).unwrap_or(u32::MAX).min(connection.piece);
     let mut line = Line::new(&connection.output, connection.cost(largest));
     loop {
-        let wanted = first_piece(&connection, at, end);
+        let wanted = next_piece(&connection, at, end);
         let Some(permit) = unless_dead(&connection, line.next(connection.cost(wanted))).await else { return };
         let next = piece_end(at, at + u64::from(wanted), permit.bytes());
         let bytes = u32::try_from(next - at).unwrap_or(u32::MAX);
+        if next == end {
+            line.leave();
+        }
         let content = match read(&connection, at, bytes as usize).await {
             Ok(content) => content,
             Err(error) => return slot.answer(&request, Err(error)),
@@ -172,14 +181,18 @@ async fn read_pieces(slot: Slot, request: Request, offset: u64, length: u64) {
 }
 
 /// The chunks of one piece: one of data, one hole, or both kinds in turn.
-fn piece_frame(header: ChunkHeader, last: Last, at: u64, bytes: u32, content: Content, permit: Permit) -> Frame {
+fn piece_frame(header: ChunkHeader, last: Last, at: u64, bytes: u32, content: Content, mut permit: Permit) -> Frame {
     let Content { mut buffer, holes } = content;
     let holes = worth_telling(at, holes, (*buffer).as_mut());
     let length = bytes as usize;
     match holes.as_slice() {
         [] => Frame::new(header.data(last, at, bytes)).with_buffer(buffer).with_permit(permit),
-        // Neither the memory nor the permit is needed any longer.
-        [hole] if *hole == (0..length) => Frame::new(header.hole(last, at, bytes)),
+        [hole] if *hole == (0..length) => {
+            // The memory is not needed any longer. What waits to be sent costs some all the same.
+            drop(buffer);
+            permit.shrink(FRAME_BYTES);
+            Frame::new(header.hole(last, at, bytes)).with_permit(permit)
+        }
         holes => Frame::of_chunks(buffer, chunks(header, last, at, length, holes)).with_permit(permit),
     }
 }
@@ -357,13 +370,13 @@ pub(crate) struct LongWrite {
     request: Request,
     durability: Durability,
     error: Mutex<Option<Error>>,
-    /// The last byte of the payload has arrived.
-    whole: AtomicBool,
+    /// Bytes that the device took. A piece whose call panicked, or that never arrived, is missing here.
+    written: AtomicU64,
 }
 
 impl LongWrite {
     pub(crate) fn new(slot: Slot, request: Request, durability: Durability) -> Arc<Self> {
-        Arc::new(Self { slot, request, durability, error: Mutex::new(None), whole: AtomicBool::new(false) })
+        Arc::new(Self { slot, request, durability, error: Mutex::new(None), written: AtomicU64::new(0) })
     }
 
     /// Whether a piece has failed, so that the rest need not be written.
@@ -377,6 +390,7 @@ impl LongWrite {
         let result = self.slot.connection().device.write(offset, buffer, Durability::OnFlush).await;
         match result {
             Ok(()) => {
+                self.written.fetch_add(length, Relaxed);
                 self.slot.connection().stats().bytes_written.fetch_add(length, Relaxed);
             }
             Err(error) => {
@@ -386,17 +400,14 @@ impl LongWrite {
         self.conclude().await;
     }
 
-    /// The last piece is on its way: from now on the request may succeed.
-    pub(crate) fn arrived(&self) {
-        self.whole.store(true, Relaxed);
-    }
-
-    /// Lets go of the request; whoever does so last answers it. A payload that broke off is never answered with success.
+    /// Lets go of the request; whoever does so last answers it, with success only if the device took every byte.
     pub(crate) async fn conclude(self: Arc<Self>) {
-        let Some(Self { slot, request, durability, error, whole }) = Arc::into_inner(self) else { return };
+        let Some(Self { slot, request, durability, error, written }) = Arc::into_inner(self) else { return };
         let result = match error.into_inner().unwrap_or_else(PoisonError::into_inner) {
             Some(error) => Err(error),
-            None if !whole.into_inner() => Err(Error::new(ErrorKind::Io, "the payload did not arrive whole")),
+            None if written.into_inner() != request.length => {
+                Err(Error::new(ErrorKind::Io, "a part of the payload was not written"))
+            }
             None if durability == Durability::BeforeReply => slot.connection().device.flush().await,
             None => Ok(()),
         };

@@ -96,7 +96,8 @@ impl Connection {
         let input = Share::new(&budget.input, limits.input_bytes);
         let output = Share::new(&budget.output, limits.output_bytes);
         let flight = Flight::new(limits.requests_in_flight.max(1));
-        let piece = limits.piece_bytes.min(1 << input.largest().max(1).ilog2());
+        // A power of two that the budget can give.
+        let piece = 1 << limits.piece_bytes.min(input.largest()).max(1).ilog2();
         Arc::new(Self { device, terms, limits, input, output, flight, seat, piece })
     }
 
@@ -302,11 +303,14 @@ async fn receive_one<R: AsyncRead + Unpin>(
         Verdict::Disconnect | Verdict::Run(Task::Nothing) => slot.answer(&request, Ok(())),
         Verdict::Run(Task::Write { offset, length, durability }) => {
             let mut line = Line::new(&connection.input, connection.cost(length.min(connection.piece)));
-            let first = first_piece(connection, offset, offset + u64::from(length));
+            let first = next_piece(connection, offset, offset + u64::from(length));
             let permit = line.next(connection.cost(first)).await;
+            // In pieces, too, if memory is short and less than a piece was to be had.
             if first < length || permit.bytes() < first {
                 long_write(intake, slot, request, length, durability, (permit, line)).await?;
             } else {
+                // Nothing more is wanted, and a place in the queue that is not given up would get it.
+                drop(line);
                 let mut buffer = charged(connection.device.buffer(offset, length as usize), permit);
                 intake.payload((*buffer).as_mut()).await?;
                 launch(execute::write(slot, request, buffer, durability)).await;
@@ -334,8 +338,8 @@ async fn receive_one<R: AsyncRead + Unpin>(
     Ok(None)
 }
 
-/// Length of the first piece of a range.
-fn first_piece(connection: &Connection, at: u64, end: u64) -> u32 {
+/// Length of the first piece of what is left of a range.
+fn next_piece(connection: &Connection, at: u64, end: u64) -> u32 {
     // It fits 32 bits by the bound on its size.
     u32::try_from(piece_end(at, end, connection.piece) - at).unwrap_or(u32::MAX)
 }
@@ -361,16 +365,18 @@ async fn long_write<R: AsyncRead + Unpin>(
         }
         let permit = match next_permit.take() {
             Some(permit) => permit,
-            None => line.next(connection.cost(first_piece(&connection, at, end))).await,
+            None => line.next(connection.cost(next_piece(&connection, at, end))).await,
         };
         let next = piece_end(at, piece_end(at, end, connection.piece), permit.bytes());
         let bytes = usize::try_from(next - at).unwrap_or(usize::MAX);
+        if next == end {
+            line.leave();
+        }
         let mut buffer = charged(connection.device.buffer(at, bytes), permit);
         intake.payload((*buffer).as_mut()).await?;
         launch(write.clone().piece(at, buffer)).await;
         at = next;
     }
-    write.arrived();
     launch(write.conclude()).await;
     Ok(())
 }

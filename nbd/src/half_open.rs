@@ -1,4 +1,5 @@
-//! The connections of a listener that are still in the handshake: so many, and one more closes the oldest.
+//! Connections that are still in the handshake: so many of a listener and so many of the process, and one more closes the
+//! oldest.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -7,7 +8,7 @@ use tokio::sync::Notify;
 
 /// See the module.
 #[derive(Debug)]
-pub(super) struct HalfOpen {
+pub(crate) struct HalfOpen {
     limit: usize,
     state: Mutex<State>,
 }
@@ -19,12 +20,12 @@ struct State {
 }
 
 impl HalfOpen {
-    pub(super) fn new(limit: usize) -> Arc<Self> {
+    pub(crate) fn new(limit: usize) -> Arc<Self> {
         Arc::new(Self { limit: limit.max(1), state: Mutex::default() })
     }
 
     /// Counts a new connection, at the price of the oldest one if there are too many.
-    pub(super) fn enter(self: &Arc<Self>) -> Handshaking {
+    fn enter(self: &Arc<Self>) -> HalfOpened {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         while state.waiting.len() >= self.limit {
             if let Some((_, oldest)) = state.waiting.pop_first() {
@@ -34,26 +35,47 @@ impl HalfOpen {
         let (id, evicted) = (state.next, Arc::<Notify>::default());
         state.next += 1;
         state.waiting.insert(id, evicted.clone());
-        Handshaking { among: self.clone(), id, evicted }
+        HalfOpened { among: self.clone(), id, evicted }
     }
 }
 
-/// One of them, until dropped.
+/// A connection that counts for its listener and for its process, until dropped.
 #[derive(Debug)]
-pub(super) struct Handshaking {
+pub(crate) struct Handshaking {
+    of_listener: HalfOpened,
+    of_process: HalfOpened,
+}
+
+impl Handshaking {
+    /// Counts a new connection in both.
+    pub(crate) fn new(listener: &Arc<HalfOpen>, process: &Arc<HalfOpen>) -> Self {
+        Self { of_listener: listener.enter(), of_process: process.enter() }
+    }
+
+    /// Waits until this connection has to make room for another one.
+    pub(crate) async fn evicted(&self) {
+        tokio::select! {
+            () = self.of_listener.evicted() => {}
+            () = self.of_process.evicted() => {}
+        }
+    }
+}
+
+/// One of those counted.
+#[derive(Debug)]
+struct HalfOpened {
     among: Arc<HalfOpen>,
     id: u64,
     evicted: Arc<Notify>,
 }
 
-impl Handshaking {
-    /// Waits until this connection has to make room.
-    pub(super) async fn evicted(&self) {
+impl HalfOpened {
+    async fn evicted(&self) {
         self.evicted.notified().await;
     }
 }
 
-impl Drop for Handshaking {
+impl Drop for HalfOpened {
     fn drop(&mut self) {
         self.among.state.lock().unwrap_or_else(PoisonError::into_inner).waiting.remove(&self.id);
     }
