@@ -89,7 +89,7 @@ impl Scrape {
         page.gauge("nbd_requests_in_flight", "NBD requests received and not over", counts.in_flight())?;
         page.counters(
             "nbd_bytes",
-            "Bytes that clients read, and bytes that exports took as written, zeroed or trimmed",
+            "Bytes read for clients, and bytes that exports took as written, zeroed or trimmed",
             "kind",
             [
                 ("read", counts.bytes_read),
@@ -107,7 +107,7 @@ impl Scrape {
         page.counter("nbd_extents", "Extents told in answer to BLOCK_STATUS", counts.extents)?;
         page.counter(
             "nbd_writes_without_payload_flag",
-            "WRITEs with an extended header that lacked the flag PAYLOAD_LEN; they were served",
+            "WRITEs with an extended header that lacked the flag PAYLOAD_LEN; it is done without",
             counts.writes_without_payload_flag,
         )
     }
@@ -127,7 +127,7 @@ impl Scrape {
         page.counter("nbd_connections_opened", "Connections that got as far as an open export", exports.accepted)?;
         page.counters(
             "nbd_connections_refused",
-            "Connections turned away because there were enough: of the export, of the process, \
+            "Refusals of connections because there were enough: of the export, of the process, \
              and of the process without being told why",
             "kind",
             [("export", exports.refused), ("process", listeners.refused), ("untold", listeners.dropped)],

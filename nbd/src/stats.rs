@@ -133,7 +133,7 @@ pub struct Counts {
     /// Extents told in answer to BLOCK_STATUS.
     pub extents: u64,
     /// WRITEs with an extended header and without the flag PAYLOAD_LEN, which the protocol demands and some clients leave
-    /// out; they are served.
+    /// out; it is done without.
     pub writes_without_payload_flag: u64,
     /// Requests answered with an error, in the order of [`ErrorKind::ALL`].
     pub errors: [u64; ErrorKind::ALL.len()],
@@ -302,7 +302,7 @@ pub struct Snapshot {
     pub connections: u64,
     /// Connections that ever reached the transmission phase.
     pub accepted: u64,
-    /// Connections turned away because the export had enough of them.
+    /// Times that a connection was turned away because the export had enough of them; it may try again.
     pub refused: u64,
     /// Connections closed because the peer stalled in the middle of something.
     pub stalled: u64,
