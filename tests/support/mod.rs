@@ -6,7 +6,7 @@
 use std::path::Path;
 
 use blockyard::config::{Config, Environment};
-use blockyard::serve::Service;
+use blockyard::serve::{Service, StartError};
 use reqwest::{Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -81,6 +81,20 @@ pub fn config(folder: &Path, toml: &str) -> Config {
     Config::from_toml(toml, Path::new("test.toml"), &environment).unwrap()
 }
 
+/// Starts a service. The lock on its folder may outlive the service that stopped before by a moment: a program that another test
+/// of this process is starting has all open files until it runs.
+async fn start_unless_in_use(config: Config) -> Service {
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    loop {
+        match Service::start(config.clone()).await {
+            Err(StartError::StateInUse { .. }) if std::time::Instant::now() < deadline => {
+                tokio::task::yield_now().await
+            }
+            started => return started.unwrap(),
+        }
+    }
+}
+
 impl TestService {
     pub async fn start() -> Self {
         Self::start_with("").await
@@ -96,7 +110,7 @@ impl TestService {
         let toml = toml.replace("{folder}", folder.path().to_str().unwrap());
         let config = config(folder.path(), &toml);
         let token_file = config.token_file();
-        let service = Service::start(config).await.unwrap();
+        let service = start_unless_in_use(config).await;
         let token = std::fs::read_to_string(token_file).unwrap_or_default().trim().to_owned();
         Self { service, token, folder }
     }
