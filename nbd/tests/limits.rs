@@ -199,6 +199,7 @@ async fn half_open_connections_count_over_all_listeners_also_while_they_are_hear
     let mut options = options();
     options.budget = Budget::new(&BudgetLimits { half_open: 2, ..BudgetLimits::default() });
     options.limits.linger = Duration::from_secs(3600);
+    options.limits.linger_bytes = u64::MAX;
     options.limits.handshake_deadline = Duration::from_secs(3600);
     let one = Served::with(Disk::new(NAME, MIB, Mem::new(MIB)), options.clone()).await;
     let two = Served::with(Disk::new(NAME, MIB, Mem::new(MIB)), options).await;
