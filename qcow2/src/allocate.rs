@@ -71,6 +71,13 @@ impl Allocator {
         Ok(offset)
     }
 
+    /// Whether `clusters` clusters are reserved already, with an L2 table for each.
+    pub(crate) fn has_ahead(&self, clusters: u64) -> bool {
+        let state = lock(&self.state);
+        let end = state.next.saturating_add(2 * clusters * self.geometry.cluster_size());
+        !state.can_reserve || end + self.refcount_bytes(end) <= state.reserved
+    }
+
     /// A mistake that tests make: the cluster at `host` is handed out next.
     pub(crate) fn reuse(&self, host: u64) {
         lock(&self.state).next = host;

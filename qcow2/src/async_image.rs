@@ -1,6 +1,8 @@
-//! An image for asynchronous callers: each operation runs to its end on tokio's threads for blocking work.
+//! An image for asynchronous callers: each operation runs to its end on tokio's threads for blocking work, but for writes that
+//! find all they need in memory: handing them to another thread would cost several times what they do.
 
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 
 use tokio::sync::Semaphore;
@@ -9,6 +11,7 @@ use crate::buffer::{Buffer, BufferPool};
 use crate::check::CheckReport;
 use crate::error::{Error, Result};
 use crate::image::{Durability, Extent, Image, OpenOptions, ZeroMode};
+use crate::payload::Piece;
 use crate::sync::Arc;
 
 /// Operations of one image that run at once: writes end in memory, so few are enough; reads and flushes wait for the disk.
@@ -99,7 +102,15 @@ impl AsyncImage {
     where
         B: AsRef<[u8]> + Send + Sync + 'static,
     {
-        self.run(move |image| image.write_owned(offset, buffer, durability)).await
+        let length = buffer.as_ref().len() as u64;
+        // Before the turn: whoever has a turn has all the memory that it needs, and waits for the disk alone.
+        let share = self.image.room(offset, length).await?;
+        let data = Piece::in_room(buffer, share);
+        if durability == Durability::OnFlush && self.image.write_is_quick(offset, length) {
+            let write = AssertUnwindSafe(|| self.image.write_piece(offset, &data, durability));
+            return catch_unwind(write).unwrap_or(Err(Error::Panicked));
+        }
+        self.run(move |image| image.write_piece(offset, &data, durability)).await
     }
 
     /// As [`Image::zero`].

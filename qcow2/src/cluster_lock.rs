@@ -60,6 +60,11 @@ impl ClusterLocks {
         self.claim(first, last, Mode::Exclusive)
     }
 
+    /// Whether nobody has or waits for any of the clusters `first..=last`.
+    pub(crate) fn are_free(&self, first: u64, last: u64) -> bool {
+        !lock(&self.queue).claims.iter().any(|claim| claim.first <= last && first <= claim.last)
+    }
+
     fn claim(&self, first: u64, last: u64, mode: Mode) -> ClusterGuard<'_> {
         let mut queue = lock(&self.queue);
         let id = queue.next_id;

@@ -11,7 +11,7 @@
 //! Inside, from the top down: `image` (one file per operation) uses `tables` (the mapping in memory), `allocate` (host
 //! space), `write_behind` (payload on its way), `references` and `refcounts` (who owns what), `backing` (the layers below),
 //! all over `storage` (the file) and `format` (bytes and values, pure).
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 /// Whether a deliberate mistake is alive; never, but in builds that are there to test the tests (`mutants.rs`).
 #[cfg(not(feature = "mutants"))]

@@ -1,6 +1,7 @@
 //! Payload on its way to the file: memory that several owners read, and parts of it.
 
 use std::fmt;
+use std::io::IoSlice;
 use std::ops::Range;
 
 use crate::room::Share;
@@ -58,5 +59,34 @@ impl Piece {
 impl fmt::Debug for Piece {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.debug_struct("Piece").field("range", &self.range).finish_non_exhaustive()
+    }
+}
+
+/// Bytes that go to the file in one write, one piece behind the other. Clones are the same bytes.
+#[derive(Clone, Debug)]
+pub struct Payload(Arc<Vec<Piece>>);
+
+impl Payload {
+    pub(crate) fn new(pieces: Vec<Piece>) -> Self {
+        Self(Arc::new(pieces))
+    }
+
+    pub(crate) fn pieces(&self) -> &[Piece] {
+        &self.0
+    }
+
+    /// In bytes.
+    pub fn len(&self) -> u64 {
+        self.0.iter().map(Piece::len).sum()
+    }
+
+    /// Whether there are no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The bytes. They stay where they are, unchanged, as long as any clone of this lives.
+    pub fn slices(&self) -> Vec<IoSlice<'_>> {
+        self.0.iter().map(|piece| IoSlice::new(piece.bytes())).collect()
     }
 }

@@ -4,6 +4,7 @@
 //! Room is waited for before a request claims anything else, so whoever waits here stands in nobody's way.
 
 use std::collections::VecDeque;
+use std::task::{Poll, Waker};
 
 use crate::sync::{Arc, Condvar, Mutex, lock, wait};
 
@@ -19,8 +20,16 @@ const PAGE: u64 = 4096;
 struct State {
     /// `held <= BUDGET_BYTES`, but for one request alone and for the filling of those under way.
     held: u64,
-    /// Who waits, in the order in which they came: only the first is ever woken.
-    line: VecDeque<Arc<Condvar>>,
+    /// Who waits, in the order in which they came, by number: only the first is ever woken.
+    line: VecDeque<(u64, Waiting)>,
+    last_number: u64,
+}
+
+#[derive(Debug)]
+enum Waiting {
+    Thread(Arc<Condvar>),
+    /// `None` until it is polled.
+    Task(Option<Waker>),
 }
 
 impl State {
@@ -28,9 +37,22 @@ impl State {
         self.held == 0 || self.held + bytes <= BUDGET_BYTES || mutant!("room_for_all")
     }
 
-    fn wake_first(&self) {
-        if let Some(first) = self.line.front() {
-            first.notify_one();
+    /// Takes a place at the end of the line; its number.
+    fn stand_in_line(&mut self, waiting: Waiting) -> u64 {
+        self.last_number += 1;
+        self.line.push_back((self.last_number, waiting));
+        self.last_number
+    }
+
+    fn is_first(&self, number: u64) -> bool {
+        self.line.front().is_some_and(|(first, _)| *first == number)
+    }
+
+    fn wake_first(&mut self) {
+        match self.line.front_mut() {
+            Some((_, Waiting::Thread(condvar))) => condvar.notify_one(),
+            Some((_, Waiting::Task(waker))) => waker.take().into_iter().for_each(Waker::wake),
+            None => {}
         }
     }
 }
@@ -46,28 +68,89 @@ impl Room {
     pub(crate) fn take(self: &Arc<Self>, length: u64) -> Share {
         let bytes = cost(length);
         let mut state = lock(&self.state);
-        let has_line = !state.line.is_empty() && !mutant!("room_passed_by");
-        if has_line || !state.fits(bytes) {
+        if self.has_line(&state) || !state.fits(bytes) {
             let mine = Arc::new(Condvar::new());
-            state.line.push_back(mine.clone());
-            while !state.line.front().is_some_and(|first| Arc::ptr_eq(first, &mine)) || !state.fits(bytes) {
+            let number = state.stand_in_line(Waiting::Thread(mine.clone()));
+            while !state.is_first(number) || !state.fits(bytes) {
                 state = wait(&mine, state);
             }
-            state.line.pop_front();
-            if !mutant!("room_wakes_one") {
-                state.wake_first();
-            }
+            self.step_forward(&mut state);
         }
+        self.share(&mut state, bytes)
+    }
+
+    /// As [`Room::take`], for a task.
+    ///
+    /// # Cancellation
+    /// Its place in the line is given up.
+    pub(crate) async fn take_as_task(self: &Arc<Self>, length: u64) -> Share {
+        let bytes = cost(length);
+        let mut place = {
+            let mut state = lock(&self.state);
+            if !self.has_line(&state) && state.fits(bytes) {
+                return self.share(&mut state, bytes);
+            }
+            Place { room: self, number: Some(state.stand_in_line(Waiting::Task(None))) }
+        };
+        std::future::poll_fn(|context| place.poll(bytes, context.waker())).await
+    }
+
+    fn has_line(&self, state: &State) -> bool {
+        !state.line.is_empty() && !mutant!("room_passed_by")
+    }
+
+    /// The first in line leaves it with what it wanted.
+    fn step_forward(&self, state: &mut State) {
+        state.line.pop_front();
+        if !mutant!("room_wakes_one") {
+            state.wake_first();
+        }
+    }
+
+    fn share(self: &Arc<Self>, state: &mut State, bytes: u64) -> Share {
         state.held += bytes;
-        drop(state);
         Share { room: self.clone(), bytes }
     }
 
     /// For what a request that has its room turns out to need beside its payload, at most a few clusters: at once.
     pub(crate) fn add(self: &Arc<Self>, length: u64) -> Share {
-        let bytes = cost(length);
-        lock(&self.state).held += bytes;
-        Share { room: self.clone(), bytes }
+        self.share(&mut lock(&self.state), cost(length))
+    }
+}
+
+/// A task's place in the line.
+struct Place<'a> {
+    room: &'a Arc<Room>,
+    /// `None` once it has its room.
+    number: Option<u64>,
+}
+
+impl Place<'_> {
+    fn poll(&mut self, bytes: u64, waker: &Waker) -> Poll<Share> {
+        let mut state = lock(&self.room.state);
+        if self.number.is_some_and(|number| state.is_first(number)) && state.fits(bytes) {
+            self.number = None;
+            self.room.step_forward(&mut state);
+            return Poll::Ready(self.room.share(&mut state, bytes));
+        }
+        let mine = state.line.iter_mut().find(|(number, _)| Some(*number) == self.number);
+        if let Some((_, waiting)) = mine {
+            *waiting = Waiting::Task(Some(waker.clone()));
+        }
+        Poll::Pending
+    }
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        if let Some(number) = self.number {
+            let mut state = lock(&self.room.state);
+            let was_first = state.is_first(number);
+            state.line.retain(|(other, _)| *other != number);
+            if was_first {
+                state.wake_first();
+            }
+        }
     }
 }
 

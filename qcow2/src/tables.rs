@@ -116,6 +116,10 @@ pub(crate) struct TableView<'a> {
     l1_index: usize,
 }
 
+/// A table must be read first.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct NotHere;
+
 /// What a flush has to write for one table.
 #[derive(Debug)]
 pub(crate) struct TableClone {
@@ -167,6 +171,19 @@ impl Tables {
             let table = read?;
             self.evict(&mut state);
             state.tables.insert(l1_index, table);
+        }
+    }
+
+    /// As [`Tables::view`], without reading it: `Err` if it is not here.
+    pub(crate) fn glance(&self, l1_index: usize) -> std::result::Result<Option<TableView<'_>>, NotHere> {
+        let state = lock(&self.state);
+        if state.l1.get(l1_index) == 0 {
+            return Ok(None);
+        }
+        if state.tables.contains_key(&l1_index) {
+            Ok(Some(TableView { tables: self, state, l1_index }))
+        } else {
+            Err(NotHere)
         }
     }
 

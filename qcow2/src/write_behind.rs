@@ -1,27 +1,36 @@
 //! Payload between the moment it is acknowledged and the moment it is in the file: bounded, merged, and visible to readers
 //! all the while.
 //!
-//! A few threads per image write it. Two runs here never share a block ([`Storage::block_size`]): whoever brings one that
+//! One thread per image keeps many writes under way where the storage can ([`Storage::queue`]), a few threads write where it
+//! cannot. They begin when there is enough for the effort, or when somebody waits. Two runs here never share a block ([`Storage::block_size`]): whoever brings one that
 //! does waits until the older is in the file, so that writes of a block reach it in the order in which they were issued. A
 //! flush waits for what was brought before it ([`WriteBehind::drain`]). The first failed write poisons the image, and what
 //! it held is unreadable from then on.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::IoSlice;
+use std::time::Duration;
 
 use crate::error::{Error, Result};
-use crate::payload::Piece;
+use crate::payload::{Payload, Piece};
 use crate::poison::Poison;
-use crate::storage::Storage;
+use crate::storage::{Storage, WriteQueue};
 use crate::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use crate::sync::thread::{self, JoinHandle};
-use crate::sync::{Arc, Condvar, Mutex, MutexGuard, lock, wait};
+use crate::sync::{Arc, Condvar, Mutex, MutexGuard, lock, wait, wait_timeout};
 
-/// Threads that write, per image: one would leave the disk idle while it comes back for more. (A guess; to be measured with
-/// the write path.)
+/// Threads that write, per image, where the storage takes one write per thread: one would leave the disk idle while it
+/// comes back for more.
 const WORKERS: usize = 2;
-/// The longest run that neighbouring payload is merged into. (A guess, as above: beyond it disks gain little.)
-const RUN_BYTES: u64 = 2 << 20;
+/// The longest run that neighbouring payload is merged into. (`docs/performance.md`, "Run length".)
+const RUN_BYTES: u64 = 1 << 20;
+/// Bytes under way at once in a queue, except for one run alone.
+const UNDER_WAY_BYTES: u64 = 8 << 20;
+/// Idle threads begin when so much waits, or so many writes, or somebody waits for one, or the first has waited so long:
+/// waking a thread for each small write would cost more than the write. (`docs/performance.md`, "Late start".)
+const START_BYTES: u64 = 256 << 10;
+const START_WRITES: usize = 64;
+const START_AFTER: Duration = Duration::from_millis(5);
 /// One run in so many is the oldest, wherever it lies.
 const OLDEST_EVERY: u64 = 4;
 
@@ -35,12 +44,10 @@ struct Run {
 }
 
 impl Run {
-    /// For a mistake that tests make: whether a range lies in the first or the last piece, as the filling around a payload
-    /// does. `at`: where the run begins.
-    fn has_edge(&self, at: u64, offset: u64, length: u64) -> bool {
-        let (Some(head), Some(tail)) = (self.pieces.first(), self.pieces.last()) else { return false };
-        let in_head = offset > at && offset + length <= at + head.len();
-        self.pieces.len() > 1 && (in_head || offset >= at + self.length - tail.len())
+    /// Takes in what lies behind it. It keeps the id of its oldest write: a flush that waits for that one waits for all.
+    fn append(&mut self, length: u64, pieces: Vec<Piece>) {
+        self.length += length;
+        self.pieces.extend(pieces);
     }
 }
 
@@ -50,7 +57,7 @@ struct State {
     block_size: u64,
     /// Runs by host offset: those that wait, and those that somebody is writing. No two share a block.
     queued: BTreeMap<u64, Run>,
-    submitted: BTreeMap<u64, Arc<Run>>,
+    submitted: BTreeMap<u64, Submitted>,
     /// `id` and host offset of every run above.
     ids: BTreeMap<u64, u64>,
     last_id: u64,
@@ -59,10 +66,21 @@ struct State {
     /// Where the last run taken ended: the next is the first one behind it.
     cursor: u64,
     taken: u64,
+    /// Payload bytes in `queued`, and writes that were brought since it was last empty.
+    queued_bytes: u64,
+    queued_writes: usize,
     idle_workers: usize,
     /// Threads that wait for a run to leave.
     waiting: usize,
     is_stopping: bool,
+}
+
+/// A run that somebody is writing.
+#[derive(Clone, Debug)]
+struct Submitted {
+    length: u64,
+    id: u64,
+    payload: Payload,
 }
 
 #[derive(Debug)]
@@ -91,14 +109,22 @@ impl State {
     /// Whether a run shares a block with the range.
     fn is_taken(&self, offset: u64, length: u64) -> bool {
         let (start, end) = self.blocks(offset, length);
-        let overlaps = |(at, run): (u64, &Run)| {
-            let (first, last) = self.blocks(at, run.length);
-            first < end && start < last && !(mutant!("filling_no_overlap") && run.has_edge(at, offset, length))
+        let overlaps = |at: u64, run_length: u64, pieces: &[Piece]| {
+            let (first, last) = self.blocks(at, run_length);
+            let is_edge = mutant!("filling_no_overlap") && has_edge(at, run_length, pieces, offset, length);
+            first < end && start < last && !is_edge
         };
         // Runs are sorted and apart: only the last one that begins before the end can reach into the range.
-        let queued = self.queued.range(..end).next_back().map(|(at, run)| (*at, run));
-        let submitted = self.submitted.range(..end).next_back().map(|(at, run)| (*at, &**run));
-        queued.into_iter().chain(submitted).any(overlaps)
+        let queued = self.queued.range(..end).next_back();
+        let submitted = self.submitted.range(..end).next_back();
+        queued.is_some_and(|(at, run)| overlaps(*at, run.length, &run.pieces))
+            || submitted.is_some_and(|(at, run)| overlaps(*at, run.length, run.payload.pieces()))
+    }
+
+    /// Whether there is reason to write now.
+    fn is_due(&self) -> bool {
+        !self.queued.is_empty()
+            && (self.waiting > 0 || self.queued_bytes >= START_BYTES || self.queued_writes >= START_WRITES)
     }
 
     /// A mistake that tests make: newer payload replaces what waits, also what a flush has promised to write.
@@ -121,37 +147,62 @@ impl State {
 
     fn queue(&mut self, offset: u64, length: u64, pieces: Vec<Piece>) {
         let id = self.new_id();
+        self.queued_bytes += length;
+        self.queued_writes += 1;
         if let Some((at, before)) = self.queued.range_mut(..offset).next_back()
             && at + before.length == offset
             && before.length + length <= RUN_BYTES
         {
-            // The run keeps the id of its oldest write: a flush that waits for that one waits for all of it.
             if mutant!("merged_as_new") {
                 self.ids.remove(&before.id);
                 self.ids.insert(id, *at);
                 before.id = id;
             }
-            before.length += length;
-            before.pieces.extend(pieces);
+            before.append(length, pieces);
             return;
         }
         self.ids.insert(id, offset);
         self.queued.insert(offset, Run { length, id, pieces });
     }
 
-    /// The next run to write, now submitted: in the order of the file, but now and then the oldest, which a stream that
-    /// always goes on behind the cursor would keep waiting for ever, with everybody who waits for it.
-    fn take(&mut self) -> Option<(u64, Arc<Run>)> {
+    /// The next run to write, now submitted, and how many runs went into it: in the order of the file, but now and then the
+    /// oldest, which a stream that always goes on behind the cursor would keep waiting for ever, with everybody who waits
+    /// for it.
+    fn take(&mut self) -> Option<(u64, Payload, usize)> {
         self.taken += 1;
         let is_queued = |offset: &&u64| self.queued.contains_key(offset);
         let oldest = if self.taken.is_multiple_of(OLDEST_EVERY) { self.ids.values().find(is_queued) } else { None };
         let next = oldest.or_else(|| self.queued.range(self.cursor..).map(|(offset, _)| offset).next());
         let offset = *next.or_else(|| self.queued.keys().next())?;
-        let run = Arc::new(self.queued.remove(&offset)?);
+        let mut run = self.queued.remove(&offset)?;
+        let mut merged = 1;
+        while let Some(next) = self.queued.get(&(offset + run.length))
+            && run.length + next.length <= RUN_BYTES
+            && let Some(Run { length, id, pieces }) = self.queued.remove(&(offset + run.length))
+        {
+            self.ids.remove(&run.id.max(id));
+            run.id = run.id.min(id);
+            run.append(length, pieces);
+            merged += 1;
+        }
+        self.ids.insert(run.id, offset);
         self.cursor = offset + run.length;
-        self.submitted.insert(offset, run.clone());
-        Some((offset, run))
+        self.queued_bytes -= run.length;
+        if self.queued.is_empty() {
+            self.queued_writes = 0;
+        }
+        let payload = Payload::new(run.pieces);
+        self.submitted.insert(offset, Submitted { length: run.length, id: run.id, payload: payload.clone() });
+        Some((offset, payload, merged))
     }
+}
+
+/// For a mistake that tests make: whether a range lies in the first or the last piece of a run, as the filling around a
+/// payload does. `at`: where the run begins.
+fn has_edge(at: u64, run_length: u64, pieces: &[Piece], offset: u64, length: u64) -> bool {
+    let (Some(head), Some(tail)) = (pieces.first(), pieces.last()) else { return false };
+    let in_head = offset > at && offset + length <= at + head.len();
+    pieces.len() > 1 && (in_head || offset >= at + run_length - tail.len())
 }
 
 impl Shared {
@@ -173,6 +224,9 @@ impl Shared {
     /// Waits until a run has left.
     fn wait_for_one<'a>(&self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
         state.waiting += 1;
+        if state.idle_workers > 0 && !state.queued.is_empty() {
+            self.work.notify_all();
+        }
         state = wait(&self.done, state);
         state.waiting -= 1;
         state
@@ -196,42 +250,103 @@ impl Shared {
         }
     }
 
-    fn work(&self) {
+    /// The next run to write, once there is reason to; `None` at the end.
+    fn next(&self) -> Option<(u64, Payload)> {
         let mut state = lock(&self.state);
-        loop {
-            if state.is_stopping {
-                return;
+        let mut is_late = false;
+        while !state.is_stopping {
+            if (is_late || state.is_due())
+                && let Some(next) = self.take(&mut state)
+            {
+                return Some(next);
             }
-            let Some((offset, run)) = state.take() else {
-                state.idle_workers += 1;
-                state = wait(&self.work, state);
-                state.idle_workers -= 1;
-                continue;
+            state.idle_workers += 1;
+            (state, is_late) = if state.queued.is_empty() {
+                (wait(&self.work, state), false)
+            } else {
+                wait_timeout(&self.work, state, START_AFTER)
             };
-            drop(state);
-            let mut submitted = Submitted { shared: self, offset, is_written: false };
-            submitted.is_written = match self.storage.write(offset, &mut slices(&run.pieces)) {
-                Ok(()) => true,
-                Err(_) if mutant!("failed_payload_ignored") => true,
-                Err(source) => {
-                    self.poison.by(Error::io("write", offset)(source));
-                    false
+            state.idle_workers -= 1;
+        }
+        None
+    }
+
+    /// A run to write, if there is one.
+    fn take(&self, state: &mut State) -> Option<(u64, Payload)> {
+        let (offset, payload, merged) = state.take()?;
+        self.present.fetch_sub(merged - 1, Ordering::Release);
+        Some((offset, payload))
+    }
+
+    /// A run to write together with `under_way` bytes that are being written, if there is one and it is not the end.
+    fn next_beside(&self, under_way: u64) -> Option<(u64, Payload)> {
+        if under_way >= UNDER_WAY_BYTES {
+            return None;
+        }
+        let mut state = lock(&self.state);
+        if state.is_stopping { None } else { self.take(&mut state) }
+    }
+
+    /// Writes run by run.
+    fn work(&self) {
+        while let Some((offset, payload)) = self.next() {
+            let mut writing = Writing { shared: self, offset, is_written: false };
+            writing.end(self.storage.write(offset, &mut payload.slices()));
+        }
+    }
+
+    /// Keeps a queue filled.
+    fn work_with(&self, mut queue: Box<dyn WriteQueue>) {
+        // By offset: no two runs under way begin at the same.
+        let mut under_way: HashMap<u64, (Writing<'_>, u64)> = HashMap::new();
+        let mut bytes = 0;
+        let mut ended = Vec::new();
+        loop {
+            let next = if under_way.is_empty() { self.next() } else { self.next_beside(bytes) };
+            let is_full = match next {
+                Some((offset, payload)) => {
+                    let length = payload.len();
+                    bytes += length;
+                    under_way.insert(offset, (Writing { shared: self, offset, is_written: false }, length));
+                    queue.begin(offset, payload)
                 }
+                None if under_way.is_empty() => return,
+                None => true,
             };
-            drop(submitted);
-            state = lock(&self.state);
+            if !is_full {
+                continue;
+            }
+            queue.wait(&mut ended);
+            for (offset, result) in ended.drain(..) {
+                if let Some((mut writing, length)) = under_way.remove(&offset) {
+                    bytes -= length;
+                    writing.end(result);
+                }
+            }
         }
     }
 }
 
 /// A run that is being written: leaves, as written or as lost, whatever happens.
-struct Submitted<'a> {
+struct Writing<'a> {
     shared: &'a Shared,
     offset: u64,
     is_written: bool,
 }
 
-impl Drop for Submitted<'_> {
+impl Writing<'_> {
+    fn end(&mut self, result: std::io::Result<()>) {
+        match result {
+            Ok(()) => self.is_written = true,
+            Err(_) if mutant!("failed_payload_ignored") => self.is_written = true,
+            Err(source) => {
+                self.shared.poison.by(Error::io("write", self.offset)(source));
+            }
+        }
+    }
+}
+
+impl Drop for Writing<'_> {
     fn drop(&mut self) {
         if !self.is_written {
             // After a failed write the poison is set already; this is for a panic on the way.
@@ -254,7 +369,17 @@ impl WriteBehind {
         let mut workers = lock(&self.workers);
         while workers.len() < WORKERS {
             let shared = self.shared.clone();
-            match thread::Builder::new().name("write-behind".into()).spawn(move || shared.work()) {
+            let queue = if workers.is_empty() { shared.storage.clone().queue() } else { None };
+            let has_queue = queue.is_some();
+            let work = move || match queue {
+                Some(queue) => shared.work_with(queue),
+                None => shared.work(),
+            };
+            match thread::Builder::new().name("write-behind".into()).spawn(work) {
+                Ok(worker) if has_queue => {
+                    workers.push(worker);
+                    break;
+                }
                 Ok(worker) => workers.push(worker),
                 // One is enough to get on.
                 Err(_) if !workers.is_empty() => break,
@@ -275,7 +400,8 @@ impl WriteBehind {
         if state.queued.len() > before {
             self.shared.present.fetch_add(1, Ordering::Release);
         }
-        let wake = state.idle_workers > 0;
+        // An idle worker that has nothing at all waits without a deadline.
+        let wake = state.idle_workers > 0 && (state.is_due() || state.queued_writes == 1);
         drop(state);
         if wake {
             self.shared.work.notify_one();
@@ -283,22 +409,27 @@ impl WriteBehind {
         Ok(())
     }
 
+    /// Whether [`WriteBehind::put`] would not wait.
+    pub(crate) fn is_free(&self, offset: u64, length: u64) -> bool {
+        self.is_idle() || !lock(&self.shared.state).is_taken(offset, length)
+    }
+
     /// Writes payload in the calling thread, so that it is durable by itself, in its turn among the writes of its blocks.
     pub(crate) fn write_durable(&self, offset: u64, piece: &Piece) -> Result<()> {
         let mut state = self.shared.admit(offset, piece.len())?;
         let id = state.new_id();
         state.ids.insert(id, offset);
-        let run = Run { length: piece.len(), id, pieces: vec![piece.clone()] };
-        state.submitted.insert(offset, Arc::new(run));
+        let payload = Payload::new(vec![piece.clone()]);
+        state.submitted.insert(offset, Submitted { length: piece.len(), id, payload });
         self.shared.present.fetch_add(1, Ordering::Release);
         drop(state);
-        let mut submitted = Submitted { shared: &self.shared, offset, is_written: false };
+        let mut writing = Writing { shared: &self.shared, offset, is_written: false };
         let written = if mutant!("fua_as_plain_write") {
-            self.shared.storage.write(offset, &mut slices(std::slice::from_ref(piece)))
+            self.shared.storage.write(offset, &mut [IoSlice::new(piece.bytes())])
         } else {
-            self.shared.storage.write_durable(offset, &mut slices(std::slice::from_ref(piece)))
+            self.shared.storage.write_durable(offset, &mut [IoSlice::new(piece.bytes())])
         };
-        submitted.is_written = written.is_ok();
+        writing.is_written = written.is_ok();
         written.map_err(|source| self.shared.poison.by(Error::io("write", offset)(source)))
     }
 
@@ -358,9 +489,9 @@ impl WriteBehind {
             return Err(Error::io("read", offset)(lost));
         }
         let mut found = Vec::new();
-        let mut collect = |at: u64, run: &Run| {
+        let mut collect = |at: u64, pieces: &[Piece]| {
             let mut at = at;
-            for piece in &run.pieces {
+            for piece in pieces {
                 if at < end && offset < at + piece.len() {
                     found.push((at, piece.clone()));
                 }
@@ -369,8 +500,8 @@ impl WriteBehind {
             // Runs further down end before this one begins.
             at > offset
         };
-        let _ = state.queued.range(..end).rev().all(|(at, run)| collect(*at, run));
-        let _ = state.submitted.range(..end).rev().all(|(at, run)| collect(*at, run));
+        let _ = state.queued.range(..end).rev().all(|(at, run)| collect(*at, &run.pieces));
+        let _ = state.submitted.range(..end).rev().all(|(at, run)| collect(*at, run.payload.pieces()));
         Ok(found)
     }
 
@@ -409,10 +540,6 @@ impl Drop for WriteBehind {
     }
 }
 
-fn slices(pieces: &[Piece]) -> Vec<IoSlice<'_>> {
-    pieces.iter().map(|piece| IoSlice::new(piece.bytes())).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -432,7 +559,7 @@ mod tests {
         state.queue(0, 4096, payload());
         let taken = (0..100).find(|_| {
             append(&mut state);
-            state.take().is_some_and(|(offset, _)| offset == 0)
+            state.take().is_some_and(|(offset, ..)| offset == 0)
         });
         assert!(taken.is_some(), "not written while 100 newer runs were");
     }

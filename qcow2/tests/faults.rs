@@ -58,10 +58,10 @@ fn faults_at(kind: Kind, call: u64) -> impl Iterator<Item = Fault> {
 }
 
 /// Runs a workload with these faults and judges everything that can be seen. Returns whether a fault happened.
-fn run(workload: &Workload, prepared: &Prepared, faults: &[Fault]) -> bool {
-    let context = format!("{}, {faults:?}", workload.name);
+fn run(workload: &Workload, prepared: &Prepared, faults: &[Fault], has_queue: bool) -> bool {
+    let context = format!("{}, queue: {has_queue}, {faults:?}", workload.name);
     let disk = Arc::new(VolatileDisk::new(prepared.image.clone()));
-    let mut guest = prepared.guest(disk.clone(), faults);
+    let mut guest = prepared.guest(disk.clone(), faults, has_queue);
     let outcome = (workload.run)(&mut guest);
     let failures = guest.storage.failures();
     if failures.is_empty() {
@@ -97,12 +97,12 @@ fn run(workload: &Workload, prepared: &Prepared, faults: &[Fault]) -> bool {
 /// How often each kind is called when nothing fails.
 fn calls(workload: &Workload, prepared: &Prepared) -> Vec<(Kind, u64)> {
     let disk = Arc::new(VolatileDisk::new(prepared.image.clone()));
-    let mut guest = prepared.guest(disk, &[]);
+    let mut guest = prepared.guest(disk, &[], false);
     (workload.run)(&mut guest).unwrap();
     KINDS.into_iter().map(|kind| (kind, guest.storage.calls(kind))).collect()
 }
 
-/// Runs cases on all cores; returns how many of them met their faults.
+/// Runs cases on all cores, half of them with a queue; returns how many of them met their faults.
 fn run_all(workload: &'static Workload, cases: Vec<Vec<Fault>>) -> usize {
     let prepared = Arc::new(prepare(workload.start));
     let (next, met) = (AtomicUsize::new(0), AtomicUsize::new(0));
@@ -115,7 +115,9 @@ fn run_all(workload: &'static Workload, cases: Vec<Vec<Fault>>) -> usize {
                     let Some(faults) = cases.get(number).cloned() else { return };
                     let prepared = prepared.clone();
                     let context = format!("{}, {faults:?}", workload.name);
-                    let fired = within_deadline(&context, move || run(workload, &prepared, &faults));
+                    // Not in step with the variants, of which each call has as many.
+                    let has_queue = number / 3 % 2 == 0;
+                    let fired = within_deadline(&context, move || run(workload, &prepared, &faults, has_queue));
                     met.fetch_add(usize::from(fired), Ordering::Relaxed);
                 }
             });
@@ -183,7 +185,7 @@ const REQUESTS: [Request; 7] = [
 fn a_read_that_fails_ends_its_request_with_the_place_and_nothing_else() {
     let prepared = prepare(Start::OverRaw);
     let disk = Arc::new(VolatileDisk::new(prepared.image.clone()));
-    let mut guest = prepared.guest(disk.clone(), &[]);
+    let mut guest = prepared.guest(disk.clone(), &[], false);
     guest.open().unwrap();
     for offset in [10, 20_000, 33_500, 50_000, 70_000] {
         guest.write(offset, 700, Durability::OnFlush).unwrap();
@@ -201,7 +203,7 @@ fn a_read_that_fails_ends_its_request_with_the_place_and_nothing_else() {
             for call in 1.. {
                 let context = format!("{name}, read {call}, in backing: {in_backing}");
                 let disk = Arc::new(VolatileDisk::new(prepared.image.clone()));
-                let mut guest = prepared.guest(disk, &[]);
+                let mut guest = prepared.guest(disk, &[], false);
                 let below = Arc::new(Faulty::new(guest.backing.take().unwrap(), &[]));
                 guest.backing = Some(below.clone());
                 guest.open().unwrap();
@@ -260,7 +262,7 @@ fn an_image_that_could_not_be_created_is_none_or_an_empty_one() {
                             Err(Error::Backing { .. }) if start == Start::OverRaw => {}
                             Err(other) => panic!("{fault:?}: {other}"),
                             Ok(_) => {
-                                let guest = prepared.guest(Arc::new(VolatileDisk::default()), &[]);
+                                let guest = prepared.guest(Arc::new(VolatileDisk::default()), &[], false);
                                 prepared.assert_legal(&guest, &bytes, &guest.allowed, &format!("{fault:?}"));
                             }
                         }

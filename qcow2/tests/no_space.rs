@@ -52,7 +52,7 @@ fn run(workload: &Workload, prepared: &Prepared, budget: u64, can_reserve: bool)
     let context = format!("{}, {budget} blocks, can reserve: {can_reserve}", workload.name);
     let disk = Arc::new(VolatileDisk::new(prepared.image.clone()));
     let quota = Arc::new(Quota::new(disk.clone(), prepared.taken.clone(), budget, can_reserve));
-    let mut guest = prepared.guest(quota.clone(), &[]);
+    let mut guest = prepared.guest(quota.clone(), &[], false);
     let outcome = (workload.run)(&mut guest);
     let poison = guest.image.as_ref().and_then(Image::poison).map(str::to_owned);
     let end = match (&outcome, &poison) {
@@ -90,7 +90,7 @@ fn run(workload: &Workload, prepared: &Prepared, budget: u64, can_reserve: bool)
     let content = prepared.assert_legal(&guest, &disk.durable(), &allowed, &format!("{context}, power cut"));
     // With room, the next session has everything it needs.
     let again = Prepared { image: disk.durable(), content, below: prepared.below.clone(), taken: quota.taken() };
-    let mut next = again.guest(Arc::new(VolatileDisk::new(again.image.clone())), &[]);
+    let mut next = again.guest(Arc::new(VolatileDisk::new(again.image.clone())), &[], false);
     (workload.run)(&mut next).unwrap_or_else(|error| panic!("{context}, again: {error}"));
     end
 }

@@ -228,7 +228,7 @@ fn nothing_is_written_any_more_when_the_locks_are_given_up() {
         let clock: Clock = Arc::new(AtomicU64::new(0));
         let mut disk = SimDisk::new(clock.clone(), WRITTEN.first_content(&clock));
         // The first one makes the dirty bit durable.
-        (disk.failing_sync, disk.slowness) = (Some(1), 1 + seed as usize % 4);
+        (disk.failing_sync, disk.slowness, disk.has_queue) = (Some(1), 1 + seed as usize % 4, seed % 8 < 4);
         let disk = Arc::new(disk);
         let image = Arc::new(Image::open_on(disk.clone(), Access::ReadWrite, None, 0).unwrap());
         image.write(0, &[1; 512], LATER).unwrap();

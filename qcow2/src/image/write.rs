@@ -1,12 +1,14 @@
 //! Writing: in place where the cluster is ours alone, otherwise into fresh space that becomes visible only when the payload
 //! is on its way and every reader finds it there.
 
-use super::Image;
 use super::flush::Durability;
-use crate::buffer::BufferPool;
+use super::{Identical, Image};
+use crate::buffer::{Buffer, BufferPool};
 use crate::error::Result;
 use crate::format::entry::{self, L2Entry};
 use crate::payload::Piece;
+use crate::room::Share;
+use crate::sync::try_read;
 
 /// A run of neighbouring guest clusters and the host space that their bytes go to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,13 +46,58 @@ impl Image {
         })
     }
 
-    /// As [`Image::write`], without a copy.
-    pub(crate) fn write_owned<B>(&self, offset: u64, data: B, durability: Durability) -> Result<()>
-    where
-        B: AsRef<[u8]> + Send + Sync + 'static,
-    {
-        let length = data.as_ref().len() as u64;
-        self.write_from(offset, length, durability, || data)
+    /// As [`Image::write`], for payload that has its room already ([`Image::room`]).
+    pub(crate) fn write_piece(&self, offset: u64, data: &Piece, durability: Durability) -> Result<()> {
+        let _operation = self.writing()?;
+        self.write_payload(offset, data, durability)
+    }
+
+    /// Waits for room for a payload, after a look at the range.
+    pub(crate) async fn room(&self, offset: u64, length: u64) -> Result<Share> {
+        self.check_range(offset, length)?;
+        Ok(self.room.take_as_task(length).await)
+    }
+
+    /// Whether a write would find all it needs in memory, so that the thread that asks can do it without waiting for the disk.
+    ///
+    /// Others may change that before it is done. Then it waits a little: nothing depends on this but speed.
+    pub(crate) fn write_is_quick(&self, offset: u64, length: u64) -> bool {
+        let Some(_life) = try_read(&self.life) else { return false };
+        let is_plain = self.compress.is_none() && self.identical == Identical::Write;
+        if !is_plain || length == 0 || !self.session.has_begun() || self.tables.is_crowded() {
+            return false;
+        }
+        let geometry = self.geometry();
+        let (first, last) = (geometry.cluster_of(offset), geometry.cluster_of(offset + length - 1));
+        if !self.clusters.are_free(first, last) {
+            return false;
+        }
+        // A new cluster that is written in part keeps what reads there now.
+        let is_partial = |cluster| {
+            let start = geometry.start_of(cluster);
+            start < offset || start + geometry.cluster_size() > offset + length
+        };
+        let mut fresh = 0;
+        for (start, part) in geometry.by_table(offset, length) {
+            let (first, last) = (geometry.cluster_of(start), geometry.cluster_of(start + part - 1));
+            let Ok(table) = self.tables.glance(geometry.l1_index(first)) else { return false };
+            for cluster in first..=last {
+                let entry = table.as_ref().map_or(Ok(L2Entry::Unallocated), |table| table.entry(cluster));
+                match entry {
+                    Ok(L2Entry::Data { host, copied: true }) => {
+                        let begin = start.max(geometry.start_of(cluster));
+                        let end = (geometry.start_of(cluster) + geometry.cluster_size()).min(start + part);
+                        if !self.write_behind.is_free(host + geometry.offset_in_cluster(begin), end - begin) {
+                            return false;
+                        }
+                    }
+                    Ok(L2Entry::Unallocated) if self.backing.is_none() || !is_partial(cluster) => fresh += 1,
+                    Ok(L2Entry::Zero { host: None, .. }) => fresh += 1,
+                    _ => return false,
+                }
+            }
+        }
+        fresh == 0 || self.allocator.has_ahead(fresh)
     }
 
     /// Writes `length` bytes that `data` makes once there is room for them.
@@ -60,11 +107,14 @@ impl Image {
     {
         self.check_range(offset, length)?;
         let _operation = self.writing()?;
-        if length == 0 {
+        let share = self.room.take(length);
+        self.write_payload(offset, &Piece::in_room(data(), share), durability)
+    }
+
+    fn write_payload(&self, offset: u64, data: &Piece, durability: Durability) -> Result<()> {
+        if data.len() == 0 {
             return Ok(());
         }
-        let share = self.room.take(length);
-        let data = &Piece::in_room(data(), share);
         let geometry = self.geometry();
         let (first, last) = (geometry.cluster_of(offset), geometry.cluster_of(offset + data.len() - 1));
         let in_place = {
@@ -225,32 +275,51 @@ impl Image {
         let begin = geometry.start_of(target.first);
         let end = begin + target.clusters * geometry.cluster_size();
         let stop = start + payload.len();
-        let (head, tail) = match target.kind {
-            Kind::InPlace => (None, None),
-            Kind::Stale if mutant!("stale_shows") => (None, None),
-            Kind::Fresh if mutant!("no_filling") => (None, None),
-            Kind::Stale => (Some(vec![0; (start - begin) as usize]), Some(vec![0; (end - stop) as usize])),
-            Kind::Fresh => (self.keep(begin, start)?, self.keep(stop, end.min(self.size()))?),
+        let keep = |from: u64, to: u64| match target.kind {
+            Kind::InPlace => Ok(None),
+            Kind::Stale if mutant!("stale_shows") => Ok(None),
+            Kind::Fresh if mutant!("no_filling") => Ok(None),
+            Kind::Stale => Ok(self.zeroes(to - from)),
+            Kind::Fresh => self.keep(from, to),
         };
-        let host = target.host + (start - begin) - head.as_ref().map_or(0, |head| head.len() as u64);
+        // Around a payload within one cluster: one piece of memory, because that costs one read below and one slice here.
+        let is_inside = target.clusters == 1 && begin < start && stop < end;
+        if is_inside && let Some(mut whole) = keep(begin, end)? {
+            let at = (start - begin) as usize;
+            whole.as_mut()[at..at + payload.bytes().len()].copy_from_slice(payload.bytes());
+            return self.write_behind.put(target.host, vec![self.filling(whole)]);
+        }
+        let (head, tail) = if is_inside { (None, None) } else { (keep(begin, start)?, keep(stop, end)?) };
+        let host = target.host + (start - begin) - head.as_ref().map_or(0, |head| head.as_ref().len() as u64);
         let filling = |bytes| self.filling(bytes);
         let pieces = [head.map(filling), Some(payload), tail.map(filling)];
-        self.write_behind.put(host, pieces.into_iter().flatten().filter(|piece| piece.len() > 0).collect())
+        self.write_behind.put(host, pieces.into_iter().flatten().collect())
     }
 
     /// Bytes that go to the file beside a request's payload.
-    pub(super) fn filling(&self, bytes: Vec<u8>) -> Piece {
-        let share = self.room.add(bytes.len() as u64);
+    pub(super) fn filling(&self, bytes: impl AsRef<[u8]> + Send + Sync + 'static) -> Piece {
+        let share = self.room.add(bytes.as_ref().len() as u64);
         Piece::in_room(bytes, share)
     }
 
-    /// The bytes of a range that new space must be filled with; `None` where they are zeroes, as fresh space is.
-    fn keep(&self, from: u64, to: u64) -> Result<Option<Vec<u8>>> {
-        if from >= to || self.reads_zero(from, to - from)? {
+    /// Memory of zeroes that can go around the page cache, unless there are none.
+    fn zeroes(&self, length: u64) -> Option<Buffer> {
+        let mut zeroes = (length > 0).then(|| BufferPool::shared().lend(length as usize))?;
+        zeroes.as_mut().fill(0);
+        Some(zeroes)
+    }
+
+    /// The bytes of a range that new space must be filled with, zeroes past the end of the disk; `None` where all are zeroes, as
+    /// fresh space is.
+    fn keep(&self, from: u64, to: u64) -> Result<Option<Buffer>> {
+        let end = to.min(self.size());
+        if from >= end || self.reads_zero(from, end - from)? {
             return Ok(None);
         }
-        let mut bytes = vec![0; (to - from) as usize];
-        self.read_range(from, &mut bytes)?;
+        let mut bytes = BufferPool::shared().lend((to - from) as usize);
+        let (kept, past) = bytes.as_mut().split_at_mut((end - from) as usize);
+        self.read_range(from, kept)?;
+        past.fill(0);
         Ok(Some(bytes))
     }
 }

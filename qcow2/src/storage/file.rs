@@ -4,12 +4,14 @@ use std::fs::File;
 use std::io::{self, IoSlice};
 use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use rustix::fs::{Advice, FallocateFlags, SeekFrom};
 use rustix::io::{Errno, ReadWriteFlags};
 
 use super::direct::Direct;
-use super::{Reservation, Storage};
+use super::ring::{self, Ring};
+use super::{Reservation, Storage, WriteQueue};
 use crate::geometry::SECTOR;
 
 /// Linux reads ahead so many bytes, unless told otherwise, and of a longer advice it takes no more.
@@ -20,21 +22,23 @@ const READ_AHEAD: u64 = 128 << 10;
 #[derive(Debug)]
 pub struct FileStorage {
     file: File,
-    direct: Option<Direct>,
+    direct: Option<Arc<Direct>>,
+    has_queue: bool,
 }
 
 impl FileStorage {
     /// Uses a file that is open for what will be asked of it, through the page cache. Locks are the caller's business,
     /// until the end: they are given up with the storage.
     pub fn new(file: File) -> Self {
-        Self { file, direct: None }
+        Self { file, direct: None, has_queue: false }
     }
 
     /// As [`FileStorage::new`], for a file that is open for writing: large writes from memory that begins at a page go
     /// around the page cache, where the file system takes part.
     pub fn with_direct_writes(file: File) -> Self {
-        let direct = Direct::begin(&file);
-        Self { file, direct }
+        let has_queue = ring::is_available();
+        let direct = Direct::begin(&file, has_queue).map(Arc::new);
+        Self { file, direct, has_queue }
     }
 
     /// Whether large writes go around the page cache.
@@ -196,8 +200,13 @@ impl Storage for FileStorage {
         }
     }
 
+    fn queue(self: Arc<Self>) -> Option<Box<dyn WriteQueue>> {
+        let direct = self.direct.clone().filter(|_| self.has_queue)?;
+        Some(Box::new(Ring::new(self, direct).ok()?))
+    }
+
     fn block_size(&self) -> u64 {
-        self.direct.as_ref().map_or(SECTOR, Direct::page)
+        self.direct.as_ref().map_or(SECTOR, |direct| direct.page())
     }
 
     fn unlock(&self) {

@@ -6,14 +6,17 @@
 mod direct;
 mod file;
 mod memory;
+mod ring;
 
 use std::fmt::Debug;
 use std::io::{self, IoSlice};
+use std::sync::Arc;
 
 pub use file::FileStorage;
 pub use memory::MemoryStorage;
 
 use crate::geometry::SECTOR;
+pub use crate::payload::Payload;
 
 /// What became of a request to reserve space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,8 +81,25 @@ pub trait Storage: Send + Sync + Debug {
         false
     }
 
+    /// A way to keep many writes under way from one thread, which makes it itself; `None`: each takes a thread of its own.
+    fn queue(self: Arc<Self>) -> Option<Box<dyn WriteQueue>> {
+        None
+    }
+
     /// Releases the locks held on the file.
     ///
     /// Without effect for storage that knows no locks.
     fn unlock(&self) {}
+}
+
+/// Writes under way, begun and ended apart and in any order. None of them overlap.
+///
+/// Dropping it waits for them.
+pub trait WriteQueue: Send {
+    /// Begins to write a payload at `offset` of the file, which names it until it has ended. Returns whether something has to
+    /// end before more can be begun.
+    fn begin(&mut self, offset: u64, payload: Payload) -> bool;
+
+    /// Waits until some of what is under way has ended, and tells which, each as [`Storage::write`] would.
+    fn wait(&mut self, ended: &mut Vec<(u64, io::Result<()>)>);
 }

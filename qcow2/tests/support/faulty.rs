@@ -2,12 +2,17 @@
 #![allow(dead_code, unreachable_pub, reason = "part of the tests that include it")]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "out_of_order.rs"]
+#[allow(clippy::duplicate_mod, reason = "some tests include both kinds of storage")]
+mod out_of_order;
+
 use std::io::{self, IoSlice};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use blockyard_qcow2::storage::{Reservation, Storage};
+use blockyard_qcow2::storage::{Reservation, Storage, WriteQueue};
 use nix::errno::Errno;
+use out_of_order::OutOfOrder;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -68,6 +73,7 @@ pub struct Faulty {
     calls: [AtomicU64; KINDS.len()],
     failures: Mutex<Vec<Failure>>,
     is_healed: AtomicBool,
+    has_queue: bool,
 }
 
 impl Faulty {
@@ -78,7 +84,13 @@ impl Faulty {
             calls: Default::default(),
             failures: Mutex::default(),
             is_healed: AtomicBool::new(false),
+            has_queue: false,
         }
+    }
+
+    /// With writes that one thread keeps under way.
+    pub fn with_queue(self) -> Self {
+        Self { has_queue: true, ..self }
     }
 
     /// From now on, the n-th call of a kind, counted from 1, fails.
@@ -130,6 +142,10 @@ impl From<Fault> for io::Error {
 }
 
 impl Storage for Faulty {
+    fn queue(self: Arc<Self>) -> Option<Box<dyn WriteQueue>> {
+        self.has_queue.then(|| OutOfOrder::over(self.clone()))
+    }
+
     fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
         if let Err(fault) = self.call(Kind::Read, offset) {
             if fault.short {

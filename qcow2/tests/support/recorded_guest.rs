@@ -96,7 +96,7 @@ impl Guest {
     ) -> std::result::Result<Arc<Self>, String> {
         let initial = shape.values_of(base)?;
         let mut disk = SimDisk::new(clock.clone(), base.clone());
-        disk.slowness = slowness;
+        (disk.slowness, disk.has_queue) = (slowness, slowness.is_multiple_of(2));
         let disk = Arc::new(disk);
         let image = Image::open_on(disk.clone(), Access::ReadWrite, shape.layer(clock), CACHE)
             .map_err(|error| format!("cannot be opened: {error}"))?;

@@ -6,11 +6,16 @@
 
 #![allow(unreachable_pub, dead_code, clippy::unwrap_used, reason = "part of the tests that include it")]
 
+#[path = "out_of_order.rs"]
+#[allow(clippy::duplicate_mod, reason = "some tests include both kinds of storage")]
+mod out_of_order;
+
 use std::io::{self, IoSlice};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use blockyard_qcow2::storage::{Reservation, Storage};
+use blockyard_qcow2::storage::{Reservation, Storage, WriteQueue};
+use out_of_order::OutOfOrder;
 
 /// The clock that disk and guest operations share: every event gets a time of its own.
 pub type Clock = Arc<AtomicU64>;
@@ -164,6 +169,8 @@ pub struct SimDisk {
     pub can_reserve: bool,
     /// How many times a call lets other threads run, before and after it takes effect each.
     pub slowness: usize,
+    /// Whether one thread keeps many writes under way, or each has a thread.
+    pub has_queue: bool,
 }
 
 impl SimDisk {
@@ -176,6 +183,7 @@ impl SimDisk {
             failing_sync: None,
             can_reserve: true,
             slowness: 1,
+            has_queue: true,
         }
     }
 
@@ -265,6 +273,10 @@ fn gather(slices: &[IoSlice<'_>]) -> Vec<u8> {
 }
 
 impl Storage for SimDisk {
+    fn queue(self: Arc<Self>) -> Option<Box<dyn WriteQueue>> {
+        self.has_queue.then(|| OutOfOrder::over(self.clone()))
+    }
+
     fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
         self.pause();
         self.state.lock().unwrap().view.read(offset, buffer);

@@ -213,8 +213,9 @@ pub fn prepare(start: Start) -> Prepared {
 
 impl Prepared {
     /// A guest on a copy of the image, whose storage will fail.
-    pub fn guest(&self, disk: Arc<dyn Storage>, faults: &[Fault]) -> Guest {
-        let storage = Arc::new(Faulty::new(disk, faults));
+    pub fn guest(&self, disk: Arc<dyn Storage>, faults: &[Fault], has_queue: bool) -> Guest {
+        let faulty = Faulty::new(disk, faults);
+        let storage = Arc::new(if has_queue { faulty.with_queue() } else { faulty });
         let below = (!self.below.is_empty()).then(|| {
             let raw = VolatileDisk::default();
             raw.write(0, &mut [IoSlice::new(&self.below)]).unwrap();
