@@ -11,6 +11,8 @@
     reason = "a bench fails by panicking and tells what it left out"
 )]
 
+mod machine;
+
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -46,12 +48,15 @@ struct Workload {
     over_backing: bool,
     request: usize,
     offsets: Vec<u64>,
+    /// Requests from one flush to the next; the last thing is always a flush.
+    flush_every: usize,
 }
 
 impl Workload {
     fn sequential(name: &'static str, kind: Kind, request: u64, bytes: u64) -> Self {
-        let offsets = (0..bytes / request).map(|index| index * request).collect();
-        Self { name, kind, size: bytes, over_backing: false, request: request as usize, offsets }
+        let offsets: Vec<u64> = (0..bytes / request).map(|index| index * request).collect();
+        let flush_every = offsets.len();
+        Self { name, kind, size: bytes, over_backing: false, request: request as usize, offsets, flush_every }
     }
 
     /// No place twice.
@@ -59,7 +64,12 @@ impl Workload {
         let mut offsets: Vec<u64> = (0..size / request).map(|index| index * request).collect();
         fastrand::Rng::with_seed(1).shuffle(&mut offsets);
         offsets.truncate(requests);
-        Self { name, kind: Kind::Write, size, over_backing: false, request: request as usize, offsets }
+        Self { offsets, flush_every: requests, ..Self::sequential(name, Kind::Write, request, size) }
+    }
+
+    /// Writes of 64 KiB, one behind the other, with a flush after so many.
+    fn flushed(name: &'static str, flush_every: usize) -> Self {
+        Self { flush_every, ..Self::sequential(name, Kind::Write, 64 * KIB, 32 * MIB) }
     }
 
     fn over_backing(self) -> Self {
@@ -112,7 +122,8 @@ impl Engine {
 
     /// Does the workload on the image; the time from the first request until all of it is on stable storage.
     fn run(self, path: &Path, workload: &Workload, payloads: &[Vec<u8>]) -> Duration {
-        let requests = || workload.offsets.iter().copied().zip(payloads.iter().cycle());
+        let requests: Vec<(u64, &Vec<u8>)> = workload.offsets.iter().copied().zip(payloads.iter().cycle()).collect();
+        let batches = || requests.chunks(workload.flush_every);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         match self {
             Self::Blockyard => {
@@ -120,15 +131,17 @@ impl Engine {
                 let image =
                     Image::open(path, &OpenOptions { compress, ..OpenOptions::new(Access::ReadWrite) }).unwrap();
                 let start = Instant::now();
-                for (offset, payload) in requests() {
-                    if workload.kind == Kind::Zero {
-                        let length = payload.len() as u64;
-                        image.zero(offset, length, ZeroMode::Unmap, Durability::OnFlush).unwrap();
-                    } else {
-                        image.write(offset, payload, Durability::OnFlush).unwrap();
+                for batch in batches() {
+                    for (offset, payload) in batch {
+                        if workload.kind == Kind::Zero {
+                            let length = payload.len() as u64;
+                            image.zero(*offset, length, ZeroMode::Unmap, Durability::OnFlush).unwrap();
+                        } else {
+                            image.write(*offset, payload, Durability::OnFlush).unwrap();
+                        }
                     }
+                    image.flush().unwrap();
                 }
-                image.flush().unwrap();
                 let taken = start.elapsed();
                 image.close().unwrap();
                 taken
@@ -138,26 +151,30 @@ impl Engine {
                 let device = qcow2_setup_dev_sync(path, &parameters).unwrap();
                 device.qcow2_prep_io().await.unwrap();
                 let start = Instant::now();
-                for (offset, payload) in requests() {
-                    device.write_at(payload, offset).await.unwrap();
+                for batch in batches() {
+                    for (offset, payload) in batch {
+                        device.write_at(payload, *offset).await.unwrap();
+                    }
+                    device.flush_meta().await.unwrap();
+                    device.fsync_range(0, usize::MAX).await.unwrap();
                 }
-                device.flush_meta().await.unwrap();
-                device.fsync_range(0, usize::MAX).await.unwrap();
                 start.elapsed()
             }),
             Self::Imago => runtime.block_on(async {
                 let image = Qcow2::<imago::file::File>::builder_path(path).write(true);
                 let image = FormatAccess::new(image.open(PermissiveImplicitOpenGate::default()).await.unwrap());
                 let start = Instant::now();
-                for (offset, payload) in requests() {
-                    if workload.kind == Kind::Zero {
-                        image.write_zeroes(offset, payload.len() as u64).await.unwrap();
-                    } else {
-                        image.write(&payload[..], offset).await.unwrap();
+                for batch in batches() {
+                    for (offset, payload) in batch {
+                        if workload.kind == Kind::Zero {
+                            image.write_zeroes(*offset, payload.len() as u64).await.unwrap();
+                        } else {
+                            image.write(&payload[..], *offset).await.unwrap();
+                        }
                     }
+                    image.flush().await.unwrap();
+                    image.sync().await.unwrap();
                 }
-                image.flush().await.unwrap();
-                image.sync().await.unwrap();
                 start.elapsed()
             }),
         }
@@ -173,7 +190,7 @@ struct Bench<'a> {
 
 impl<'a> Bench<'a> {
     fn new(workload: &'a Workload) -> Self {
-        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let folder = tempfile::tempdir_in(machine::FOLDER).unwrap();
         let bench = Self { folder, workload, payloads: workload.payloads() };
         let expected = File::create(bench.folder.path().join("expected.raw")).unwrap();
         expected.set_len(workload.size).unwrap();
@@ -221,14 +238,19 @@ impl<'a> Bench<'a> {
 }
 
 fn engines(criterion: &mut Criterion) {
+    eprintln!("{}", machine::describe());
     let workloads = [
         Workload::sequential("sequential 64 KiB", Kind::Write, 64 * KIB, 64 * MIB),
         Workload::sequential("sequential 1 MiB", Kind::Write, MIB, 128 * MIB),
         Workload::random("random 4 KiB, fresh", 4 * KIB, 2048, 512 * MIB),
         Workload::random("random 64 KiB, fresh", 64 * KIB, 512, 512 * MIB),
         Workload::random("random 4 KiB, over a full backing file", 4 * KIB, 512, 128 * MIB).over_backing(),
+        Workload::random("random 64 KiB, over a full backing file", 64 * KIB, 512, 128 * MIB).over_backing(),
         Workload::sequential("zeroes 1 MiB, over a full backing file", Kind::Zero, MIB, 128 * MIB).over_backing(),
         Workload::sequential("compressed 1 MiB", Kind::Compressed, MIB, 64 * MIB),
+        Workload::flushed("64 KiB, flush after every write", 1),
+        Workload::flushed("64 KiB, flush after every 16 writes", 16),
+        Workload::flushed("64 KiB, flush after every 256 writes", 256),
     ];
     for workload in &workloads {
         let bench = Bench::new(workload);
