@@ -1,5 +1,5 @@
-//! An image for asynchronous callers: each operation runs to its end on tokio's threads for blocking work, but for writes that
-//! find all they need in memory: handing them to another thread would cost several times what they do.
+//! An image for asynchronous callers: each operation runs to its end on tokio's threads for blocking work, but for reads and
+//! writes that find all they need in memory: handing them to another thread would cost several times what they do.
 
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -88,6 +88,9 @@ impl AsyncImage {
     where
         B: AsMut<[u8]> + Send + 'static,
     {
+        if let Some(holes) = self.image.read_cached(offset, buffer.as_mut()) {
+            return Ok((buffer, holes));
+        }
         self.run(move |image| image.read_sparse(offset, buffer.as_mut()).map(|holes| (buffer, holes))).await
     }
 

@@ -3,7 +3,8 @@
 
 mod support;
 
-use std::sync::Barrier;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Barrier};
 
 use blockyard_qcow2::{AsyncImage, CreateOptions, Durability, ZeroMode};
 use support::{KIB, MIB, assert_clean, assert_reads_as, folder, fresh, join, over, pattern};
@@ -118,4 +119,59 @@ async fn a_flush_on_one_handle_covers_what_another_wrote() {
     let mut bytes = vec![0; 16 << 20];
     bytes[5 << 20..6 << 20].copy_from_slice(&data);
     assert_reads_as(&path, &bytes);
+}
+
+/// Each block has one writer, who counts up. A reader finds nothing older than what was answered before it asked, and nothing
+/// newer than what was begun before its answer: through memory that is still to be written and through the file.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_answered_is_what_the_next_reader_finds() {
+    const BLOCK: u64 = 4096;
+    const BLOCKS: u64 = 256;
+    const WRITERS: u64 = 3;
+    let folder = folder();
+    let counters = || (0..BLOCKS).map(|_| AtomicU64::new(0)).collect::<Vec<_>>();
+    // Fresh each time: most first writes give a cluster its place.
+    for round in 0..support::scale() * 24 {
+        let path = join(&folder, "image.qcow2");
+        let _ = std::fs::remove_file(&path);
+        let image = AsyncImage::new(fresh(&path, &CreateOptions::new(BLOCKS * BLOCK)));
+        let (begun, answered) = (Arc::new(counters()), Arc::new(counters()));
+        let mut tasks = Vec::new();
+        for task in 0..2 * WRITERS {
+            let (image, begun, answered) = (image.clone(), begun.clone(), answered.clone());
+            let mut random = fastrand::Rng::with_seed(round * 100 + task);
+            tasks.push(tokio::spawn(async move {
+                for step in 0..400u64 {
+                    if task < WRITERS {
+                        let block = random.u64(..BLOCKS) / WRITERS * WRITERS + task;
+                        let Some(begun) = begun.get(block as usize) else { continue };
+                        let version = begun.fetch_add(1, Ordering::SeqCst) + 1;
+                        let data = version.to_be_bytes().repeat(BLOCK as usize / 8);
+                        image.write(block * BLOCK, data, LATER).await.unwrap();
+                        answered[block as usize].store(version, Ordering::SeqCst);
+                    } else {
+                        let block = random.u64(..BLOCKS);
+                        let least = answered[block as usize].load(Ordering::SeqCst);
+                        let buffer = vec![0xee; BLOCK as usize];
+                        let (mut bytes, holes) = image.read_sparse(block * BLOCK, buffer).await.unwrap();
+                        holes.into_iter().for_each(|hole| bytes[hole].fill(0));
+                        let most = begun[block as usize].load(Ordering::SeqCst);
+                        for found in bytes.chunks(8).map(|word| u64::from_be_bytes(word.try_into().unwrap())) {
+                            assert!((least..=most).contains(&found), "block {block}: {found}, not {least} to {most}");
+                        }
+                    }
+                    if task < WRITERS && random.u8(..4) == 0 {
+                        image.flush().await.unwrap();
+                    }
+                }
+            }));
+        }
+        for task in tasks {
+            task.await.unwrap();
+        }
+        image.close().await.unwrap();
+        assert_clean(&path);
+        let versions = answered.iter().flat_map(|version| version.load(Ordering::SeqCst).to_be_bytes().repeat(512));
+        assert_reads_as(&path, &versions.collect::<Vec<_>>());
+    }
 }

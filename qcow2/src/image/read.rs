@@ -6,6 +6,8 @@ use super::Image;
 use crate::compressed::{Compression, inflate};
 use crate::error::{Error, Result};
 use crate::format::entry::L2Entry;
+use crate::sync::atomic::Ordering;
+use crate::sync::try_read;
 
 /// Where the bytes of a run of guest bytes come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,6 +67,36 @@ impl Image {
         let mut holes = Holes::default();
         self.read_layer(offset, buffer, 0, &mut holes)?;
         Ok(holes.0)
+    }
+
+    /// As [`Image::read_sparse`], if that takes nothing but memory; otherwise `None`, and what the buffer holds is arbitrary.
+    pub fn read_cached(&self, offset: u64, buffer: &mut [u8]) -> Option<Vec<Range<usize>>> {
+        let _life = try_read(&self.life)?;
+        let is_open = !self.closed.load(Ordering::Acquire);
+        if !is_open || self.check_range(offset, buffer.len() as u64).is_err() {
+            return None;
+        }
+        let geometry = self.geometry();
+        let mut holes = Holes::default();
+        let (mut rest, mut at) = (buffer, 0);
+        let too_early = mutant!("pending_before_mapping") && self.write_behind.is_idle();
+        for (start, length) in geometry.by_table(offset, rest.len() as u64) {
+            self.tables.glance(geometry.l1_index(geometry.cluster_of(start))).ok()?;
+            for run in self.runs(start, length).ok()? {
+                let (part, behind) = rest.split_at_mut(run.length as usize);
+                rest = behind;
+                match (run.source, &self.backing) {
+                    // Pending payload would have to be laid over what the file holds. In this order: what the entry names may
+                    // be pending since a moment ago.
+                    (Source::Host(host), _)
+                        if (too_early || self.write_behind.is_idle()) && self.storage.read_cached(host, part) => {}
+                    (Source::Zero { .. }, _) | (Source::Below, None) => holes.push(at, part.len()),
+                    _ => return None,
+                }
+                at += part.len();
+            }
+        }
+        Some(holes.0)
     }
 
     /// As [`Image::read_sparse`], for a part of a buffer that begins at `at` of the whole.

@@ -1,7 +1,7 @@
 //! A real file, through the page cache, and around it for large writes.
 
 use std::fs::File;
-use std::io::{self, IoSlice};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -95,6 +95,13 @@ impl Storage for FileStorage {
             }
         }
         Ok(())
+    }
+
+    fn read_cached(&self, offset: u64, buffer: &mut [u8]) -> bool {
+        let length = buffer.len();
+        // Short at the end of the file, or of what is cached. An error means waiting, or tells itself to whoever reads in earnest.
+        let slices = &mut [IoSliceMut::new(buffer)];
+        rustix::io::preadv2(&self.file, slices, offset, ReadWriteFlags::NOWAIT).is_ok_and(|read| read == length)
     }
 
     fn write(&self, offset: u64, slices: &mut [IoSlice<'_>]) -> io::Result<()> {

@@ -35,6 +35,11 @@ pub trait Storage: Send + Sync + Debug {
     /// Fills the buffer; bytes past the end of the file read as zeroes.
     fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
 
+    /// As [`Storage::read`], if all of it is in memory; otherwise `false`, and what the buffer holds is arbitrary.
+    fn read_cached(&self, _offset: u64, _buffer: &mut [u8]) -> bool {
+        false
+    }
+
     /// Writes the slices one behind the other, extending the file where needed.
     fn write(&self, offset: u64, slices: &mut [IoSlice<'_>]) -> io::Result<()>;
 

@@ -167,9 +167,15 @@ impl Guest {
     pub fn read(&self, first_sector: usize, sectors: usize) -> bool {
         let mut bytes = vec![0; sectors * SECTOR];
         let issued = now(&self.clock);
-        match self.image.read((first_sector * SECTOR) as u64, &mut bytes) {
-            Err(Error::Closed) => return false,
-            other => other.unwrap(),
+        let offset = (first_sector * SECTOR) as u64;
+        // Every second one as an asynchronous caller does it.
+        let cached = if issued.is_multiple_of(2) { self.image.read_cached(offset, &mut bytes) } else { None };
+        match cached {
+            Some(holes) => holes.into_iter().for_each(|hole| bytes[hole].fill(0)),
+            None => match self.image.read(offset, &mut bytes) {
+                Err(Error::Closed) => return false,
+                other => other.unwrap(),
+            },
         }
         let values = bytes.chunks(SECTOR).map(value_of).collect();
         let read = Read { issued, replied: now(&self.clock), first_sector, values };

@@ -284,6 +284,10 @@ impl Storage for SimDisk {
         Ok(())
     }
 
+    fn read_cached(&self, offset: u64, buffer: &mut [u8]) -> bool {
+        Storage::read(self, offset, buffer).is_ok()
+    }
+
     fn write(&self, offset: u64, slices: &mut [IoSlice<'_>]) -> io::Result<()> {
         if slices.iter().all(|slice| slice.is_empty()) {
             return Ok(());
