@@ -141,7 +141,7 @@ async fn what_was_answered_is_what_the_next_reader_finds() {
             let (image, begun, answered) = (image.clone(), begun.clone(), answered.clone());
             let mut random = fastrand::Rng::with_seed(round * 100 + task);
             tasks.push(tokio::spawn(async move {
-                for step in 0..400u64 {
+                for _ in 0..400 {
                     if task < WRITERS {
                         let block = random.u64(..BLOCKS) / WRITERS * WRITERS + task;
                         let Some(begun) = begun.get(block as usize) else { continue };
