@@ -1,12 +1,13 @@
 //! The command line: one file per noun, one enum of all commands, one meaning per exit code.
 //!
-//! `serve` is the service, `demo` brings its own, and `image` and `nbd` work on files; everything else is a client of the REST
-//! API and knows nothing that a script with curl would not.
+//! `serve` is the service, `demo` brings its own, `image` and `nbd` work on files, and `doctor` on a folder; everything else is a
+//! client of the REST API and knows nothing that a script with curl would not.
 
 mod backup;
 mod below;
 mod client;
 mod demo;
+mod doctor;
 mod error;
 mod image;
 mod image_error;
@@ -66,6 +67,9 @@ enum Command {
     /// qcow2 images, without a service.
     #[command(subcommand, after_help = error::EXIT_CODES)]
     Image(image::Command),
+    /// What a folder has for images: how they will be written there, why, and how fast.
+    #[command(after_help = error::EXIT_CODES)]
+    Doctor(doctor::Arguments),
 }
 
 /// Runs one command and tells the shell how it went.
@@ -99,5 +103,6 @@ async fn dispatch(command: Command, output: &Output) -> Result<Exit, CliError> {
         Command::Point(command) => point::run(command, output).await,
         Command::Nbd(arguments) => nbd::run(arguments, output).await,
         Command::Image(command) => image::run(command, output).await,
+        Command::Doctor(arguments) => doctor::run(arguments, output).await,
     }
 }

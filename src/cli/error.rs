@@ -7,6 +7,7 @@ use blockyard_nbd::tls::TlsError;
 
 use super::client::ClientError;
 use super::demo::DemoError;
+use super::doctor::DoctorError;
 use super::image_error::ImageError;
 use crate::config::ConfigError;
 use crate::serve::StartError;
@@ -15,7 +16,7 @@ use crate::serve::StartError;
 pub(super) const EXIT_CODES: &str = "\
 Exit codes:
     0  done; image check: clean; image compare: equal
-    1  it failed; image compare: different
+    1  it failed; image compare: different; doctor: images cannot be written there
     2  the command line, a value or the configuration is wrong;
        image check and repair: errors, or marked as corrupt; image compare: not compared
     3  done, with warnings; image check and repair: leaks, or not closed
@@ -181,6 +182,9 @@ pub enum CliError {
     /// The demo ended before its table.
     #[error(transparent)]
     Demo(#[from] DemoError),
+    /// A folder cannot be examined, or is of no use for images.
+    #[error(transparent)]
+    Doctor(#[from] DoctorError),
     /// Standard output is gone or full.
     #[error("standard output cannot be written")]
     Output {
@@ -225,6 +229,7 @@ impl CliError {
                 exit => exit,
             },
             Self::Demo(error) => error.exit(),
+            Self::Doctor(error) => error.exit(),
             Self::Start(_)
             | Self::Runtime { .. }
             | Self::Listening { .. }

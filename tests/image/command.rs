@@ -31,7 +31,7 @@ fn what_is_no_image_is_never_served() {
 #[test]
 fn the_help_and_the_readme_tell_every_exit_code() {
     let readme = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
-    for arguments in [&["--help"][..], &["image", "--help"]] {
+    for arguments in [&["--help"][..], &["image", "--help"], &["doctor", "--help"]] {
         let output = blockyard().args(arguments).output().unwrap();
         let help = String::from_utf8(output.stdout).unwrap();
         let table = help.split_once("Exit codes:\n").unwrap().1;

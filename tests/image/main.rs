@@ -1,4 +1,4 @@
-//! `blockyard nbd` and `blockyard image` as a user meets them: the real binary, real files, and the tools that people have.
+//! `blockyard nbd`, `image` and `doctor` as a user meets them: the real binary, real files, and the tools that people have.
 #![allow(unreachable_pub, reason = "a test binary has no outside")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
@@ -8,7 +8,10 @@ mod certificates;
 mod clients;
 mod command;
 mod disks;
+mod doctor;
 mod ending;
+#[path = "../backup/privileged.rs"]
+mod privileged;
 #[path = "../support/process.rs"]
 #[allow(dead_code, reason = "every test binary uses its own part")]
 mod process;

@@ -7,26 +7,20 @@
 //! [`super::Storage::block_size`], which is a page here.
 
 use std::fs::{File, OpenOptions};
-use std::io::IoSlice;
+use std::io::{self, IoSlice};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 
 use rustix::fs::{AtFlags, OFlags, StatxFlags, statx};
 
+use super::{Alignment, NoDirect, Way};
 use crate::sync::atomic::{AtomicBool, Ordering};
-
-/// The smallest write that goes this way where each keeps a thread waiting. (Measured on a virtual disk with ext4: a copy of
-/// 1 GiB in requests of 256 KiB takes 0.9 s instead of 1.3 s, random writes of 4 KiB take twice as long as through the cache.)
-const BYTES_MIN: usize = 128 << 10;
 
 /// A second open file description of an image file, for direct writes only.
 #[derive(Debug)]
 pub(super) struct Direct {
     pub(super) file: File,
-    /// Offsets and lengths must be multiples of it; a power of two.
-    block: u64,
-    /// So must the address of the memory.
-    memory: usize,
+    alignment: Alignment,
     page: u64,
     /// The smallest write that is worth it.
     least: usize,
@@ -35,21 +29,34 @@ pub(super) struct Direct {
 }
 
 impl Direct {
-    /// `None` where the file system takes no part, or does not say what it demands (before Linux 6.1, and some network file
+    /// Not where the file system takes no part, or does not say what it demands (before Linux 6.1, and some network file
     /// systems, of whose coherence nothing is known).
-    pub(super) fn begin(file: &File, has_queue: bool) -> Option<Self> {
-        let facts = statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok()?;
-        let is_said = facts.stx_mask & StatxFlags::DIOALIGN.bits() != 0;
+    pub(super) fn begin(file: &File, has_queue: bool) -> Result<Self, NoDirect> {
+        let facts = statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).map_err(|_| NoDirect::NotAnnounced)?;
+        if facts.stx_mask & StatxFlags::DIOALIGN.bits() == 0 {
+            return Err(NoDirect::NotAnnounced);
+        }
         let (block, memory) = (u64::from(facts.stx_dio_offset_align), facts.stx_dio_mem_align as usize);
+        let alignment = Alignment { block, memory };
+        // Zeroes mean that there is none.
+        if !block.is_power_of_two() || !memory.is_power_of_two() {
+            return Err(NoDirect::None);
+        }
         let page = rustix::param::page_size();
-        if !is_said || !block.is_power_of_two() || !memory.is_power_of_two() || block > page as u64 || memory > page {
-            return None;
+        if block > page as u64 || memory > page {
+            return Err(NoDirect::Coarse(alignment));
         }
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         let flags = (OFlags::DIRECT | OFlags::CLOEXEC).bits() as i32;
-        let least = if has_queue { 0 } else { BYTES_MIN };
-        let file = OpenOptions::new().write(true).custom_flags(flags).open(path).ok()?;
-        Some(Self { file, block, memory, page: page as u64, least, is_refused: AtomicBool::new(false) })
+        let least = if has_queue { 0 } else { Way::DIRECT_BYTES_MIN };
+        let refused = |error: io::Error| NoDirect::Refused { errno: error.raw_os_error().unwrap_or(0) };
+        let file = OpenOptions::new().write(true).custom_flags(flags).open(path).map_err(refused)?;
+        Ok(Self { file, alignment, page: page as u64, least, is_refused: AtomicBool::new(false) })
+    }
+
+    /// What it demands, as long as no write was refused.
+    pub(super) fn alignment(&self) -> Result<Alignment, NoDirect> {
+        if self.is_refused.load(Ordering::Acquire) { Err(NoDirect::RefusedLater) } else { Ok(self.alignment) }
     }
 
     /// See [`super::Storage::block_size`].
@@ -59,10 +66,11 @@ impl Direct {
 
     /// Whether these slices are to be written this way, one behind the other.
     pub(super) fn takes(&self, offset: u64, slices: &[IoSlice<'_>]) -> bool {
+        let Alignment { block, memory } = self.alignment;
         let fits = |slice: &IoSlice<'_>| {
-            (slice.len() as u64).is_multiple_of(self.block) && slice.as_ptr().addr().is_multiple_of(self.memory)
+            (slice.len() as u64).is_multiple_of(block) && slice.as_ptr().addr().is_multiple_of(memory)
         };
-        offset.is_multiple_of(self.block)
+        offset.is_multiple_of(block)
             && slices.iter().map(|slice| slice.len()).sum::<usize>() >= self.least
             && slices.iter().all(fits)
             && !self.is_refused.load(Ordering::Acquire)

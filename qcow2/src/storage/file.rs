@@ -11,7 +11,7 @@ use rustix::io::{Errno, ReadWriteFlags};
 
 use super::direct::Direct;
 use super::ring::{self, Ring};
-use super::{Reservation, Storage, WriteQueue};
+use super::{Mode, NoDirect, NoRing, Reservation, Storage, WriteQueue};
 use crate::geometry::SECTOR;
 
 /// Linux reads ahead so many bytes, unless told otherwise, and of a longer advice it takes no more.
@@ -22,28 +22,34 @@ const READ_AHEAD: u64 = 128 << 10;
 #[derive(Debug)]
 pub struct FileStorage {
     file: File,
-    direct: Option<Arc<Direct>>,
-    has_queue: bool,
+    direct: Result<Arc<Direct>, NoDirect>,
+    ring: Result<(), NoRing>,
 }
 
 impl FileStorage {
     /// Uses a file that is open for what will be asked of it, through the page cache. Locks are the caller's business,
     /// until the end: they are given up with the storage.
     pub fn new(file: File) -> Self {
-        Self { file, direct: None, has_queue: false }
+        Self { file, direct: Err(NoDirect::NotAsked), ring: Err(NoRing::NotAsked) }
     }
 
     /// As [`FileStorage::new`], for a file that is open for writing: large writes from memory that begins at a page go
     /// around the page cache, where the file system takes part.
     pub fn with_direct_writes(file: File) -> Self {
-        let has_queue = ring::is_available();
-        let direct = Direct::begin(&file, has_queue).map(Arc::new);
-        Self { file, direct, has_queue }
+        let ring = ring::probe();
+        let direct = Direct::begin(&file, ring.is_ok()).map(Arc::new);
+        Self { file, direct, ring }
+    }
+
+    /// How payload is written, and why not in a faster way.
+    pub fn mode(&self) -> Mode {
+        let direct = self.direct.as_ref().map_err(|why| *why).and_then(|direct| direct.alignment());
+        Mode { direct, ring: self.ring }
     }
 
     /// Whether large writes go around the page cache.
     pub fn has_direct_writes(&self) -> bool {
-        self.direct.is_some()
+        self.direct.is_ok()
     }
 
     fn write_with(&self, mut offset: u64, mut slices: &mut [IoSlice<'_>], flags: ReadWriteFlags) -> io::Result<()> {
@@ -51,7 +57,7 @@ impl FileStorage {
         while !slices.is_empty() {
             // The kernel takes at most 1024 slices in one call.
             let batch = slices.get(..1024).unwrap_or(slices);
-            let direct = self.direct.as_ref().filter(|direct| direct.takes(offset, batch));
+            let direct = self.direct.as_ref().ok().filter(|direct| direct.takes(offset, batch));
             match rustix::io::pwritev2(direct.map_or(&self.file, |direct| &direct.file), batch, offset, flags) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(_) if mutant!("short_write_ignored") => return Ok(()),
@@ -208,7 +214,7 @@ impl Storage for FileStorage {
     }
 
     fn queue(self: Arc<Self>) -> Option<Box<dyn WriteQueue>> {
-        let direct = self.direct.clone().filter(|_| self.has_queue)?;
+        let direct = self.direct.clone().ok().filter(|_| self.ring.is_ok())?;
         Some(Box::new(Ring::new(self, direct).ok()?))
     }
 

@@ -6,6 +6,7 @@
 mod direct;
 mod file;
 mod memory;
+mod mode;
 mod ring;
 
 use std::fmt::Debug;
@@ -14,6 +15,7 @@ use std::sync::Arc;
 
 pub use file::FileStorage;
 pub use memory::MemoryStorage;
+pub use mode::{Alignment, Mode, NoDirect, NoRing, Way};
 
 use crate::geometry::SECTOR;
 pub use crate::payload::Payload;

@@ -15,14 +15,24 @@ use io_uring::{IoUring, opcode};
 use rustix::io::Errno;
 
 use super::direct::Direct;
-use super::{FileStorage, Payload, Storage, WriteQueue};
+use super::{FileStorage, NoRing, Payload, Storage, WriteQueue};
 
 /// Most writes under way. (`docs/performance.md`, "Queue depth".)
 const DEPTH: u32 = 128;
 
 /// Whether this system lets us have a ring: it may be too old, or forbid it.
-pub(super) fn is_available() -> bool {
-    IoUring::new(2).is_ok()
+pub(super) fn probe() -> Result<(), NoRing> {
+    set_up(2)?;
+    Ok(())
+}
+
+fn set_up(entries: u32) -> io::Result<IoUring> {
+    IoUring::builder()
+        // Completions are dealt with when they are asked for, and interrupt nobody (Linux 6.1).
+        .setup_single_issuer()
+        .setup_defer_taskrun()
+        .setup_r_disabled()
+        .build(entries)
 }
 
 /// A write that the kernel has, or that waits to be handed to it.
@@ -53,12 +63,7 @@ impl Ring {
     ///
     /// It may be made in one thread and used in another, but then only there.
     pub(super) fn new(storage: Arc<FileStorage>, direct: Arc<Direct>) -> io::Result<Self> {
-        let ring = IoUring::builder()
-            // Completions are dealt with when they are asked for, and interrupt nobody (Linux 6.1).
-            .setup_single_issuer()
-            .setup_defer_taskrun()
-            .setup_r_disabled()
-            .build(DEPTH)?;
+        let ring = set_up(DEPTH)?;
         let slots = (0..DEPTH).map(|_| None).collect();
         let free = (0..DEPTH as usize).rev().collect();
         Ok(Self { ring, storage, direct, slots, free, unanswered: 0, is_enabled: false, ended: Vec::new() })
