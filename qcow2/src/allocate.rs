@@ -36,6 +36,8 @@ struct State {
     reserved: u64,
     step: u64,
     can_reserve: bool,
+    /// Somebody reserves ahead, without the lock.
+    is_reserving: bool,
 }
 
 impl Allocator {
@@ -47,7 +49,7 @@ impl Allocator {
         // A little less than the table can name: it must find room itself when it moves.
         let blocks_max = REFCOUNT_TABLE_BYTES_MAX / ENTRY / 256 * 255;
         let limit = blocks_max.saturating_mul(block_bytes).min(HOST_OFFSET_END);
-        let state = State { next: end, reserved: end, step: STEP_MIN, can_reserve: true };
+        let state = State { next: end, reserved: end, step: STEP_MIN, can_reserve: true, is_reserving: false };
         Self { geometry, refcount_width, opened: (end, blocks), limit, state: Mutex::new(state) }
     }
 
@@ -76,6 +78,33 @@ impl Allocator {
         let state = lock(&self.state);
         let end = state.next.saturating_add(2 * clusters * self.geometry.cluster_size());
         !state.can_reserve || end + self.refcount_bytes(end) <= state.reserved
+    }
+
+    /// Whether the caller is the one who should call [`Allocator::reserve_ahead`] now: less than half a step is ahead.
+    pub(crate) fn wants_ahead(&self) -> bool {
+        let mut state = lock(&self.state);
+        let needed = state.next + self.refcount_bytes(state.next) + state.step / 2;
+        let wants =
+            state.can_reserve && !state.is_reserving && state.reserved > self.opened.0 && needed > state.reserved;
+        state.is_reserving |= wants;
+        wants
+    }
+
+    /// Reserves a step more, so that no request waits for it. What becomes of it does not matter: a request that finds nothing
+    /// ahead reserves for itself, and meets the error.
+    pub(crate) fn reserve_ahead(&self, storage: &dyn Storage) {
+        let (from, step) = {
+            let state = lock(&self.state);
+            (state.reserved, state.step)
+        };
+        let reservation = storage.reserve(from, step);
+        let mut state = lock(&self.state);
+        state.is_reserving = false;
+        if let Ok(Reservation::Done) = reservation {
+            // Requests may have reserved meanwhile, from the same place on.
+            state.reserved = state.reserved.max(from + step);
+            state.step = (state.step * 2).min(STEP_MAX);
+        }
     }
 
     /// A mistake that tests make: the cluster at `host` is handed out next.

@@ -111,7 +111,12 @@ impl AsyncImage {
         let data = Piece::in_room(buffer, share);
         if durability == Durability::OnFlush && self.image.write_is_quick(offset, length) {
             let write = AssertUnwindSafe(|| self.image.write_piece(offset, &data, durability));
-            return catch_unwind(write).unwrap_or(Err(Error::Panicked));
+            let written = catch_unwind(write).unwrap_or(Err(Error::Panicked));
+            if self.image.wants_space_ahead() {
+                let image = self.image.clone();
+                tokio::task::spawn_blocking(move || image.reserve_ahead());
+            }
+            return written;
         }
         self.run(move |image| image.write_piece(offset, &data, durability)).await
     }

@@ -100,6 +100,19 @@ impl Image {
         fresh == 0 || self.allocator.has_ahead(fresh)
     }
 
+    /// Whether the caller should call [`Image::reserve_ahead`], once.
+    pub(crate) fn wants_space_ahead(&self) -> bool {
+        self.allocator.wants_ahead()
+    }
+
+    /// Reserves space for writes to come. Waits for the file system.
+    pub(crate) fn reserve_ahead(&self) {
+        // The close cuts off what is ahead: not beside it.
+        if let Ok(_operation) = self.reading() {
+            self.allocator.reserve_ahead(&*self.storage);
+        }
+    }
+
     /// Writes `length` bytes that `data` makes once there is room for them.
     fn write_from<B>(&self, offset: u64, length: u64, durability: Durability, data: impl FnOnce() -> B) -> Result<()>
     where
