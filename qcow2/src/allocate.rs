@@ -162,3 +162,33 @@ fn reserve(storage: &dyn Storage, state: &mut State, needed: u64) -> Result<()> 
         }
     }
 }
+
+#[cfg(all(test, not(feature = "shuttle")))]
+mod tests {
+    use super::*;
+    use crate::storage::MemoryStorage;
+
+    #[test]
+    fn space_ahead_is_wanted_of_one_caller_at_a_time_and_never_handed_out_twice() {
+        let storage = MemoryStorage::new();
+        let geometry = Geometry { cluster_bits: 16, size: 1 << 40, extended: false };
+        let allocator = Allocator::new(geometry, Width::from_order(4).unwrap(), 1 << 20, 1);
+        assert!(!allocator.wants_ahead(), "before the first allocation nobody writes");
+        let (mut at, mut steps) = (allocator.allocate(&storage, 1).unwrap(), 0);
+        for _ in 0..10_000 {
+            if allocator.wants_ahead() {
+                assert!(!allocator.wants_ahead(), "two at once");
+                let before = lock(&allocator.state).reserved;
+                allocator.reserve_ahead(&storage);
+                assert!(lock(&allocator.state).reserved > before);
+                steps += 1;
+            }
+            assert!(allocator.has_ahead(1), "a request would have waited");
+            let next = allocator.allocate(&storage, 1).unwrap();
+            assert_eq!(next, at + 65536);
+            at = next;
+        }
+        // Some 625 MiB, in steps of up to 64.
+        assert!((10..40).contains(&steps), "{steps}");
+    }
+}

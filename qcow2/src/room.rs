@@ -181,7 +181,9 @@ impl Drop for Share {
 
 #[cfg(all(test, not(feature = "shuttle")))]
 mod tests {
+    use std::pin::pin;
     use std::sync::mpsc::{Receiver, channel};
+    use std::task::Context;
     use std::time::{Duration, Instant};
 
     use super::*;
@@ -240,6 +242,39 @@ mod tests {
         drop(shares);
         drop(third.recv_timeout(DEADLINE).unwrap());
         assert_eq!(lock(&room.state).held, 0);
+    }
+
+    #[test]
+    fn tasks_and_threads_stand_in_one_line() {
+        let room = Arc::new(Room::default());
+        let first = room.take(BUDGET_BYTES / 2);
+        let mut context = Context::from_waker(Waker::noop());
+        let mut large = pin!(room.take_as_task(BUDGET_BYTES - PAGE));
+        assert!(large.as_mut().poll(&mut context).is_pending());
+        let mut small = pin!(room.take_as_task(1));
+        assert!(small.as_mut().poll(&mut context).is_pending(), "passed the large one");
+        let thread = queue(&room, 1);
+        drop(first);
+        let Poll::Ready(share) = large.as_mut().poll(&mut context) else { panic!("not let in") };
+        assert!(small.as_mut().poll(&mut context).is_pending());
+        drop(share);
+        let Poll::Ready(share) = small.as_mut().poll(&mut context) else { panic!("not let in") };
+        drop(thread.recv_timeout(DEADLINE).unwrap());
+        drop(share);
+        assert_eq!(lock(&room.state).held, 0);
+    }
+
+    #[test]
+    fn a_task_that_gives_up_its_place_lets_the_next_one_in() {
+        let room = Arc::new(Room::default());
+        let _half = room.take(BUDGET_BYTES / 2);
+        let mut context = Context::from_waker(Waker::noop());
+        let mut large = Box::pin(room.take_as_task(BUDGET_BYTES - PAGE));
+        assert!(large.as_mut().poll(&mut context).is_pending());
+        let next = queue(&room, 1);
+        drop(large);
+        drop(next.recv_timeout(DEADLINE).unwrap());
+        assert!(lock(&room.state).line.is_empty());
     }
 
     #[test]
