@@ -9,7 +9,7 @@ use crate::storage::{Reservation, Storage};
 use crate::sync::{Mutex, lock};
 
 /// The first reservation ahead of need; it doubles up to [`STEP_MAX`]. Small enough for a small image, large enough that
-/// reservations are rare. (A guess; to be measured with the write path.)
+/// reservations are rare. (`docs/performance.md`: beginning with 64 MiB gains nothing.)
 const STEP_MIN: u64 = 1 << 20;
 const STEP_MAX: u64 = 64 << 20;
 

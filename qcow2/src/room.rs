@@ -9,7 +9,7 @@ use std::task::{Poll, Waker};
 use crate::sync::{Arc, Condvar, Mutex, lock, wait};
 
 /// Memory of one image's payload; more waits, except for one request alone. A fraction of a second of disk time, so that a
-/// flush or a durable write never waits long. (A guess; to be measured with the write path.)
+/// flush or a durable write never waits long. (`docs/performance.md`: twice as much gains nothing, half loses a little.)
 const BUDGET_BYTES: u64 = 16 << 20;
 /// When so much is held or less, the next in line is woken: not for each payload that leaves.
 const WAKE_BYTES: u64 = BUDGET_BYTES / 4 * 3;
