@@ -258,6 +258,10 @@ impl Shared {
             if (is_late || state.is_due())
                 && let Some(next) = self.take(&mut state)
             {
+                // One that went to sleep over an empty queue has no deadline of its own.
+                if state.idle_workers > 0 && !state.queued.is_empty() {
+                    self.work.notify_one();
+                }
                 return Some(next);
             }
             state.idle_workers += 1;
