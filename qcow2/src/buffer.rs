@@ -120,7 +120,8 @@ impl BufferPool {
     }
 
     /// A pool that keeps at most `keep_bytes` of memory that nobody uses. It never holds more than was once on loan at the same
-    /// time, or `keep_bytes` if that is more: whoever bounds what is on loan has bounded it all.
+    /// time, or `keep_bytes` if that is more: whoever bounds what is on loan has bounded it all, but for what a thread is just
+    /// giving back to the system.
     pub fn new(keep_bytes: usize) -> Self {
         Self { shelves: Arc::new(Shelves { state: Mutex::default(), keep_bytes }) }
     }
