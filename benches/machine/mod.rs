@@ -16,8 +16,8 @@ pub(crate) fn describe() -> String {
     let memory = memory.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")).unwrap();
     let memory_gib = memory.parse::<f64>().unwrap() / f64::from(1 << 20);
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
-    let storage = FileStorage::with_direct_writes(tempfile::tempfile_in(FOLDER).unwrap());
-    let mode = if storage.has_direct_writes() { "large writes around the page cache" } else { "page cache" };
+    let storage = FileStorage::with_direct_access(tempfile::tempfile_in(FOLDER).unwrap());
+    let mode = if storage.has_direct_access() { "large writes around the page cache" } else { "page cache" };
     let build = if cfg!(debug_assertions) { "debug build, " } else { "" };
     let (kernel, file_system) = (kernel.trim(), file_system(Path::new(FOLDER)));
     format!("{build}{cores} cores, {memory_gib:.1} GiB of memory, Linux {kernel}, {file_system}, {mode}")

@@ -9,7 +9,7 @@ use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 
 use crate::error::{Error, Result};
 use crate::format::header::{Backing, BackingFormat};
-use crate::image::{Holes, Image, read_header};
+use crate::image::{Caching, Holes, Image, read_header};
 use crate::lock::{self, Access};
 use crate::storage::{FileStorage, Storage};
 use crate::sync::Arc;
@@ -39,6 +39,8 @@ pub enum Layer {
 pub(crate) struct Chain {
     /// Backing files must be beneath this folder.
     pub(crate) root: PathBuf,
+    /// How they are read.
+    pub(crate) caching: Caching,
     /// Device and inode of every file of the chain so far.
     pub(crate) seen: Vec<(u64, u64)>,
 }
@@ -70,19 +72,15 @@ impl Layer {
         let file = open_beneath(&backing.name, &path, &chain.root)?;
         chain.enter(&path, &file)?;
         lock::lock(&file, &path, Access::ReadOnly)?;
+        let storage = chain.caching.for_reading(file);
         match backing.format {
             BackingFormat::Raw => {
-                let storage = FileStorage::new(file);
                 let size = storage.length().map_err(Error::io("fstat", 0))?;
                 Ok(Self::Raw { storage: Arc::new(storage), size })
             }
-            BackingFormat::Qcow2 => Ok(Self::Image(Box::new(Image::open_file(
-                FileStorage::new(file),
-                &path,
-                Access::ReadOnly,
-                chain,
-                cache_bytes,
-            )?))),
+            BackingFormat::Qcow2 => {
+                Ok(Self::Image(Box::new(Image::open_file(storage, &path, Access::ReadOnly, chain, cache_bytes)?)))
+            }
         }
     }
 
@@ -158,7 +156,7 @@ fn read_raw(storage: &dyn Storage, offset: u64, part: &mut [u8], at: usize, hole
 /// Refuses an image that was not closed: other tools would write to it without repairing it first, once it is a base.
 pub fn backing_size(backing: &Backing, overlay: &Path, backing_root: Option<&Path>) -> Result<u64> {
     let root = backing_root.or(overlay.parent()).unwrap_or(Path::new("")).to_owned();
-    let chain = Chain { root, seen: Vec::new() };
+    let chain = Chain { root, caching: Caching::default(), seen: Vec::new() };
     let layer = Layer::open(backing, overlay, chain, 0)?;
     match &layer {
         Layer::Image(image) if image.is_dirty() => Err(not_closed(backing)),

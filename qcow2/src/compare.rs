@@ -1,7 +1,8 @@
 //! Whether two disks hold the same bytes, however each of them stores them.
 
+use crate::buffer::BufferPool;
 use crate::disk::{Disk, Pass};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::progress::{Watch, tell};
 
 /// Bytes compared in one go.
@@ -35,7 +36,9 @@ pub struct Difference {
 pub fn compare(first: &Disk, second: &Disk, watch: &mut Watch<'_>) -> Result<Comparison> {
     let sizes = (first.size(), second.size());
     let total = sizes.0.max(sizes.1);
-    let (mut passes, mut buffers) = ((Pass::new(first), Pass::new(second)), (Vec::new(), Vec::new()));
+    let mut passes = (Pass::new(first), Pass::new(second));
+    let lend = || BufferPool::shared().lend(PIECE as usize);
+    let mut buffers = (lend(), lend());
     let mut at = 0;
     while at < total {
         tell(watch, at, total)?;
@@ -49,15 +52,20 @@ pub fn compare(first: &Disk, second: &Disk, watch: &mut Watch<'_>) -> Result<Com
             break;
         }
         let length = PIECE.min(total - at) as usize;
-        buffers.0.resize(length, 0);
-        buffers.1.resize(length, 0);
-        passes.0.read(at, &mut buffers.0)?;
-        passes.1.read(at, &mut buffers.1)?;
-        if let Some(index) = first_difference(&buffers.0, &buffers.1) {
+        let (left, _) = buffers.0.as_mut().split_at_mut(length);
+        let (right, _) = buffers.1.as_mut().split_at_mut(length);
+        // Side by side: each waits for its own file.
+        let (reader, other) = (&mut passes.0, &mut passes.1);
+        let (first_read, second_read) = std::thread::scope(|scope| {
+            let reading = scope.spawn(|| reader.read(at, left));
+            let second_read = other.read(at, right);
+            (reading.join().unwrap_or(Err(Error::Panicked)), second_read)
+        });
+        first_read.and(second_read)?;
+        if let Some(index) = first_difference(left, right) {
             let offset = at + index as u64;
             let value = |bytes: &[u8], size| bytes.get(index).copied().filter(|_| offset < size);
-            let difference =
-                Difference { offset, first: value(&buffers.0, sizes.0), second: value(&buffers.1, sizes.1) };
+            let difference = Difference { offset, first: value(left, sizes.0), second: value(right, sizes.1) };
             return Ok(Comparison { sizes, difference: Some(difference) });
         }
         at += length as u64;

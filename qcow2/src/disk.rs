@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::format::header::BackingFormat;
 use crate::image::{ExtentKind, Image, OpenOptions};
 use crate::lock::{self, Access};
-use crate::storage::{FileStorage, Storage};
+use crate::storage::Storage;
 use crate::sync::Arc;
 
 /// Guest bytes whose map is asked for in one go: bounds the time between two looks at the caller's wish to stop.
@@ -39,9 +39,9 @@ impl Disk {
         let open = |source| Error::Open { path: path.to_owned(), source };
         let flags = OFlags::NONBLOCK.bits() as i32;
         let file = std::fs::OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(open)?;
-        Chain { root: path.to_owned(), seen: Vec::new() }.enter(path, &file)?;
+        Chain { root: path.to_owned(), caching: options.caching, seen: Vec::new() }.enter(path, &file)?;
         lock::lock(&file, path, Access::ReadOnly)?;
-        let storage = FileStorage::new(file);
+        let storage = options.caching.for_reading(file);
         let size = storage.length().map_err(Error::io("fstat", 0))?;
         Ok(Self::raw(Arc::new(storage), size))
     }

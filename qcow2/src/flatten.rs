@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{CWD, RenameFlags};
 use rustix::io::Errno;
 
+use crate::buffer::BufferPool;
 use crate::create::{CreateOptions, create, create_file, sync_parent};
 use crate::disk::{Disk, Pass};
 use crate::error::{Error, Result};
@@ -147,7 +148,7 @@ fn copy(
 ) -> Result<u64> {
     let (size, piece) = (source.size(), PIECE.max(block));
     let mut pass = Pass::new(source);
-    let mut buffer = Vec::new();
+    let mut buffer = BufferPool::shared().lend(piece as usize);
     let (mut at, mut written) = (0, 0);
     while at < size {
         tell(watch, at, size)?;
@@ -160,13 +161,13 @@ fn copy(
         if data == size {
             break;
         }
-        buffer.resize(piece.min(size - at) as usize, 0);
-        pass.read(at, &mut buffer)?;
-        for (index, run) in nonzero_runs(&buffer, block as usize) {
+        let (bytes, _) = buffer.as_mut().split_at_mut(piece.min(size - at) as usize);
+        pass.read(at, bytes)?;
+        for (index, run) in nonzero_runs(bytes, block as usize) {
             write(at + index as u64, run)?;
             written += run.len() as u64;
         }
-        at += buffer.len() as u64;
+        at += bytes.len() as u64;
     }
     tell(watch, size, size)?;
     Ok(written)

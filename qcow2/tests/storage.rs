@@ -52,7 +52,8 @@ type Implementation = (&'static str, fn(&Path) -> Pair);
 fn every_kind() -> Vec<Implementation> {
     vec![
         ("file", |path| on_file(path, FileStorage::new)),
-        ("file with direct writes", |path| on_file(path, FileStorage::with_direct_writes)),
+        ("file with direct access", |path| on_file(path, FileStorage::with_direct_access)),
+        ("file with direct reads", |path| on_file(path, FileStorage::with_direct_reads)),
         ("memory", |_| twice(MemoryStorage::new())),
         ("simulated disk", |_| twice(SimDisk::new(Arc::default(), Content::default()))),
         ("volatile disk", |_| twice(VolatileDisk::default())),
@@ -77,11 +78,16 @@ fn put(storage: &dyn Storage, offset: u64, bytes: &[u8]) {
     storage.write(offset, &mut [IoSlice::new(bytes)]).unwrap();
 }
 
-/// Reads into memory that begins at an odd address and holds something else before.
+/// Reads into memory that begins at an odd address, and into memory that begins at a page; both hold something else before.
 fn get(storage: &dyn Storage, offset: u64, length: usize) -> Vec<u8> {
     let mut memory = vec![0xee; length + 1];
     storage.read(offset, &mut memory[1..]).unwrap();
-    memory.split_off(1)
+    let mut aligned = BufferPool::new(0).lend(length);
+    aligned.as_mut().fill(0xee);
+    storage.read(offset, aligned.as_mut()).unwrap();
+    let found = memory.split_off(1);
+    assert!(aligned.as_ref() == found, "{length} at {offset}");
+    found
 }
 
 #[test]
@@ -269,8 +275,8 @@ fn a_file_system_without_direct_access_is_used_through_the_page_cache() {
     let mounted = Mounted::at(&folder.path().join("ramfs"), &["-t", "ramfs", "-o", "mode=0777", "ramfs"]);
     let path = mounted.path().join("image.qcow2");
     let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path).unwrap();
-    let storage = FileStorage::with_direct_writes(file);
-    assert!(!storage.has_direct_writes());
+    let storage = FileStorage::with_direct_access(file);
+    assert!(!storage.has_direct_access());
     put(&storage, 0, &pattern(1, 1 << 20));
     assert!(get(&storage, 0, 1 << 20) == pattern(1, 1 << 20));
     drop(storage);
@@ -293,7 +299,42 @@ fn a_file_system_without_direct_access_is_used_through_the_page_cache() {
 }
 
 #[test]
-fn direct_and_cached_writes_of_the_same_pages_keep_their_order() {
+fn large_reads_of_a_cold_file_find_its_data_its_holes_and_its_end() {
+    let folder = folder();
+    for (name, open) in [
+        ("writable", FileStorage::with_direct_access as fn(File) -> FileStorage),
+        ("reads", FileStorage::with_direct_reads),
+    ] {
+        let path = join(&folder, name);
+        // Data, a hole, data, and an end in the middle of a block.
+        let mut model = pattern(1, 1 << 20);
+        model.resize(3 << 20, 0);
+        model.extend(pattern(2, (1 << 20) + 700));
+        let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path).unwrap();
+        put(&FileStorage::new(file.try_clone().unwrap()), 0, &model[..1 << 20]);
+        put(&FileStorage::new(file.try_clone().unwrap()), 3 << 20, &model[3 << 20..]);
+        file.sync_all().unwrap();
+        model.resize(6 << 20, 0);
+        let storage = open(file);
+        // More often than reads go without a look into the cache.
+        for round in 0..300 {
+            if round % 7 == 0 {
+                storage.drop_cache().unwrap();
+            }
+            let (from, length) = ((round * 37) % 5 << 20, 256 << 10);
+            let mut memory = BufferPool::new(0).lend(length);
+            storage.read(from as u64, memory.as_mut()).unwrap();
+            assert!(memory.as_ref() == &model[from..from + length], "{name}: {from}");
+        }
+        for (from, length) in [(0, 6 << 20), (512, 2 << 20), (3 << 20, 2 << 20), (4 << 20, 1 << 20), (5 << 20, 1 << 20)]
+        {
+            assert!(get(&storage, from as u64, length) == model[from..from + length], "{name}: {length} at {from}");
+        }
+    }
+}
+
+#[test]
+fn direct_and_cached_transfers_of_the_same_pages_keep_their_order() {
     let folder = folder();
     let disk = join(&folder, "disk");
     File::create(&disk).unwrap().set_len(64 << 20).unwrap();
@@ -301,8 +342,8 @@ fn direct_and_cached_writes_of_the_same_pages_keep_their_order() {
     let mounted = Mounted::at(&folder.path().join("ext4"), &["-o", "loop", support::text(&disk)]);
     privileged("chmod", &["0777", support::text(mounted.path())]);
     let file = OpenOptions::new().read(true).write(true).create_new(true).open(mounted.path().join("file")).unwrap();
-    let storage = FileStorage::with_direct_writes(file);
-    assert!(storage.has_direct_writes());
+    let storage = FileStorage::with_direct_access(file);
+    assert!(storage.has_direct_access());
     assert!(storage.block_size() >= 4096);
 
     // Each thread has an area; what is large and aligned goes around the cache, the rest through it.
@@ -323,7 +364,11 @@ fn direct_and_cached_writes_of_the_same_pages_keep_their_order() {
                     bytes.copy_from_slice(&pattern(thread << 32 | round, length as usize));
                     put(storage, base + offset, bytes);
                     model[offset as usize..(offset + length) as usize].copy_from_slice(bytes);
-                    let (from, length) = (random.u64(..area - 70_000), 70_000);
+                    let (from, length) = match random.u8(..3) {
+                        0 => (random.u64(..area - 70_000), 70_000),
+                        // What is large and aligned is read around the cache, too, where the cache does not have it all.
+                        _ => (random.u64(..(area - (1 << 20)) / 4096) * 4096, 1 << 20),
+                    };
                     let found = get(storage, base + from, length);
                     assert!(found == model[from as usize..from as usize + length], "thread {thread}, round {round}");
                 }

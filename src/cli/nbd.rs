@@ -43,8 +43,8 @@ pub(super) struct Arguments {
     /// reads of clients without structured replies are refused.
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = memory_budget)]
     memory_budget: Size,
-    /// How the image is written: `auto` writes large pieces around the page cache where the file system takes part,
-    /// `writeback` everything through it.
+    /// The way to the file: `auto` goes around the page cache for writes, and for large reads of what it does not have, where
+    /// the file system takes part; `writeback` does everything through it.
     #[arg(long, value_enum, default_value_t = Cache::Auto)]
     cache: Cache,
     #[command(flatten)]

@@ -50,18 +50,29 @@ pub struct OpenOptions {
     pub compress: Option<CompressionLevel>,
     /// What becomes of written clusters that read the same already.
     pub identical: Identical,
-    /// The way between an image that is open for writing and its file. Layers below are always read through the page cache.
+    /// The way between the image, with all below it, and its files.
     pub caching: Caching,
 }
 
 /// Whether payload goes through the page cache of the system.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Caching {
-    /// Whatever is faster: large writes go around it (`O_DIRECT`), where file system and cluster size allow it.
+    /// Whatever is faster: writes, and large reads of what it does not have, go around it (`O_DIRECT`), where file system and
+    /// cluster size allow it.
     #[default]
     Auto,
     /// All through it, for file systems whose direct access is not to be trusted.
     PageCache,
+}
+
+impl Caching {
+    /// Uses a file that is only read.
+    pub(crate) fn for_reading(self, file: File) -> FileStorage {
+        match self {
+            Self::Auto => FileStorage::with_direct_reads(file),
+            Self::PageCache => FileStorage::new(file),
+        }
+    }
 }
 
 impl OpenOptions {
@@ -81,12 +92,13 @@ impl Image {
         let file = regular_file::open(path, options.access)?;
         let own_folder = || path.parent().unwrap_or(Path::new("")).to_owned();
         let root = options.backing_root.clone().unwrap_or_else(own_folder);
-        let mut chain = Chain { root, seen: Vec::new() };
+        let mut chain = Chain { root, caching: options.caching, seen: Vec::new() };
         chain.enter(path, &file)?;
         lock::lock(&file, path, options.access)?;
         let storage = match (options.caching, options.access) {
-            (Caching::Auto, Access::ReadWrite) if has_whole_pages(&file) => FileStorage::with_direct_writes(file),
-            _ => FileStorage::new(file),
+            (caching, Access::ReadOnly) => caching.for_reading(file),
+            (Caching::Auto, Access::ReadWrite) if has_whole_pages(&file) => FileStorage::with_direct_access(file),
+            (_, Access::ReadWrite) => FileStorage::new(file),
         };
         Ok(Self::open_file(storage, path, options.access, chain, options.cache_bytes)?.writing_as(options))
     }

@@ -1,10 +1,10 @@
-//! A real file, through the page cache, and around it for large writes.
+//! A real file, through the page cache, and around it for large transfers.
 
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use rustix::fs::{Advice, FallocateFlags, SeekFrom};
 use rustix::io::{Errno, ReadWriteFlags};
@@ -18,38 +18,73 @@ use crate::geometry::SECTOR;
 const READ_AHEAD: u64 = 128 << 10;
 
 /// One open file description for the whole session: locks, cached writes and syncs all go through it, because the kernel
-/// reports a failed writeback to each description once. Direct writes report their own failures.
+/// reports a failed writeback to each description once. Direct transfers report their own failures.
 #[derive(Debug)]
 pub struct FileStorage {
     file: File,
-    direct: Result<Arc<Direct>, NoDirect>,
+    /// Of a file that is only read, from the first large read on: a chain of images that are hardly read has one description
+    /// each.
+    direct: OnceLock<Result<Arc<Direct>, NoDirect>>,
     ring: Result<(), NoRing>,
+    block_size: u64,
 }
 
 impl FileStorage {
     /// Uses a file that is open for what will be asked of it, through the page cache. Locks are the caller's business,
     /// until the end: they are given up with the storage.
     pub fn new(file: File) -> Self {
-        Self { file, direct: Err(NoDirect::NotAsked), ring: Err(NoRing::NotAsked) }
+        Self { file, direct: Err(NoDirect::NotAsked).into(), ring: Err(NoRing::NotAsked), block_size: SECTOR }
     }
 
-    /// As [`FileStorage::new`], for a file that is open for writing: large writes from memory that begins at a page go
-    /// around the page cache, where the file system takes part.
-    pub fn with_direct_writes(file: File) -> Self {
+    /// As [`FileStorage::new`], for a file that is open for writing: writes, and large reads of what the page cache does not
+    /// have, go around it where the file system takes part, in memory that begins at a page.
+    pub fn with_direct_access(file: File) -> Self {
         let ring = ring::probe();
         let direct = Direct::begin(&file, ring.is_ok()).map(Arc::new);
-        Self { file, direct, ring }
+        let block_size = direct.as_ref().map_or(SECTOR, |direct| direct.page());
+        Self { file, direct: direct.into(), ring, block_size }
+    }
+
+    /// As [`FileStorage::new`], for a file that is only read: large reads of what the page cache does not have go around it,
+    /// as in [`FileStorage::with_direct_access`].
+    pub fn with_direct_reads(file: File) -> Self {
+        Self { file, direct: OnceLock::new(), ring: Err(NoRing::NotAsked), block_size: SECTOR }
     }
 
     /// How payload is written, and why not in a faster way.
     pub fn mode(&self) -> Mode {
-        let direct = self.direct.as_ref().map_err(|why| *why).and_then(|direct| direct.alignment());
+        let direct = self.direct().and_then(|direct| direct.alignment());
         Mode { direct, ring: self.ring }
     }
 
-    /// Whether large writes go around the page cache.
-    pub fn has_direct_writes(&self) -> bool {
-        self.direct.is_ok()
+    /// Whether large transfers go around the page cache.
+    pub fn has_direct_access(&self) -> bool {
+        self.direct().is_ok()
+    }
+
+    fn direct(&self) -> Result<&Arc<Direct>, NoDirect> {
+        let direct = self.direct.get_or_init(|| Direct::begin(&self.file, false).map(Arc::new));
+        direct.as_ref().map_err(|why| *why)
+    }
+
+    /// The way around the page cache, for a read that is large enough for it.
+    fn direct_for(&self, offset: u64, buffer: &[u8]) -> Option<&Direct> {
+        let is_large = buffer.len() >= Direct::READ_BYTES_MIN;
+        let direct = if is_large { self.direct().ok() } else { None };
+        direct.map(|direct| &**direct).filter(|direct| direct.takes_read(offset, buffer))
+    }
+
+    /// Reads at least a byte, if there is one.
+    fn read_some(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+        if let Some(direct) = self.direct_for(offset, buffer)
+            && !self.read_cached(offset, buffer)
+        {
+            match direct.file.read_at(buffer, offset) {
+                Err(error) if error.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => direct.refuse(),
+                result => return result,
+            }
+        }
+        self.file.read_at(buffer, offset)
     }
 
     fn write_with(&self, mut offset: u64, mut slices: &mut [IoSlice<'_>], flags: ReadWriteFlags) -> io::Result<()> {
@@ -57,7 +92,7 @@ impl FileStorage {
         while !slices.is_empty() {
             // The kernel takes at most 1024 slices in one call.
             let batch = slices.get(..1024).unwrap_or(slices);
-            let direct = self.direct.as_ref().ok().filter(|direct| direct.takes(offset, batch));
+            let direct = self.direct().ok().filter(|direct| direct.takes(offset, batch));
             match rustix::io::pwritev2(direct.map_or(&self.file, |direct| &direct.file), batch, offset, flags) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(_) if mutant!("short_write_ignored") => return Ok(()),
@@ -87,7 +122,7 @@ impl Drop for FileStorage {
 impl Storage for FileStorage {
     fn read(&self, mut offset: u64, mut buffer: &mut [u8]) -> io::Result<()> {
         while !buffer.is_empty() {
-            match self.file.read_at(buffer, offset) {
+            match self.read_some(offset, buffer) {
                 Ok(0) => {
                     buffer.fill(0);
                     return Ok(());
@@ -104,10 +139,19 @@ impl Storage for FileStorage {
     }
 
     fn read_cached(&self, offset: u64, buffer: &mut [u8]) -> bool {
+        let direct = self.direct_for(offset, buffer);
+        if direct.is_some_and(|direct| !direct.looks_into_cache()) {
+            return false;
+        }
         let length = buffer.len();
         // Short at the end of the file, or of what is cached. An error means waiting, or tells itself to whoever reads in earnest.
         let slices = &mut [IoSliceMut::new(buffer)];
-        rustix::io::preadv2(&self.file, slices, offset, ReadWriteFlags::NOWAIT).is_ok_and(|read| read == length)
+        let read = rustix::io::preadv2(&self.file, slices, offset, ReadWriteFlags::NOWAIT);
+        let is_whole = read.is_ok_and(|read| read == length);
+        if let Some(direct) = direct.filter(|_| !is_whole) {
+            direct.not_in_cache();
+        }
+        is_whole
     }
 
     fn write(&self, offset: u64, slices: &mut [IoSlice<'_>]) -> io::Result<()> {
@@ -195,6 +239,9 @@ impl Storage for FileStorage {
     }
 
     fn prefetch(&self, offset: u64, length: u64) {
+        if let Some(Ok(direct)) = self.direct.get() {
+            direct.look_again();
+        }
         let end = offset.saturating_add(length);
         let mut at = offset;
         while let Some(step) = NonZeroU64::new(end.saturating_sub(at).min(READ_AHEAD)) {
@@ -214,12 +261,12 @@ impl Storage for FileStorage {
     }
 
     fn queue(self: Arc<Self>) -> Option<Box<dyn WriteQueue>> {
-        let direct = self.direct.clone().ok().filter(|_| self.ring.is_ok())?;
+        let direct = self.direct().ok().filter(|_| self.ring.is_ok())?.clone();
         Some(Box::new(Ring::new(self, direct).ok()?))
     }
 
     fn block_size(&self) -> u64 {
-        self.direct.as_ref().map_or(SECTOR, |direct| direct.page())
+        self.block_size
     }
 
     fn unlock(&self) {

@@ -236,7 +236,7 @@ mod tests {
     /// An empty file, and a queue for it where the system has one.
     fn queue() -> (tempfile::NamedTempFile, Arc<FileStorage>, Box<dyn WriteQueue>) {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let storage = Arc::new(FileStorage::with_direct_writes(file.reopen().unwrap()));
+        let storage = Arc::new(FileStorage::with_direct_access(file.reopen().unwrap()));
         let queue = storage.clone().queue().expect("io_uring and direct writes in the folder for temporary files");
         (file, storage, queue)
     }

@@ -47,7 +47,7 @@ pub(super) fn measure(folder: &Path, bytes: u64, is_over: &AtomicBool) -> Result
     let failed = || DoctorError::image(folder);
     let file = tempfile::tempfile_in(folder).map_err(DoctorError::step(folder, "making a file"))?;
     // As opening an image by its path does, whose clusters have whole pages.
-    let storage = Arc::new(FileStorage::with_direct_writes(file));
+    let storage = Arc::new(FileStorage::with_direct_access(file));
     let pieces = (bytes / MIB).max(1);
     create_on(&*storage, &CreateOptions::new(pieces * MIB)).map_err(failed())?;
     let image = Image::open_on_with(storage.clone(), None, &OpenOptions::new(Access::ReadWrite)).map_err(failed())?;
