@@ -2,7 +2,8 @@
 //!
 //! It is mapped and unmapped by ourselves: the general allocator keeps what it is given back, for each thread apart, so that
 //! buffers of changing sizes leave a process with several times the memory that was ever on loan. Buffers begin at a page
-//! border, so that the same memory serves a file that is written without the page cache.
+//! border, so that the same memory serves a file that is written without the page cache, and from 64 KiB on they lie in huge
+//! pages where there are some left (`huge.rs`).
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -10,6 +11,8 @@ use std::fmt;
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 
 use memmap2::MmapMut;
+
+use crate::huge::{self, HUGE, HugePages, Part, UNIT};
 
 /// Alignment of a buffer's first byte.
 const PAGE: usize = 4096;
@@ -33,12 +36,13 @@ struct Shelves {
     keep_bytes: usize,
 }
 
-#[derive(Default)]
 struct State {
-    /// Free memory by power of two, the one used last at the end.
+    /// For what is neither small nor larger than one of them.
+    huge: HugePages,
+    /// Other free memory by power of two, the one used last at the end.
     free: [VecDeque<Memory>; SHELVES],
     free_bytes: usize,
-    /// Memory on loan.
+    /// Memory on loan, but for huge pages.
     lent_bytes: usize,
     /// When each shelf was used last, by the clock.
     used: [u64; SHELVES],
@@ -54,12 +58,12 @@ impl State {
 
     fn take(&mut self, shelf: usize) -> Option<Memory> {
         let memory = self.use_shelf(shelf)?.pop_back()?;
-        self.free_bytes -= memory.bytes().len();
+        self.free_bytes -= memory.size();
         Some(memory)
     }
 
     fn put(&mut self, shelf: usize, memory: Memory) {
-        let size = memory.bytes().len();
+        let size = memory.size();
         if let Some(free) = self.use_shelf(shelf) {
             free.push_back(memory);
             self.free_bytes += size;
@@ -74,7 +78,7 @@ impl State {
             let filled = self.free.iter_mut().zip(self.used).filter(|(free, _)| !free.is_empty());
             let coldest = filled.min_by_key(|(_, used)| *used).and_then(|(free, _)| free.pop_front());
             let Some(memory) = coldest else { break };
-            self.free_bytes -= memory.bytes().len();
+            self.free_bytes -= memory.size();
             taken.push(memory);
         }
         taken
@@ -83,18 +87,37 @@ impl State {
 
 enum Memory {
     Mapped(MmapMut),
+    /// `size` bytes from `start` on, at a huge page; more is mapped.
+    Aligned {
+        map: MmapMut,
+        start: usize,
+        size: usize,
+    },
+    Part(Part),
     /// Where the system maps no more: a page more than the size, because memory of the allocator begins anywhere.
     Allocated(Box<[u8]>),
 }
 
 impl Memory {
     fn new(size: usize) -> Self {
+        if size.is_multiple_of(HUGE)
+            && let Some((map, start)) = huge::map(size)
+        {
+            return Self::Aligned { map, start, size };
+        }
         MmapMut::map_anon(size).map_or_else(|_| Self::Allocated(vec![0; size + PAGE].into()), Self::Mapped)
+    }
+
+    /// What it takes up.
+    fn size(&self) -> usize {
+        self.bytes().len()
     }
 
     fn bytes(&self) -> &[u8] {
         match self {
             Self::Mapped(bytes) => bytes,
+            Self::Aligned { map, start, size } => &map[*start..start + size],
+            Self::Part(part) => part.bytes(),
             Self::Allocated(bytes) => bytes,
         }
     }
@@ -102,12 +125,17 @@ impl Memory {
     fn bytes_mut(&mut self) -> &mut [u8] {
         match self {
             Self::Mapped(bytes) => bytes,
+            Self::Aligned { map, start, size } => &mut map[*start..*start + *size],
+            Self::Part(part) => part.bytes_mut(),
             Self::Allocated(bytes) => bytes,
         }
     }
 }
 
-/// Unused payload memory kept for all images of the process; one pool, so that memory does not grow with the number of
+/// Huge pages of a pool: what two images have on loan at full speed. Each may be held by a small part of it, so this is what a
+/// process may have beyond what is on loan.
+const HUGE_PAGES: usize = 16;
+/// Other unused payload memory kept for all images of the process; one pool, so that memory does not grow with the number of
 /// disks. (Measured with copies in requests of 256 KiB, 2 MiB and 32 MiB: with 32 MiB a process touches no more fresh pages than
 /// with 64 MiB, with 16 MiB up to 3 times, with 8 MiB up to 8 times as many.)
 const SHARED_KEEP_BYTES: usize = 32 << 20;
@@ -119,17 +147,30 @@ impl BufferPool {
         &SHARED
     }
 
-    /// A pool that keeps at most `keep_bytes` of memory that nobody uses. It never holds more than was once on loan at the same
-    /// time, or `keep_bytes` if that is more: whoever bounds what is on loan has bounded it all, but for what a thread is just
-    /// giving back to the system.
+    /// A pool that keeps at most `keep_bytes` of memory that nobody uses, and as much in huge pages, of which it has 32 MiB at
+    /// most. Apart from these it never holds more than was once on loan at the same time, or `keep_bytes` if that is more:
+    /// whoever bounds what is on loan has bounded it all, but for what a thread is just giving back to the system.
     pub fn new(keep_bytes: usize) -> Self {
-        Self { shelves: Arc::new(Shelves { state: Mutex::default(), keep_bytes }) }
+        let state = State {
+            huge: HugePages::new((keep_bytes / HUGE).min(HUGE_PAGES)),
+            free: Default::default(),
+            free_bytes: 0,
+            lent_bytes: 0,
+            used: Default::default(),
+            clock: 0,
+        };
+        Self { shelves: Arc::new(Shelves { state: Mutex::new(state), keep_bytes }) }
     }
 
     /// Memory for `length` bytes; what it holds is arbitrary.
     pub fn lend(&self, length: usize) -> Buffer {
         let (shelf, size) = (shelf_of(length), Buffer::memory_for(length));
         let mut state = lock(&self.shelves.state);
+        let is_part = (UNIT..HUGE).contains(&size);
+        if let Some(part) = if is_part { state.huge.take(size) } else { None } {
+            drop(state);
+            return Buffer { memory: Some(Memory::Part(part)), start: 0, length, shelf, shelves: self.shelves.clone() };
+        }
         state.lent_bytes += size;
         let reused = shelf.and_then(|shelf| state.take(shelf));
         let surplus = if reused.is_some() {
@@ -211,9 +252,13 @@ impl Drop for Buffer {
         let Some(memory) = self.memory.take() else { return };
         let keep_bytes = self.shelves.keep_bytes;
         let mut state = lock(&self.shelves.state);
+        let memory = match memory {
+            Memory::Part(part) => return state.huge.put(part),
+            memory => memory,
+        };
         state.lent_bytes -= Self::memory_for(self.length);
         let surplus = match self.shelf {
-            Some(shelf) if memory.bytes().len() <= keep_bytes => {
+            Some(shelf) if memory.size() <= keep_bytes => {
                 state.put(shelf, memory);
                 state.take_beyond(keep_bytes)
             }
@@ -240,6 +285,31 @@ mod tests {
         let again = pool.lend(8000);
         assert_eq!(again.as_ref().as_ptr(), address, "both need 8 KiB");
         assert_eq!(pool.lend(0).as_ref().len(), 0);
+    }
+
+    #[test]
+    fn middling_memory_is_a_part_of_a_huge_page_as_long_as_there_is_one() {
+        let pool = BufferPool::new(2 * HUGE);
+        let lend = |length| pool.lend(length);
+        let is_part = |buffer: &Buffer| matches!(buffer.memory, Some(Memory::Part(_)));
+        let is_aligned = |buffer: &Buffer, to: usize| buffer.as_ref().as_ptr().addr().is_multiple_of(to);
+        let small = lend(UNIT / 2);
+        assert!(!is_part(&small) && is_aligned(&small, PAGE));
+        let parts: Vec<Buffer> = (0..2 * HUGE / UNIT).map(|_| lend(UNIT)).collect();
+        assert!(parts.iter().all(is_part));
+        let beyond = lend(UNIT);
+        assert!(!is_part(&beyond) && is_aligned(&beyond, PAGE));
+        drop(parts);
+        let mut half = lend(HUGE / 2 - 1);
+        assert!(is_part(&half) && is_aligned(&half, HUGE / 2));
+        half.as_mut().fill(1);
+        for length in [HUGE - 1, HUGE, 16 * HUGE] {
+            let mut large = lend(length);
+            assert!(!is_part(&large) && is_aligned(&large, HUGE), "{length}");
+            assert_eq!(large.memory_bytes(), Buffer::memory_for(length));
+            large.as_mut().fill(1);
+            assert_eq!(large.as_ref().len(), length);
+        }
     }
 
     #[test]

@@ -44,6 +44,7 @@ mod finish;
 mod flatten;
 mod format;
 mod geometry;
+mod huge;
 mod image;
 mod info;
 mod l1;

@@ -17,6 +17,10 @@ use crate::geometry::SECTOR;
 /// Linux reads ahead so many bytes, unless told otherwise, and of a longer advice it takes no more.
 const READ_AHEAD: u64 = 128 << 10;
 
+/// Writes of so many bytes that go through the page cache are sent on to the disk at once: otherwise it rests until the next
+/// sync, which then takes as long as all of them. Smaller ones stay, to be joined. (`docs/performance.md`, "Early writeback".)
+const WRITE_BACK_MIN: usize = 64 << 10;
+
 /// One open file description for the whole session: locks, cached writes and syncs all go through it, because the kernel
 /// reports a failed writeback to each description once. Direct transfers report their own failures.
 #[derive(Debug)]
@@ -97,6 +101,11 @@ impl FileStorage {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(_) if mutant!("short_write_ignored") => return Ok(()),
                 Ok(written) => {
+                    if direct.is_none() && flags.is_empty() && written >= WRITE_BACK_MIN {
+                        // Only a hint: a failed writeback is told by the next sync. What is clean is dropped, too.
+                        let length = NonZeroU64::new(written as u64);
+                        let _ = rustix::fs::fadvise(&self.file, offset, length, Advice::DontNeed);
+                    }
                     offset += written as u64;
                     IoSlice::advance_slices(&mut slices, written);
                 }

@@ -1,7 +1,7 @@
 //! Many direct writes under way from one thread, by io_uring: what makes small and middling writes as fast as the disk takes
 //! them, which one blocked thread for each cannot. `docs/performance.md`, "io_uring", has the figures.
 //!
-//! The only module with `unsafe` code: the kernel reads payload while no borrow of ours exists. What makes that sound stands
+//! `unsafe` code, because the kernel reads payload while no borrow of ours exists. What makes that sound stands
 //! at each block, and rests on two facts: a [`Slot`] owns its payload and the list of its slices, and no slot is emptied
 //! before the kernel has said that it is done with it.
 #![expect(unsafe_code, reason = "the kernel reads memory that is lent to it by address")]
