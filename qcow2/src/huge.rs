@@ -97,10 +97,11 @@ impl HugePages {
 
     /// Takes a part back.
     pub(crate) fn put(&mut self, part: Part) {
+        let Part { page, units, memory, .. } = part;
         // Of another set of pages: it has no place here, and keeps its own.
-        let page = self.pages.get_mut(part.page).filter(|page| Arc::ptr_eq(&page.memory, &part.memory));
+        let page = self.pages.get_mut(page).filter(|page| Arc::ptr_eq(&page.memory, &memory));
         if let Some(page) = page {
-            page.taken &= !part.units;
+            page.taken &= !units;
         }
     }
 }

@@ -321,7 +321,7 @@ fn large_reads_of_a_cold_file_find_its_data_its_holes_and_its_end() {
             if round % 7 == 0 {
                 storage.drop_cache().unwrap();
             }
-            let (from, length) = ((round * 37) % 5 << 20, 256 << 10);
+            let (from, length) = (((round * 37) % 5) << 20, 256 << 10);
             let mut memory = BufferPool::new(0).lend(length);
             storage.read(from as u64, memory.as_mut()).unwrap();
             assert!(memory.as_ref() == &model[from..from + length], "{name}: {from}");
