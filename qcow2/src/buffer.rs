@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-// Not `crate::sync`: a leaf lock, held for a few instructions, in a pool that outlives any explored schedule.
+// Not `crate::sync`: a leaf lock, in a pool that outlives any explored schedule.
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 
 use memmap2::MmapMut;

@@ -2,8 +2,8 @@
 //! of 1 MiB in pages of 4 KiB is a list of 256 of them, which costs the kernel and the disk more than the bytes do.
 //! (`docs/performance.md`, "Huge pages".)
 //!
-//! A huge page stays with the process as long as a part of it is on loan, so their number is bounded, and small; whoever
-//! finds none free takes memory of its own (`buffer.rs`).
+//! A huge page stays with the process, be it for a small part of it that is on loan, so their number is bounded, and small;
+//! whoever finds none free takes memory of its own (`buffer.rs`).
 //!
 //! `unsafe` code, because parts of one mapping belong to different owners. That is sound as long as no two parts that exist
 //! overlap, which this module holds by itself: a [`Part`] is made only by setting its units in `taken`, and they are cleared
@@ -59,6 +59,7 @@ unsafe impl Sync for Memory {}
 
 /// A part of a huge page, in nobody else's hands: a power of two of bytes, beginning at a multiple of itself.
 #[derive(Debug)]
+#[must_use = "its place is taken until it is put back"]
 pub(crate) struct Part {
     page: usize,
     units: u32,
@@ -72,8 +73,11 @@ impl HugePages {
         Self { pages: Vec::new(), most }
     }
 
-    /// A part of this size, a power of two from [`UNIT`] to [`HUGE`], if there is one.
+    /// A part of this size, if there is one; of others than the powers of two from [`UNIT`] to [`HUGE`] there is none.
     pub(crate) fn take(&mut self, size: usize) -> Option<Part> {
+        if !size.is_power_of_two() || !(UNIT..=HUGE).contains(&size) {
+            return None;
+        }
         let count = (size / UNIT) as u32;
         let full = u32::MAX >> (UNITS - count);
         // The first page that has room: the others may become whole again.
@@ -168,5 +172,6 @@ mod tests {
         second.put(stray);
         assert_ne!(second.take(UNIT).unwrap().offset, held.offset);
         assert!(HugePages::new(0).take(UNIT).is_none());
+        assert!([0, 1, UNIT / 2, 3 * UNIT, 2 * HUGE].iter().all(|size| HugePages::new(1).take(*size).is_none()));
     }
 }

@@ -23,6 +23,8 @@ struct State {
     /// Who waits, in the order in which they came, by number: only the first is ever woken.
     line: VecDeque<(u64, Waiting)>,
     last_number: u64,
+    /// See [`Room::open_to_all`].
+    is_open: bool,
 }
 
 #[derive(Debug)]
@@ -34,7 +36,7 @@ enum Waiting {
 
 impl State {
     fn fits(&self, bytes: u64) -> bool {
-        self.held == 0 || self.held + bytes <= BUDGET_BYTES || mutant!("room_for_all")
+        self.held == 0 || self.held + bytes <= BUDGET_BYTES || self.is_open || mutant!("room_for_all")
     }
 
     /// Takes a place at the end of the line; its number.
@@ -93,6 +95,14 @@ impl Room {
             Place { room: self, number: Some(state.stand_in_line(Waiting::Task(None))) }
         };
         std::future::poll_fn(|context| place.poll(bytes, context.waker())).await
+    }
+
+    /// Lets everybody in from now on: what is held may never leave, and whoever comes in is refused by the poison.
+    pub(crate) fn open_to_all(&self) {
+        let mut state = lock(&self.state);
+        state.is_open = true;
+        // Whoever leaves the line wakes the next.
+        state.wake_first();
     }
 
     fn has_line(&self, state: &State) -> bool {

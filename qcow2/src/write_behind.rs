@@ -14,6 +14,7 @@ use std::time::Duration;
 use crate::error::{Error, Result};
 use crate::payload::{Payload, Piece};
 use crate::poison::Poison;
+use crate::room::Room;
 use crate::storage::{Storage, WriteQueue};
 use crate::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use crate::sync::thread::{self, JoinHandle};
@@ -26,7 +27,7 @@ const WORKERS: usize = 2;
 const RUN_BYTES: u64 = 1 << 20;
 /// Bytes under way at once in a queue, except for one run alone.
 const UNDER_WAY_BYTES: u64 = 8 << 20;
-/// Idle threads begin when so much waits, or so many writes, or somebody waits for one, or the first has waited so long:
+/// Idle threads begin when so much waits, or so many writes, or somebody waits for one, or a thread has looked on for so long:
 /// waking a thread for each small write would cost more than the write. (`docs/performance.md`, "Late start".)
 const START_BYTES: u64 = 256 << 10;
 const START_WRITES: usize = 64;
@@ -87,6 +88,7 @@ struct Submitted {
 struct Shared {
     storage: Arc<dyn Storage>,
     poison: Arc<Poison>,
+    room: Arc<Room>,
     state: Mutex<State>,
     /// Something is queued, or the end is near.
     work: Condvar,
@@ -235,7 +237,8 @@ impl Shared {
     /// Takes a submitted run out again. One that was not written stays unreadable for good.
     fn complete(&self, offset: u64, is_written: bool) {
         let mut state = lock(&self.state);
-        if let Some(run) = state.submitted.remove(&offset) {
+        let run = state.submitted.remove(&offset);
+        if let Some(run) = &run {
             state.ids.remove(&run.id);
             if is_written {
                 self.present.fetch_sub(1, Ordering::Release);
@@ -245,6 +248,11 @@ impl Shared {
         }
         let is_awaited = state.waiting > 0;
         drop(state);
+        // Perhaps the last owner of the payload: what its end sets off must not meet the lock.
+        drop(run);
+        if !is_written {
+            self.room.open_to_all();
+        }
         if is_awaited {
             self.done.notify_all();
         }
@@ -361,10 +369,10 @@ impl Drop for Writing<'_> {
 }
 
 impl WriteBehind {
-    pub(crate) fn new(storage: Arc<dyn Storage>, poison: Arc<Poison>) -> Self {
+    pub(crate) fn new(storage: Arc<dyn Storage>, poison: Arc<Poison>, room: Arc<Room>) -> Self {
         let state = Mutex::new(State { block_size: storage.block_size(), ..State::default() });
         let present = AtomicUsize::new(0);
-        let shared = Shared { storage, poison, state, work: Condvar::new(), done: Condvar::new(), present };
+        let shared = Shared { storage, poison, room, state, work: Condvar::new(), done: Condvar::new(), present };
         Self { shared: Arc::new(shared), workers: Mutex::default(), leaves_threads: AtomicBool::new(false) }
     }
 

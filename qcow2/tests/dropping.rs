@@ -80,6 +80,29 @@ fn a_dropped_image_keeps_nobody_waiting_for_a_disk_that_hangs() {
 }
 
 #[test]
+fn threads_that_are_gone_leave_nobody_waiting_for_room() {
+    let storage = Arc::new(Stalled::default());
+    create_on(&*storage, &CreateOptions::new(64 * MIB)).unwrap();
+    let image = Image::open_on(storage.clone(), Access::ReadWrite, None, 1 << 20).unwrap();
+    storage.break_down();
+    within_deadline("writes of more than there is room for", move || {
+        let shared = AsyncImage::new(image);
+        let data = vec![7; MIB as usize];
+        let refused = runtime().block_on(async {
+            let mut refused = 0;
+            for number in 0..40 {
+                refused += usize::from(shared.write(number * MIB, data.clone(), LATER).await.is_err());
+            }
+            assert!(shared.flush().await.is_err());
+            assert!(shared.close().await.is_err());
+            refused
+        });
+        assert!(refused > 0);
+        assert!(shared.poison().is_some());
+    });
+}
+
+#[test]
 fn a_dropped_image_can_be_opened_again_at_once_when_nothing_was_being_written() {
     let folder = support::folder();
     let path = join(&folder, "image.qcow2");

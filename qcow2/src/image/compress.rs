@@ -6,6 +6,7 @@ use rayon::prelude::*;
 
 use super::Image;
 use super::write::needs_space;
+use crate::buffer::BufferPool;
 use crate::compressed::{Compression, CompressionLevel, Compressor};
 use crate::error::Result;
 use crate::format::entry;
@@ -68,7 +69,10 @@ impl Image {
     /// Hands the run to the write-behind; returns the entries that may now be published.
     pub(super) fn put_packed(&self, packed: Option<Packed<'_>>) -> Result<Vec<(u64, u64)>> {
         let Some(packed) = packed else { return Ok(Vec::new()) };
-        self.write_behind.put(packed.run.host, vec![self.filling(packed.bytes)])?;
+        // In memory that may go around the page cache.
+        let mut bytes = BufferPool::shared().lend(packed.bytes.len());
+        bytes.as_mut().copy_from_slice(&packed.bytes);
+        self.write_behind.put(packed.run.host, vec![self.filling(bytes)])?;
         Ok(packed.entries)
     }
 

@@ -25,6 +25,7 @@ use crate::poison::Poison;
 use crate::refcounts::{self, RefcountTable};
 use crate::references::{self, each_entry};
 use crate::regular_file;
+use crate::room::Room;
 use crate::storage::{FileStorage, Storage};
 use crate::sync::{Arc, Mutex, RwLock};
 use crate::tables::Tables;
@@ -167,7 +168,7 @@ impl Image {
         let backing = header.backing.as_ref().map(below).transpose()?;
         let length = storage.length().map_err(Error::io("fstat", 0))?;
         let geometry = header.geometry;
-        let poison = Arc::new(Poison::default());
+        let (poison, room) = (Arc::new(Poison::default()), Arc::new(Room::default()));
         let allocator = Allocator::new(geometry, header.refcount_width, geometry.round_up(length), blocks);
         if access == Access::ReadWrite && !allocator.can_finish() {
             return Err(Error::unsupported("writing to a file so long that its refcount table would pass 8 MiB"));
@@ -185,8 +186,8 @@ impl Image {
             inflated: Inflated::default(),
             flush: Mutex::new(FlushState::new(header.l1_offset, l1)),
             changes: AtomicU64::new(0),
-            room: Arc::default(),
-            write_behind: WriteBehind::new(storage.clone(), poison.clone()),
+            write_behind: WriteBehind::new(storage.clone(), poison.clone(), room.clone()),
+            room,
             poison,
             session: Session::new(sector),
             life: RwLock::new(()),

@@ -1,6 +1,6 @@
-//! The way around the page cache (`O_DIRECT`) for large writes and for large reads of what it does not have: nothing is
-//! copied, no page of the cache is touched for the first time, nothing is left for a sync to write back. Small writes gain
-//! from the cache, which merges them, and small reads from what it reads ahead.
+//! The way around the page cache (`O_DIRECT`) for payload, and for large reads of what it does not have: nothing is
+//! copied, no page of the cache is touched for the first time, nothing is left for a sync to write back. Where each write keeps a
+//! thread waiting, small ones gain from the cache, which merges them; small reads gain from what it reads ahead.
 //!
 //! The kernel keeps the two ways coherent as long as nobody writes one page by both at once: before a direct write it writes
 //! back and afterwards it drops what the cache holds of those pages. That nobody does is the promise of
@@ -17,7 +17,7 @@ use super::{Alignment, NoDirect, Way};
 use crate::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 /// So many large reads in a row do not look into the page cache first, after one that looked in vain: a look at what is not
-/// there makes the kernel read it, beside the read that then goes around.
+/// there makes the kernel read it, beside the read that then goes around. (A read that was tried without waiting before counts twice.)
 const BLIND_READS: u32 = 128;
 
 /// A second open file description of an image file, without the page cache.
@@ -26,8 +26,6 @@ pub(super) struct Direct {
     pub(super) file: File,
     alignment: Alignment,
     page: u64,
-    /// The smallest write that is worth it.
-    least: usize,
     /// It was refused after all: the page cache serves from then on.
     is_refused: AtomicBool,
     /// Large reads that will not look into the page cache first.
@@ -41,7 +39,7 @@ impl Direct {
 
     /// Not where the file system takes no part, or does not say what it demands (before Linux 6.1, and some network file
     /// systems, of whose coherence nothing is known).
-    pub(super) fn begin(file: &File, has_queue: bool) -> Result<Self, NoDirect> {
+    pub(super) fn begin(file: &File) -> Result<Self, NoDirect> {
         let facts = statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).map_err(|_| NoDirect::NotAnnounced)?;
         if facts.stx_mask & StatxFlags::DIOALIGN.bits() == 0 {
             return Err(NoDirect::NotAnnounced);
@@ -58,12 +56,11 @@ impl Direct {
         }
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         let flags = (OFlags::DIRECT | OFlags::CLOEXEC).bits() as i32;
-        let least = if has_queue { 0 } else { Way::DIRECT_BYTES_MIN };
         let refused = |error: io::Error| NoDirect::Refused { errno: error.raw_os_error().unwrap_or(0) };
         let is_writable = rustix::fs::fcntl_getfl(file).is_ok_and(|flags| flags.contains(OFlags::RDWR));
         let options = OpenOptions::new().read(true).write(is_writable).custom_flags(flags).open(path);
         let (is_refused, blind) = (AtomicBool::new(false), AtomicU32::new(0));
-        Ok(Self { file: options.map_err(refused)?, alignment, page: page as u64, least, is_refused, blind })
+        Ok(Self { file: options.map_err(refused)?, alignment, page: page as u64, is_refused, blind })
     }
 
     /// What it demands, as long as nothing was refused.
@@ -76,16 +73,19 @@ impl Direct {
         self.page
     }
 
-    /// Whether these slices are to be written this way, one behind the other.
+    /// Whether these slices are worth a thread that waits until they are written this way, one behind the other.
+    pub(super) fn takes_blocking(&self, offset: u64, slices: &[IoSlice<'_>]) -> bool {
+        let length: usize = slices.iter().map(|slice| slice.len()).sum();
+        length >= Way::DIRECT_BYTES_MIN && self.takes(offset, slices)
+    }
+
+    /// Whether these slices can be written this way, one behind the other.
     pub(super) fn takes(&self, offset: u64, slices: &[IoSlice<'_>]) -> bool {
         let Alignment { block, memory } = self.alignment;
         let fits = |slice: &IoSlice<'_>| {
             (slice.len() as u64).is_multiple_of(block) && slice.as_ptr().addr().is_multiple_of(memory)
         };
-        offset.is_multiple_of(block)
-            && slices.iter().map(|slice| slice.len()).sum::<usize>() >= self.least
-            && slices.iter().all(fits)
-            && !self.is_refused.load(Ordering::Acquire)
+        offset.is_multiple_of(block) && slices.iter().all(fits) && !self.is_refused.load(Ordering::Acquire)
     }
 
     /// Whether this is to be read this way, if the page cache does not have it.
@@ -97,8 +97,8 @@ impl Direct {
             && !self.is_refused.load(Ordering::Acquire)
     }
 
-    /// Whether a large read looks into the page cache first.
-    pub(super) fn looks_into_cache(&self) -> bool {
+    /// Counts a large read, or another try of the same; whether it should look into the page cache first.
+    pub(super) fn count_read(&self) -> bool {
         // Of reads side by side each may count for the other: a look more or less.
         match self.blind.load(Ordering::Relaxed) {
             0 => true,

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use rustix::fs::{Advice, FallocateFlags, SeekFrom};
@@ -17,8 +18,10 @@ use crate::geometry::SECTOR;
 /// Linux reads ahead so many bytes, unless told otherwise, and of a longer advice it takes no more.
 const READ_AHEAD: u64 = 128 << 10;
 
-/// Writes of so many bytes that go through the page cache are sent on to the disk at once: otherwise it rests until the next
-/// sync, which then takes as long as all of them. Smaller ones stay, to be joined. (`docs/performance.md`, "Early writeback".)
+/// What went through the page cache is sent on to the disk whenever so much has come in writes of at least so many bytes:
+/// otherwise the disk rests until the next sync, which then takes as long as all of them. Smaller writes stay, to be joined. Not for
+/// each write: the advice may have the kernel disturb every processor. (`docs/performance.md`, "Early writeback".)
+const WRITE_BACK_BYTES: u64 = 8 << 20;
 const WRITE_BACK_MIN: usize = 64 << 10;
 
 /// One open file description for the whole session: locks, cached writes and syncs all go through it, because the kernel
@@ -31,28 +34,42 @@ pub struct FileStorage {
     direct: OnceLock<Result<Arc<Direct>, NoDirect>>,
     ring: Result<(), NoRing>,
     block_size: u64,
+    /// Bytes of large writes in the page cache that were not sent on.
+    cached: AtomicU64,
 }
 
 impl FileStorage {
     /// Uses a file that is open for what will be asked of it, through the page cache. Locks are the caller's business,
     /// until the end: they are given up with the storage.
     pub fn new(file: File) -> Self {
-        Self { file, direct: Err(NoDirect::NotAsked).into(), ring: Err(NoRing::NotAsked), block_size: SECTOR }
+        Self {
+            file,
+            direct: Err(NoDirect::NotAsked).into(),
+            ring: Err(NoRing::NotAsked),
+            block_size: SECTOR,
+            cached: AtomicU64::new(0),
+        }
     }
 
     /// As [`FileStorage::new`], for a file that is open for writing: writes, and large reads of what the page cache does not
     /// have, go around it where the file system takes part, in memory that begins at a page.
     pub fn with_direct_access(file: File) -> Self {
         let ring = ring::probe();
-        let direct = Direct::begin(&file, ring.is_ok()).map(Arc::new);
+        let direct = Direct::begin(&file).map(Arc::new);
         let block_size = direct.as_ref().map_or(SECTOR, |direct| direct.page());
-        Self { file, direct: direct.into(), ring, block_size }
+        Self { file, direct: direct.into(), ring, block_size, cached: AtomicU64::new(0) }
     }
 
     /// As [`FileStorage::new`], for a file that is only read: large reads of what the page cache does not have go around it,
     /// as in [`FileStorage::with_direct_access`].
     pub fn with_direct_reads(file: File) -> Self {
-        Self { file, direct: OnceLock::new(), ring: Err(NoRing::NotAsked), block_size: SECTOR }
+        Self {
+            file,
+            direct: OnceLock::new(),
+            ring: Err(NoRing::NotAsked),
+            block_size: SECTOR,
+            cached: AtomicU64::new(0),
+        }
     }
 
     /// How payload is written, and why not in a faster way.
@@ -67,7 +84,7 @@ impl FileStorage {
     }
 
     fn direct(&self) -> Result<&Arc<Direct>, NoDirect> {
-        let direct = self.direct.get_or_init(|| Direct::begin(&self.file, false).map(Arc::new));
+        let direct = self.direct.get_or_init(|| Direct::begin(&self.file).map(Arc::new));
         direct.as_ref().map_err(|why| *why)
     }
 
@@ -80,9 +97,10 @@ impl FileStorage {
 
     /// Reads at least a byte, if there is one.
     fn read_some(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
-        if let Some(direct) = self.direct_for(offset, buffer)
-            && !self.read_cached(offset, buffer)
-        {
+        if let Some(direct) = self.direct_for(offset, buffer) {
+            if self.read_cached(offset, buffer) {
+                return Ok(buffer.len());
+            }
             match direct.file.read_at(buffer, offset) {
                 Err(error) if error.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => direct.refuse(),
                 result => return result,
@@ -91,20 +109,26 @@ impl FileStorage {
         self.file.read_at(buffer, offset)
     }
 
+    fn write_back_early(&self, written: u64) {
+        if self.cached.fetch_add(written, Ordering::Relaxed) + written >= WRITE_BACK_BYTES {
+            self.cached.store(0, Ordering::Relaxed);
+            // Only a hint: a failed writeback is told by the next sync. What is clean is dropped, too.
+            let _ = rustix::fs::fadvise(&self.file, 0, None, Advice::DontNeed);
+        }
+    }
+
     fn write_with(&self, mut offset: u64, mut slices: &mut [IoSlice<'_>], flags: ReadWriteFlags) -> io::Result<()> {
         IoSlice::advance_slices(&mut slices, 0); // drops leading empty slices
         while !slices.is_empty() {
             // The kernel takes at most 1024 slices in one call.
             let batch = slices.get(..1024).unwrap_or(slices);
-            let direct = self.direct().ok().filter(|direct| direct.takes(offset, batch));
+            let direct = self.direct().ok().filter(|direct| direct.takes_blocking(offset, batch));
             match rustix::io::pwritev2(direct.map_or(&self.file, |direct| &direct.file), batch, offset, flags) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(_) if mutant!("short_write_ignored") => return Ok(()),
                 Ok(written) => {
                     if direct.is_none() && flags.is_empty() && written >= WRITE_BACK_MIN {
-                        // Only a hint: a failed writeback is told by the next sync. What is clean is dropped, too.
-                        let length = NonZeroU64::new(written as u64);
-                        let _ = rustix::fs::fadvise(&self.file, offset, length, Advice::DontNeed);
+                        self.write_back_early(written as u64);
                     }
                     offset += written as u64;
                     IoSlice::advance_slices(&mut slices, written);
@@ -149,7 +173,7 @@ impl Storage for FileStorage {
 
     fn read_cached(&self, offset: u64, buffer: &mut [u8]) -> bool {
         let direct = self.direct_for(offset, buffer);
-        if direct.is_some_and(|direct| !direct.looks_into_cache()) {
+        if direct.is_some_and(|direct| !direct.count_read()) {
             return false;
         }
         let length = buffer.len();

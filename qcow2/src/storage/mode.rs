@@ -74,8 +74,8 @@ pub enum NoDirect {
         /// The system's answer.
         errno: i32,
     },
-    /// A direct write was refused when it came to it.
-    #[error("a write was refused although the file system announces it")]
+    /// A direct write or read was refused when it came to it.
+    #[error("a write or read was refused although the file system announces it")]
     RefusedLater,
 }
 

@@ -17,7 +17,7 @@ use rustix::io::Errno;
 use super::direct::Direct;
 use super::{FileStorage, NoRing, Payload, Storage, WriteQueue};
 
-/// Most writes under way. (`docs/performance.md`, "Queue depth".)
+/// Most writes under way. (`docs/performance.md`, "io_uring".)
 const DEPTH: u32 = 128;
 
 /// Whether this system lets us have a ring: it may be too old, or forbid it.

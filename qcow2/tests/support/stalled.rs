@@ -1,5 +1,5 @@
 //! Storage in memory whose writes of payload wait until they are let through.
-#![allow(unreachable_pub, clippy::unwrap_used, reason = "part of the tests that include it")]
+#![allow(unreachable_pub, clippy::unwrap_used, clippy::panic, reason = "part of the tests that include it")]
 
 use std::io::{self, IoSlice};
 use std::sync::{Condvar, Mutex};
@@ -9,6 +9,7 @@ use blockyard_qcow2::storage::{MemoryStorage, Reservation, Storage};
 #[derive(Debug, Default)]
 struct State {
     is_stalled: bool,
+    is_broken: bool,
     waiting: usize,
 }
 
@@ -26,6 +27,11 @@ impl Stalled {
         self.changed.notify_all();
     }
 
+    /// Has the threads that write behind panic from now on.
+    pub fn break_down(&self) {
+        self.state.lock().unwrap().is_broken = true;
+    }
+
     /// Returns when so many writes wait.
     pub fn await_waiting(&self, writes: usize) {
         let state = self.state.lock().unwrap();
@@ -35,6 +41,10 @@ impl Stalled {
     fn pass(&self) {
         if std::thread::current().name() == Some("write-behind") {
             let mut state = self.state.lock().unwrap();
+            if state.is_broken {
+                drop(state);
+                panic!("as told");
+            }
             state.waiting += 1;
             self.changed.notify_all();
             let mut state = self.changed.wait_while(state, |state| state.is_stalled).unwrap();
