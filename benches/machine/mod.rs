@@ -1,5 +1,5 @@
-//! What a figure belongs to: machine, kernel, and the file system below the folder of the benches with the way that large
-//! writes take to it.
+//! What a figure belongs to: machine, kernel, and the file system below the folder of the benches with the way that payload
+//! takes to it.
 
 use std::fs;
 use std::path::Path;
@@ -17,7 +17,7 @@ pub(crate) fn describe() -> String {
     let memory_gib = memory.parse::<f64>().unwrap() / f64::from(1 << 20);
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
     let storage = FileStorage::with_direct_access(tempfile::tempfile_in(FOLDER).unwrap());
-    let mode = if storage.has_direct_access() { "large writes around the page cache" } else { "page cache" };
+    let mode = if storage.has_direct_access() { "payload around the page cache" } else { "page cache" };
     let build = if cfg!(debug_assertions) { "debug build, " } else { "" };
     let (kernel, file_system) = (kernel.trim(), file_system(Path::new(FOLDER)));
     format!("{build}{cores} cores, {memory_gib:.1} GiB of memory, Linux {kernel}, {file_system}, {mode}")

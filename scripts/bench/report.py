@@ -20,9 +20,14 @@ def best_of_qemu(seconds):
     return min((seconds[name] for name in (SHIPPED, DIRECT) if name in seconds), default=None)
 
 
+def rounds(results):
+    number = results["rounds"]
+    return f"median of {number} rounds" if number > 1 else "a single round, which is a hint only"
+
+
 def facts(results):
     lines = [f"{name}: {value}" for name, value in results["facts"].items()]
-    return "\n".join([*lines, f"size: {results['size_mib']} MiB; median of {results['rounds']} rounds"])
+    return "\n".join([*lines, f"size: {results['size_mib']} MiB; {rounds(results)}"])
 
 
 def table(results):
@@ -76,7 +81,7 @@ def chart(results):
     for result in results["workloads"]:
         y = workload(parts, result, results["servers"], unit, y)
     y += 16
-    said = [f"{results['size_mib']} MiB, median of {results['rounds']} rounds"]
+    said = [f"{results['size_mib']} MiB, {rounds(results)}"]
     said += [f"{name} {value}" for name, value in results["facts"].items()]
     for line in textwrap.wrap(" · ".join(said), 125, break_long_words=False):
         y += 15

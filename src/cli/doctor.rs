@@ -28,8 +28,8 @@ pub(super) struct Arguments {
     /// The folder where images will lie.
     #[arg(long, value_name = "DIR")]
     disk: PathBuf,
-    /// Most that is written to find out how fast images are written: whole MiB, at least 1M. It never takes more than a quarter
-    /// of the free space, nor much longer than ten seconds.
+    /// Most space that is taken to find out how fast images are written: whole MiB, at least 1M. It is never more than a quarter
+    /// of the free space, nor does it take much longer than ten seconds.
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = measured)]
     size: Size,
 }

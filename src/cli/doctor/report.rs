@@ -144,8 +144,8 @@ impl Report {
         };
         let fallocate = either(
             support.has_fallocate,
-            "a full disk is met before anything of a write is done",
-            "a full disk is met when data is written",
+            "on a full disk a request is refused, and the image stays healthy",
+            "a full disk is met when data is written, after it was acknowledged",
         );
         let punch = either(
             support.has_punch,
