@@ -3,7 +3,7 @@
 //! [`Backups`] is what the rest of the service sees. A request passes `check` and is accepted in `start`; from then on one task
 //! per job ([`job`]) owns everything the job holds and takes it through `prepare`, `transfer`, `seal` and `commit`, or out
 //! by `undo`. `recover` does the same for jobs of a process that died. Pure parts have no task: [`state`], [`plan`],
-//! [`deadline`].
+//! [`next_disk`], [`deadline`].
 
 mod blocking;
 mod check;
@@ -11,6 +11,7 @@ mod commit;
 pub mod deadline;
 pub mod ending;
 pub mod job;
+mod next_disk;
 pub mod plan;
 mod prepare;
 mod recover;
@@ -94,6 +95,15 @@ pub enum Known {
     Unknown,
 }
 
+/// Where the delta of a disk of a running job begins.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PreviousChangeId {
+    /// The job.
+    pub job: BackupId,
+    /// Nothing when the whole disk must be copied.
+    pub change_id: Option<String>,
+}
+
 impl Backups {
     /// The jobs of a new process. Call [`Self::recover`] before anything else.
     ///
@@ -149,8 +159,18 @@ impl Backups {
     }
 
     /// The running job of the VM with this inventory name, by which the backup client knows it.
-    pub fn find_by_inventory_name(&self, name: &str) -> Option<Arc<JobHandle>> {
+    fn find_by_inventory_name(&self, name: &str) -> Option<Arc<JobHandle>> {
         self.running().into_iter().find(|job| plan::inventory_name(&job.facts().vm.path) == name)
+    }
+
+    /// Where the delta of a disk begins, for the backup client that asks by the VM's inventory name and the number of a disk.
+    /// The question is a sign of life of the job.
+    pub fn previous_change_id(&self, inventory_name: &str, disk_id: Option<u32>) -> Option<PreviousChangeId> {
+        let job = self.find_by_inventory_name(inventory_name)?;
+        job.sign_of_life();
+        let predict = self.shared.config.jobs.predict_next_disk;
+        let change_id = disk_id.and_then(|disk_id| job.from_change_id(disk_id, predict)).map(str::to_owned);
+        Some(PreviousChangeId { job: job.facts().id.clone(), change_id })
     }
 
     /// Ports that this process has leased.

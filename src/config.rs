@@ -226,6 +226,8 @@ pub struct Jobs {
     pub max_running: u32,
     /// How long the answer to an `Idempotency-Key` is kept.
     pub idempotency_ttl_s: u64,
+    /// Whether a client that asks for the change id of disk 0 is taken to mean the disk it copies next.
+    pub predict_next_disk: bool,
 }
 
 /// `[storage]`
@@ -240,6 +242,10 @@ pub struct Storage {
     pub full_estimate_ratio: f64,
     /// What happens to a full backup that did not receive every byte.
     pub coverage_full: CoverageFull,
+    /// How many images a chain may have; the next backup is a full.
+    pub max_chain_depth: u32,
+    /// Whether an incremental leaves out what reads the same from its parent.
+    pub drop_identical: bool,
 }
 
 /// What happens to a full backup that did not receive every byte.
@@ -368,6 +374,7 @@ impl Default for Jobs {
             cancel_s: 60,
             max_running: 50,
             idempotency_ttl_s: 86_400,
+            predict_next_disk: true,
         }
     }
 }
@@ -379,6 +386,8 @@ impl Default for Storage {
             min_free_bytes: 1 << 30,
             full_estimate_ratio: 0.5,
             coverage_full: CoverageFull::Require,
+            max_chain_depth: 32,
+            drop_identical: true,
         }
     }
 }

@@ -185,6 +185,7 @@ impl nbd::Device for ImageDevice {
         let length = (*buffer).as_ref().len() as u64;
         let written = self.image.write(offset, Lent(buffer), durability_of(durability)).await;
         written.map_err(|error| self.change_failed(&error))?;
+        self.meter.identical(self.image.identical_bytes());
         self.meter.written(offset, length);
         Ok(())
     }
@@ -203,6 +204,7 @@ impl nbd::Device for ImageDevice {
         };
         let zeroed = self.image.zero(offset, length, mode, durability_of(durability)).await;
         zeroed.map_err(|error| self.change_failed(&error))?;
+        self.meter.identical(self.image.identical_bytes());
         self.meter.zeroed(offset, length);
         Ok(())
     }

@@ -59,6 +59,11 @@ impl AsyncImage {
         self.image.cluster_size()
     }
 
+    /// As [`Image::identical_bytes`].
+    pub fn identical_bytes(&self) -> u64 {
+        self.image.identical_bytes()
+    }
+
     /// The first failed write or sync, if there was one.
     pub fn poison(&self) -> Option<&str> {
         self.image.poison()

@@ -1,22 +1,30 @@
-//! Everything that can refuse a backup before anything is touched, in the order of the contract: VM, disks, repository,
-//! login, node, space. Whether the VM is free is asked last, by claiming it.
+//! Everything that can refuse a backup before anything is touched, in the order of the contract: VM, disks, repository, what
+//! can be built upon, login, node, space. Whether the VM is free is asked last, by claiming it.
 
-use std::path::Path;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use blockyard_qcow2 as qcow2;
 use rustix::fs::Access;
 
 use super::Shared;
-use super::plan::{self, DiskPlan};
+use super::plan::{self, Choice, DiskPlan, Newest};
 use super::start::{NewBackup, StartError, VmChoice};
-use super::state::BackupType;
+use super::state::{BackupType, TypeReason};
 use crate::config::{ExportNames, Node};
 use crate::id::new_ulid;
 use crate::repository::{directory, layout};
 use crate::secret::{Secret, SecretError};
 use crate::store::points::{self, PointDiskRow};
 use crate::store::repositories::{self, Repository};
-use crate::store::vms::{self, Vm};
+use crate::store::vms::{self, Vm, VmDisk};
+use crate::store::{Connection, StoreError, backups};
+
+/// A first incremental is expected to store one twentieth of its disk: a guess, for a day of an ordinary machine.
+const INCREMENTAL_SHARE: u64 = 20;
+/// Memory for tables while a chain is opened to be looked at: nothing is read through it.
+const EXAMINE_CACHE_BYTES: usize = 1 << 20;
 
 /// Everything that was found when the request was checked.
 pub(super) struct Checked {
@@ -27,6 +35,8 @@ pub(super) struct Checked {
     pub(super) password: Secret,
     pub(super) node: Node,
     pub(super) estimated_bytes: u64,
+    /// Disks in the order in which they were copied last time.
+    pub(super) last_order: Vec<u32>,
 }
 
 /// All checks, in the order of the contract, without any side effect.
@@ -48,25 +58,75 @@ pub(super) async fn check(shared: &Shared, new: &NewBackup) -> Result<Checked, S
     let repository = repositories::find(&mut connection, &new.repository_id)
         .await?
         .ok_or_else(|| StartError::RepositoryNotFound(new.repository_id.clone()))?;
-    let disks = vms::disks(&mut connection, &vm.id).await?;
-    let newest = points::newest_usable(&mut connection, &vm.id, &repository.id).await?;
-    let before = match &newest {
-        Some(point) => Some(points::disks(&mut connection, &point.id).await?),
-        None => None,
-    };
+    let disks = plan::present(vms::disks(&mut connection, &vm.id).await?)?;
+    let newest = newest(&mut connection, &vm, &repository).await?;
+    let last_order = backups::last_seal_order(&mut connection, &vm.id).await?;
     drop(connection);
-    let secret = (shared.config.nbd.export_names == ExportNames::Unguessable).then(new_secret);
-    let plans = plan::disks(&disks, before.as_deref(), new.requested_type, |disk_id| match &secret {
-        Some(secret) => layout::unguessable_export_name(&vm.name, secret, disk_id),
-        None => layout::export_name(&vm.name, disk_id),
-    })?;
-    let estimated_bytes = estimate(shared, &plans, before.as_deref());
     check_repository(shared, &repository).await?;
+    let max_chain_depth = shared.config.storage.max_chain_depth;
+    let choice = Choice { requested: new.requested_type, newest, max_chain_depth };
+    let (plans, newest) = choose(shared, &vm, &repository, disks, choice).await?;
+    let estimated_bytes = estimate(shared, &plans, newest.as_ref());
     let (username, password) = credential(shared, &vm).await?;
     let node = shared.config.nodes.get(&vm.node).cloned().filter(|_| shared.node(&vm.node).is_some());
     let node = node.ok_or_else(|| StartError::NodeUnknown { vm_name: vm.name.clone(), node: vm.node.clone() })?;
     check_space(shared, &repository, estimated_bytes).await?;
-    Ok(Checked { vm, repository, plans, username, password, node, estimated_bytes })
+    Ok(Checked { vm, repository, plans, username, password, node, estimated_bytes, last_order })
+}
+
+async fn newest(connection: &mut Connection, vm: &Vm, repository: &Repository) -> Result<Option<Newest>, StoreError> {
+    let Some(point) = points::newest(connection, &vm.id, &repository.id).await? else { return Ok(None) };
+    let disks = points::disks(connection, &point.id).await?;
+    Ok(Some(Newest { point, disks }))
+}
+
+/// Plans the disks, on a thread where it may wait for the images of the newest point. Hands that point back.
+async fn choose(
+    shared: &Shared,
+    vm: &Vm,
+    repository: &Repository,
+    disks: Vec<VmDisk>,
+    choice: Choice,
+) -> Result<(Vec<DiskPlan>, Option<Newest>), StartError> {
+    let secret = (shared.config.nbd.export_names == ExportNames::Unguessable).then(new_secret);
+    let (root, vm_name) = (PathBuf::from(&repository.path), vm.name.clone());
+    let planned = tokio::task::spawn_blocking(move || {
+        let examine = |newest: &Newest, disk: &PointDiskRow| examine(&root.join(&newest.point.dir), disk);
+        let plans = plan::disks(&disks, &choice, examine, |disk_id| match &secret {
+            Some(secret) => layout::unguessable_export_name(&vm_name, secret, disk_id),
+            None => layout::export_name(&vm_name, disk_id),
+        })?;
+        Ok((plans, choice.newest))
+    });
+    planned.await.map_err(|_| StartError::Panicked)?
+}
+
+/// Whether the image of a point can be built upon: it is as it was published, and opens with its whole chain.
+fn examine(folder: &Path, disk: &PointDiskRow) -> Result<(), TypeReason> {
+    let path = folder.join(&disk.file);
+    let unusable = |error: qcow2::Error| {
+        tracing::warn!(path = %path.display(), %error, "an image cannot be built upon");
+        match error {
+            qcow2::Error::Open { source, .. } if source.kind() == io::ErrorKind::NotFound => TypeReason::ParentMissing,
+            _ => TypeReason::ParentCorrupt,
+        }
+    };
+    let length = directory::file_bytes(&path);
+    let length = length.map_err(|source| unusable(qcow2::Error::Open { path: path.clone(), source }))?;
+    let options = qcow2::OpenOptions {
+        backing_root: folder.parent().map(Path::to_owned),
+        cache_bytes: EXAMINE_CACHE_BYTES,
+        ..qcow2::OpenOptions::new(qcow2::Access::ReadOnly)
+    };
+    let image = qcow2::Image::open(&path, &options).map_err(unusable)?;
+    if length != disk.file_bytes || image.size() != disk.size_bytes || image.is_dirty() {
+        tracing::warn!(
+            path = %path.display(), length, size = image.size(), dirty = image.is_dirty(),
+            "an image is not what was published and cannot be built upon"
+        );
+        return Err(TypeReason::ParentCorrupt);
+    }
+    Ok(())
 }
 
 /// Something for an export name that nobody can guess: 80 random bits of a ULID are what the names have room for.
@@ -74,17 +134,21 @@ fn new_secret() -> String {
     new_ulid().to_string()
 }
 
-/// What the job is expected to store: as much as the last full of a disk, or a share of its size.
-fn estimate(shared: &Shared, plans: &[DiskPlan], before: Option<&[PointDiskRow]>) -> u64 {
+/// What the job is expected to store: as much as the last full of a disk, twice its last incremental, or a share of its size.
+fn estimate(shared: &Shared, plans: &[DiskPlan], newest: Option<&Newest>) -> u64 {
     let ratio = shared.config.storage.full_estimate_ratio;
     plans
         .iter()
         .map(|plan| {
-            let last = before.and_then(|disks| disks.iter().find(|disk| disk.disk_id == plan.disk_id));
-            match last {
-                Some(disk) if disk.backup_type == BackupType::Full => disk.file_bytes,
+            let last = newest.and_then(|newest| newest.disk(plan.disk_id));
+            match (plan.backup_type(), last) {
+                (BackupType::Full, Some(disk)) if disk.backup_type == BackupType::Full => disk.file_bytes,
                 // Rounding hundreds of bytes of an estimate away is what an estimate is for.
-                _ => (plan.size_bytes as f64 * ratio) as u64,
+                (BackupType::Full, _) => (plan.size_bytes as f64 * ratio) as u64,
+                (BackupType::Incremental, Some(disk)) if disk.backup_type == BackupType::Incremental => {
+                    disk.file_bytes.saturating_mul(2)
+                }
+                (BackupType::Incremental, _) => plan.size_bytes / INCREMENTAL_SHARE,
             }
         })
         .sum()

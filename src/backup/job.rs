@@ -7,6 +7,7 @@
 //! The steps are in files of their own: `prepare`, `transfer`, `seal`, `commit`, `undo`.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use tokio::sync::{mpsc, oneshot, watch};
@@ -14,6 +15,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::Shared;
 use super::blocking::Work;
 use super::ending::{CompleteError, End, Failed, Sealed, StartNews};
+use super::next_disk;
 use super::plan::DiskPlan;
 use super::registry::{Presence, Slot};
 use super::state::{BackupType, DiskState, FailureCode, JobResult, JobState, RequestedType};
@@ -59,6 +61,8 @@ pub struct JobFacts {
     pub disks: Vec<JobDisk>,
     /// How many bytes it is expected to store.
     pub estimated_bytes: u64,
+    /// The order in which the VM's disks were copied last time.
+    pub last_order: Vec<u32>,
 }
 
 /// One disk of a job with its port.
@@ -106,6 +110,8 @@ pub struct LiveDisk {
     pub meter: Arc<Meter>,
     /// Its listener's figures.
     pub figures: ListenerFigures,
+    /// Whether it is sealed.
+    pub(super) sealed: Arc<AtomicBool>,
 }
 
 impl LiveDisk {
@@ -347,6 +353,28 @@ impl JobHandle {
     /// What can be seen of its disks; empty until they listen.
     pub fn live(&self) -> &[LiveDisk] {
         self.live.get().map_or(&[], Vec::as_slice)
+    }
+
+    /// Where the delta of a disk begins; nothing when it is copied whole, or is not in this job. With `predict`, disk 0 means
+    /// the disk that comes next ([`next_disk`]).
+    pub(super) fn from_change_id(&self, disk_id: u32, predict: bool) -> Option<&str> {
+        let disk_id = if disk_id == 0 && predict { self.meant_by_zero()? } else { disk_id };
+        let disk = self.facts.disks.iter().find(|disk| disk.plan.disk_id == disk_id)?;
+        disk.plan.parent.as_ref().map(|parent| parent.change_id.as_str())
+    }
+
+    fn meant_by_zero(&self) -> Option<u32> {
+        let progress = |disk: &JobDisk| {
+            let live = self.live().iter().find(|live| live.disk_id == disk.plan.disk_id);
+            next_disk::Progress {
+                disk_id: disk.plan.disk_id,
+                device_key: disk.plan.device_key,
+                connected: live.is_some_and(|live| live.meter.reading().connections > 0),
+                sealed: live.is_some_and(|live| live.sealed.load(Ordering::Acquire)),
+            }
+        };
+        let disks: Vec<_> = self.facts.disks.iter().map(progress).collect();
+        next_disk::meant_by_zero(&disks, &self.facts.last_order)
     }
 
     /// Notes a sign of life of the backup client.

@@ -1,18 +1,18 @@
 //! What a job is going to do with each disk, decided before anything is touched.
 //!
-//! Pure: from the inventory's disks and the newest usable point to the list of exports and the string that tells the
-//! node where they are. Every rule that can refuse a job for its disks is here.
+//! From the inventory's disks and the newest point to the list of exports and the string that tells the node where they are.
+//! Every rule that can refuse a job for its disks is here. Pure: whether the image of a parent can be built upon is asked of
+//! the caller.
 
 use std::collections::BTreeMap;
 
 use super::state::{BackupType, RequestedType, TypeReason};
 use crate::config;
+use crate::id::BackupId;
 use crate::repository::layout;
-use crate::store::points::PointDiskRow;
+use crate::store::points::{PointDiskRow, PointRow, PointState};
 use crate::store::vms::VmDisk;
 
-/// How many images a chain may have. This version writes images without a backing file only, so every chain has one.
-const CHAIN_LIMIT: u32 = 1;
 /// Disks are made of sectors.
 const SECTOR_BYTES: u64 = 512;
 
@@ -29,12 +29,71 @@ pub struct DiskPlan {
     pub vmdk_path: Option<String>,
     /// Its size.
     pub size_bytes: u64,
-    /// Full or overlay.
-    pub backup_type: BackupType,
-    /// Why.
+    /// What it builds upon; nothing for a full.
+    pub parent: Option<Parent>,
+    /// Why it does or does not.
     pub reason: TypeReason,
     /// The name of its export.
     pub export_name: String,
+}
+
+/// The image that an incremental builds upon. Chosen once: the backing file, the beginning of the delta and the depth of the
+/// chain all come from the same row of the same point.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Parent {
+    /// The point that holds it.
+    pub point_id: BackupId,
+    /// The image in the point's folder.
+    pub file: String,
+    /// The state of the disk in change tracking that it holds, where the delta begins.
+    pub change_id: String,
+    /// How many images the chain has with it on top.
+    pub chain_depth: u32,
+}
+
+impl Parent {
+    /// The name of the backing file: from one backup's folder into the one beside it, whatever the repository is called.
+    pub fn backing_name(&self) -> String {
+        format!("../{}/{}", self.point_id, self.file)
+    }
+}
+
+impl DiskPlan {
+    /// Full or overlay.
+    pub fn backup_type(&self) -> BackupType {
+        if self.parent.is_some() { BackupType::Incremental } else { BackupType::Full }
+    }
+
+    /// How many images its chain has.
+    pub fn chain_depth(&self) -> u32 {
+        self.parent.as_ref().map_or(1, |parent| parent.chain_depth + 1)
+    }
+}
+
+/// The newest point of this VM in this repository, with its disks: no other can be a parent.
+#[derive(Clone, Debug)]
+pub struct Newest {
+    /// The point.
+    pub point: PointRow,
+    /// Its disks.
+    pub disks: Vec<PointDiskRow>,
+}
+
+impl Newest {
+    /// What the point has of this disk.
+    pub fn disk(&self, disk_id: u32) -> Option<&PointDiskRow> {
+        self.disks.iter().find(|disk| disk.disk_id == disk_id)
+    }
+
+    /// Why nothing can be built upon this point, when it cannot.
+    fn unfit(&self) -> Option<TypeReason> {
+        match (self.point.trust.as_str(), self.point.state) {
+            ("suspect", _) => Some(TypeReason::ParentSuspect),
+            ("corrupt", _) => Some(TypeReason::ParentCorrupt),
+            (_, PointState::Committed) => None,
+            (_, PointState::Missing | PointState::Deleting | PointState::Deleted) => Some(TypeReason::ParentMissing),
+        }
+    }
 }
 
 /// Why the disks of a VM cannot be backed up.
@@ -68,27 +127,19 @@ pub enum PlanError {
         size_bytes: u64,
     },
     /// An incremental was asked for and no disk has anything to build upon.
-    #[error(
-        "no disk of the VM can be incremental ({reason}; this version keeps chains of one image): ask for \"auto\" or \"full\""
-    )]
+    #[error("no disk of the VM can be incremental ({reason}): ask for \"auto\" or \"full\"")]
     NoParent {
         /// Why not, for the first disk.
         reason: TypeReason,
     },
 }
 
-/// Plans the disks that are present now, in ascending order of number. `parent` are the disks of the newest usable point of
-/// this VM in this repository, when there is one.
+/// The disks that are present now, in ascending order of number.
 ///
 /// # Errors
-/// Nothing to back up, disks that the backup client would mix up, sizes no disk has, or no parent for an incremental.
-pub fn disks(
-    inventory: &[VmDisk],
-    parent: Option<&[PointDiskRow]>,
-    requested: RequestedType,
-    export_name: impl Fn(u32) -> String,
-) -> Result<Vec<DiskPlan>, PlanError> {
-    let mut present: Vec<&VmDisk> = inventory.iter().filter(|disk| disk.present).collect();
+/// Nothing to back up, disks that the backup client would mix up, and sizes no disk has.
+pub fn present(inventory: Vec<VmDisk>) -> Result<Vec<VmDisk>, PlanError> {
+    let mut present: Vec<VmDisk> = inventory.into_iter().filter(|disk| disk.present).collect();
     present.sort_by_key(|disk| disk.disk_id);
     if present.is_empty() {
         return Err(PlanError::NoDisks);
@@ -105,44 +156,91 @@ pub fn disks(
             return Err(PlanError::KeyDuplicate { device_key: disk.device_key, first, second: disk.disk_id });
         }
     }
+    Ok(present)
+}
+
+/// What the type of each disk depends on.
+#[derive(Clone, Debug)]
+pub struct Choice {
+    /// What the caller asked for.
+    pub requested: RequestedType,
+    /// What could be built upon.
+    pub newest: Option<Newest>,
+    /// How many images a chain may have.
+    pub max_chain_depth: u32,
+}
+
+/// Plans the disks that [`present`] returned. `examine` looks at the image of a parent that would do by its record, and says
+/// why it does not after all.
+///
+/// # Errors
+/// An incremental was asked for and no disk can be one.
+pub fn disks(
+    present: &[VmDisk],
+    choice: &Choice,
+    examine: impl Fn(&Newest, &PointDiskRow) -> Result<(), TypeReason>,
+    export_name: impl Fn(u32) -> String,
+) -> Result<Vec<DiskPlan>, PlanError> {
     let plans: Vec<DiskPlan> = present
-        .into_iter()
-        .map(|disk| DiskPlan {
-            disk_id: disk.disk_id,
-            device_key: disk.device_key,
-            vmdk_uuid: disk.vmdk_uuid.clone(),
-            vmdk_path: disk.vmdk_path.clone(),
-            size_bytes: disk.size_bytes,
-            backup_type: BackupType::Full,
-            reason: full_reason(disk, parent, requested),
-            export_name: export_name(disk.disk_id),
+        .iter()
+        .map(|disk| {
+            let (parent, reason) = match parent(disk, choice, &examine) {
+                Ok(parent) => (Some(parent), TypeReason::ParentOk),
+                Err(reason) => (None, reason),
+            };
+            DiskPlan {
+                disk_id: disk.disk_id,
+                device_key: disk.device_key,
+                vmdk_uuid: disk.vmdk_uuid.clone(),
+                vmdk_path: disk.vmdk_path.clone(),
+                size_bytes: disk.size_bytes,
+                parent,
+                reason,
+                export_name: export_name(disk.disk_id),
+            }
         })
         .collect();
-    match (requested, plans.first()) {
-        (RequestedType::Incremental, Some(first)) => Err(PlanError::NoParent { reason: first.reason }),
+    match (choice.requested, plans.first()) {
+        (RequestedType::Incremental, Some(first)) if job_type(&plans) == BackupType::Full => {
+            Err(PlanError::NoParent { reason: first.reason })
+        }
         _ => Ok(plans),
     }
 }
 
-/// Why this disk is full.
-fn full_reason(disk: &VmDisk, parent: Option<&[PointDiskRow]>, requested: RequestedType) -> TypeReason {
-    if requested == RequestedType::Full {
-        return TypeReason::RequestedFull;
+/// What a job is: full when every disk is.
+pub fn job_type<'a>(plans: impl IntoIterator<Item = &'a DiskPlan>) -> BackupType {
+    let all_full = plans.into_iter().all(|plan| plan.parent.is_none());
+    if all_full { BackupType::Full } else { BackupType::Incremental }
+}
+
+/// What this disk builds upon, or why it is full.
+fn parent(
+    disk: &VmDisk,
+    choice: &Choice,
+    examine: impl Fn(&Newest, &PointDiskRow) -> Result<(), TypeReason>,
+) -> Result<Parent, TypeReason> {
+    if choice.requested == RequestedType::Full {
+        return Err(TypeReason::RequestedFull);
     }
-    let Some(parent) = parent else { return TypeReason::FirstBackup };
-    let Some(before) = parent.iter().find(|before| before.disk_id == disk.disk_id) else {
-        return TypeReason::DiskNew;
-    };
+    let newest = choice.newest.as_ref().ok_or(TypeReason::FirstBackup)?;
+    if let Some(reason) = newest.unfit() {
+        return Err(reason);
+    }
+    let before = newest.disk(disk.disk_id).ok_or(TypeReason::DiskNew)?;
     if !same_identity(disk, before) {
-        TypeReason::IdentityChanged
-    } else if before.size_bytes != disk.size_bytes {
-        TypeReason::SizeChanged
-    } else if before.change_id.is_none() {
-        TypeReason::NoChangeId
-    } else {
-        debug_assert!(before.chain_depth >= CHAIN_LIMIT, "a chain has at least one image");
-        TypeReason::ChainDepth
+        return Err(TypeReason::IdentityChanged);
     }
+    if before.size_bytes != disk.size_bytes {
+        return Err(TypeReason::SizeChanged);
+    }
+    let change_id = before.change_id.clone().ok_or(TypeReason::NoChangeId)?;
+    if before.chain_depth >= choice.max_chain_depth {
+        return Err(TypeReason::ChainDepth);
+    }
+    examine(newest, before)?;
+    let (point_id, file) = (newest.point.id.clone(), before.file.clone());
+    Ok(Parent { point_id, file, change_id, chain_depth: before.chain_depth })
 }
 
 fn same_identity(disk: &VmDisk, before: &PointDiskRow) -> bool {
@@ -207,8 +305,30 @@ mod tests {
         }
     }
 
+    fn newest(disks: Vec<PointDiskRow>) -> Newest {
+        let point = PointRow {
+            id: "backup-01JD8Z3M6Q9V4T2R7XK5N0WCHB".parse().unwrap(),
+            vm_id: "vm-01JC0A7K2E5H8M3P6R9T1V4X7Z".parse().unwrap(),
+            repository_id: "main".parse().unwrap(),
+            sequence: 1,
+            dir: "vm-4X7Z/backup-01JD8Z3M6Q9V4T2R7XK5N0WCHB".into(),
+            state: PointState::Committed,
+            trust: "unverified".into(),
+            committed_at: "2026-11-23T22:05:00Z".parse().unwrap(),
+        };
+        Newest { point, disks }
+    }
+
+    fn choose(requested: RequestedType, newest: Option<Newest>) -> Choice {
+        Choice { requested, newest, max_chain_depth: 2 }
+    }
+
+    fn plan_on(inventory: &[VmDisk], choice: &Choice) -> Result<Vec<DiskPlan>, PlanError> {
+        disks(&present(inventory.to_vec())?, choice, |_, _| Ok(()), plain_export_name("vm"))
+    }
+
     fn plan(inventory: &[VmDisk], requested: RequestedType) -> Result<Vec<DiskPlan>, PlanError> {
-        disks(inventory, None, requested, plain_export_name("vm"))
+        plan_on(inventory, &choose(requested, None))
     }
 
     #[test]
@@ -244,18 +364,45 @@ mod tests {
     fn every_full_disk_says_why() {
         let now = disk(0, 2000, 1024);
         let same = before(&now);
-        let reason = |before: &[PointDiskRow], requested| {
-            disks(std::slice::from_ref(&now), Some(before), requested, plain_export_name("vm")).unwrap()[0].reason
+        let inventory = std::slice::from_ref(&now);
+        let reason = |newest: Newest, requested| {
+            let plan = plan_on(inventory, &choose(requested, Some(newest))).unwrap().remove(0);
+            assert_eq!(plan.backup_type(), BackupType::Full);
+            plan.reason
         };
         let auto = RequestedType::Auto;
-        assert_eq!(plan(std::slice::from_ref(&now), auto).unwrap()[0].reason, TypeReason::FirstBackup);
-        assert_eq!(reason(std::slice::from_ref(&same), RequestedType::Full), TypeReason::RequestedFull);
-        assert_eq!(reason(&[], auto), TypeReason::DiskNew);
-        assert_eq!(reason(&[PointDiskRow { size_bytes: 512, ..same.clone() }], auto), TypeReason::SizeChanged);
+        assert_eq!(plan(inventory, auto).unwrap()[0].reason, TypeReason::FirstBackup);
+        assert_eq!(reason(newest(vec![same.clone()]), RequestedType::Full), TypeReason::RequestedFull);
+        let disk_reason = |disk: PointDiskRow| reason(newest(vec![disk]), auto);
+        assert_eq!(reason(newest(vec![]), auto), TypeReason::DiskNew);
+        assert_eq!(disk_reason(PointDiskRow { size_bytes: 512, ..same.clone() }), TypeReason::SizeChanged);
         let other = PointDiskRow { vmdk_uuid: Some("other".into()), ..same.clone() };
-        assert_eq!(reason(&[other], auto), TypeReason::IdentityChanged);
-        assert_eq!(reason(&[PointDiskRow { change_id: None, ..same.clone() }], auto), TypeReason::NoChangeId);
-        assert_eq!(reason(&[same], auto), TypeReason::ChainDepth);
+        assert_eq!(disk_reason(other), TypeReason::IdentityChanged);
+        assert_eq!(disk_reason(PointDiskRow { change_id: None, ..same.clone() }), TypeReason::NoChangeId);
+        assert_eq!(disk_reason(PointDiskRow { chain_depth: 2, ..same.clone() }), TypeReason::ChainDepth);
+        let point_reason = |change: fn(&mut PointRow)| {
+            let mut newest = newest(vec![same.clone()]);
+            change(&mut newest.point);
+            reason(newest, auto)
+        };
+        assert_eq!(point_reason(|point| point.trust = "suspect".into()), TypeReason::ParentSuspect);
+        assert_eq!(point_reason(|point| point.trust = "corrupt".into()), TypeReason::ParentCorrupt);
+        assert_eq!(point_reason(|point| point.state = PointState::Missing), TypeReason::ParentMissing);
+    }
+
+    #[test]
+    fn a_parent_comes_from_one_record_and_its_image_has_the_last_word() {
+        let now = disk(0, 2000, 1024);
+        let inventory = [now.clone(), disk(1, 2016, 512)];
+        let choice = choose(RequestedType::Incremental, Some(newest(vec![before(&now)])));
+        let plans = plan_on(&inventory, &choice).unwrap();
+        let parent = plans[0].parent.clone().unwrap();
+        assert_eq!(parent.backing_name(), "../backup-01JD8Z3M6Q9V4T2R7XK5N0WCHB/disk-0.qcow2");
+        assert_eq!((parent.change_id.as_str(), plans[0].chain_depth()), ("52/1", 2));
+        assert_eq!((plans[0].reason, plans[1].reason), (TypeReason::ParentOk, TypeReason::DiskNew));
+        assert_eq!(job_type(&plans), BackupType::Incremental);
+        let damaged = disks(&inventory, &choice, |_, _| Err(TypeReason::ParentCorrupt), plain_export_name("vm"));
+        assert_eq!(damaged, Err(PlanError::NoParent { reason: TypeReason::ParentCorrupt }));
     }
 
     #[test]
@@ -267,7 +414,8 @@ mod tests {
     #[test]
     fn targets_split_back_into_keys_and_urls() {
         let inventory = [disk(0, 2000, 512), disk(1, 2016, 512)];
-        let plans = disks(&inventory, None, RequestedType::Full, plain_export_name("a,b:c%/d")).unwrap();
+        let choice = choose(RequestedType::Full, None);
+        let plans = disks(&inventory, &choice, |_, _| Ok(()), plain_export_name("a,b:c%/d")).unwrap();
         let targets = targets(&plans, &config::Nbd::default(), |index| 10_100 + index as u16);
         assert_eq!(targets, "2000:nbd://127.0.0.1:10100/a_b_c__d-disk0,2016:nbd://127.0.0.1:10101/a_b_c__d-disk1");
         assert_eq!(targets.split(',').count(), 2);

@@ -8,6 +8,7 @@ use blockyard_qcow2::{self as qcow2, AsyncImage, CreateOptions, OpenOptions};
 
 use super::ending::{End, Failed};
 use super::job::{Job, LiveDisk, RunningDisk};
+use super::plan::Parent;
 use super::state::{DiskState, FailureCode, JobResult, JobState};
 use crate::export::ImageExport;
 use crate::listeners::DiskListener;
@@ -45,16 +46,23 @@ impl Job {
     /// Creates and opens the images of all disks, several at once: each one waits for the disk more than it works.
     async fn create_images(&mut self) -> Result<Vec<AsyncImage>, Failed> {
         let cluster_size = self.shared.config.storage.cluster_bytes;
+        let drop_identical = self.shared.config.storage.drop_identical;
         let facts = std::sync::Arc::clone(&self.facts);
         let begun: Vec<_> = facts
             .disks
             .iter()
             .map(|disk| {
                 let path = facts.paths.staged_image(disk.plan.disk_id);
-                let size = disk.plan.size_bytes;
+                let backing = disk.plan.parent.as_ref().map(backing);
+                let mut options = OpenOptions::new(qcow2::Access::ReadWrite);
+                options.backing_root = Some(facts.paths.vm.clone());
+                if backing.is_some() && drop_identical {
+                    options.identical = qcow2::Identical::Skip;
+                }
+                let shape = CreateOptions { cluster_size, backing, ..CreateOptions::new(disk.plan.size_bytes) };
                 self.work.begin(move || {
-                    qcow2::create(&path, &CreateOptions { cluster_size, ..CreateOptions::new(size) })?;
-                    qcow2::Image::open(&path, &OpenOptions::new(qcow2::Access::ReadWrite))
+                    qcow2::create(&path, &shape)?;
+                    qcow2::Image::open(&path, &options)
                 })
             })
             .collect();
@@ -82,7 +90,8 @@ impl Job {
                 Failed::new(FailureCode::ImageFailed, format!("disk {} cannot be served", disk.plan.disk_id))
             })?;
             let figures = listener.figures();
-            live.push(LiveDisk { disk_id: disk.plan.disk_id, meter: export.meter().clone(), figures });
+            let (meter, sealed) = (export.meter().clone(), std::sync::Arc::default());
+            live.push(LiveDisk { disk_id: disk.plan.disk_id, meter, figures, sealed });
             self.disks.push(RunningDisk { disk: disk.clone(), export, listener: Some(listener), sealed: None });
         }
         // Set once per job: this is the only place, and it runs once.
@@ -114,6 +123,11 @@ impl Job {
         self.show(JobState::Starting);
         Ok(())
     }
+}
+
+/// What an overlay has below it. It is the same before and after the rename: both folders lie beside the parent's.
+pub(super) fn backing(parent: &Parent) -> qcow2::Backing {
+    qcow2::Backing { name: parent.backing_name(), format: qcow2::BackingFormat::Qcow2 }
 }
 
 /// A failure of the repository's file system, in the words of the contract.

@@ -3,6 +3,7 @@
 //! Only then is the disk sealed, in one transaction. What fails here fails the whole job, because half a VM is worth
 //! nothing.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use blockyard_qcow2 as qcow2;
@@ -11,7 +12,7 @@ use sha2::{Digest, Sha256};
 use super::commit::COVERAGE_INCOMPLETE;
 use super::ending::{End, Failed};
 use super::job::{Job, SealedDisk};
-use super::prepare::image_failure;
+use super::prepare::{backing, image_failure};
 use super::state::{DiskState, FailureCode};
 use crate::config::CoverageFull;
 use crate::store::StoreError;
@@ -44,7 +45,7 @@ impl Job {
         export.drained().await;
         self.refuse_failed_disks()?;
 
-        let warning = self.prove_coverage(index)?;
+        let (effective_type, warning) = self.prove_coverage(index, change_id.as_deref())?;
         let head = head(&export, disk_id).await?;
         let image = export.image();
         image.close().await.map_err(|error| image_failure("an image could not be made durable", &error))?;
@@ -52,20 +53,40 @@ impl Job {
         // A write that came while the image was being closed was refused, and means that the client was not done.
         self.refuse_failed_disks()?;
 
-        let sealed = SealedDisk { change_id, effective_type: "full".to_owned(), head, warning };
+        let sealed = SealedDisk { change_id, effective_type: effective_type.to_owned(), head, warning };
         self.store_disk(index, DiskState::Sealed, Some(&sealed)).await?;
+        if let Some(live) = self.handle.live().get(index) {
+            live.sealed.store(true, Ordering::Release);
+        }
         tracing::info!(job_id = %self.facts.id, disk_id, "disk sealed");
         self.disks[index].sealed = Some(sealed);
         Ok(())
     }
 
-    /// A full image must have received every byte, or it is a delta that calls itself full.
-    fn prove_coverage(&self, index: usize) -> Result<Option<String>, Failed> {
+    /// What the image is by the bytes that came, and what the operator must know about that.
+    ///
+    /// A full image must have received every byte, or it is a delta that calls itself full. An overlay must have received every
+    /// byte or a delta since its parent, and there is none across a gap in change tracking.
+    fn prove_coverage(&self, index: usize, change_id: Option<&str>) -> Result<(&'static str, Option<String>), Failed> {
         let running = &self.disks[index];
         let (disk_id, size) = (running.disk.plan.disk_id, running.disk.plan.size_bytes);
         let coverage = running.export.meter().coverage();
+        if let Some(parent) = &running.disk.plan.parent {
+            if coverage.is_whole(size) {
+                return Ok(("full_copy_into_overlay", None));
+            }
+            if change_id.map(epoch) == Some(epoch(&parent.change_id)) {
+                return Ok(("incremental", None));
+            }
+            let message = format!(
+                "disk {disk_id} was completed with {} of {size} bytes and a change id that does not continue that of {}",
+                coverage.covered_bytes(),
+                parent.point_id
+            );
+            return Err(Failed::new(FailureCode::EpochMismatch, message).by(Actor::Client));
+        }
         if coverage.is_whole(size) {
-            return Ok(None);
+            return Ok(("full", None));
         }
         let (offset, length) = coverage.first_gap(size).unwrap_or((size, 0));
         let message = format!(
@@ -74,14 +95,14 @@ impl Job {
         );
         match self.shared.config.storage.coverage_full {
             CoverageFull::Require => Err(Failed::new(FailureCode::CoverageIncomplete, message).by(Actor::Client)),
-            CoverageFull::Warn => Ok(Some(format!("{COVERAGE_INCOMPLETE}: {message}"))),
+            CoverageFull::Warn => Ok(("full", Some(format!("{COVERAGE_INCOMPLETE}: {message}")))),
         }
     }
 
-    /// The image as it lies on disk now: no error, no leak, the right size, nothing below it.
+    /// The image as it lies on disk now: no error, no leak, the right size, its parent below it and nothing else.
     async fn check_image(&mut self, index: usize) -> Result<(), Failed> {
         let plan = &self.disks[index].disk.plan;
-        let (disk_id, size) = (plan.disk_id, plan.size_bytes);
+        let (disk_id, size, below) = (plan.disk_id, plan.size_bytes, plan.parent.as_ref().map(backing));
         let path = self.facts.paths.staged_image(disk_id);
         let report = self.disks[index].export.image().check().await;
         let report = report.map_err(|error| image_failure("an image could not be checked", &error))?;
@@ -95,10 +116,10 @@ impl Job {
             tracing::error!(%error, "an image could not be read back");
             Failed::new(FailureCode::ImageFailed, format!("disk {disk_id}: the image cannot be read back"))
         })?;
-        if info.size != size || info.backing.is_some() {
+        if info.size != size || info.backing != below {
             return Err(Failed::new(
                 FailureCode::ImageFailed,
-                format!("disk {disk_id}: the image has {} bytes instead of {size}, or a backing file", info.size),
+                format!("disk {disk_id}: the image has {} bytes instead of {size}, or another backing file", info.size),
             ));
         }
         Ok(())
@@ -126,6 +147,11 @@ impl Job {
         transaction.commit().await.map_err(StoreError::from)?;
         Ok(())
     }
+}
+
+/// The part of a change id that names the history it belongs to.
+fn epoch(change_id: &str) -> &str {
+    change_id.split('/').next().unwrap_or_default()
 }
 
 /// The digest of the first MiB of a disk, or nothing when that is all zero.

@@ -4,7 +4,7 @@
 //! The checks are in `check`. Ports are bound before the rows are written, so that a lack of them refuses
 //! the request instead of failing a job; like the slot they are values that give themselves back on every way out.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +17,7 @@ use super::ending::{End, Failed, StartNews};
 use super::job::{Job, JobDisk, JobFacts, JobHandle, NewJob};
 use super::plan::{self, PlanError};
 use super::registry::{Capacity, Claim, Refused, Slot};
-use super::state::{BackupType, DiskState, JobResult, JobState, RequestedType};
+use super::state::{DiskState, JobResult, JobState, RequestedType};
 use super::{Backups, Shared};
 use crate::clock::UtcTime;
 use crate::id::{BackupId, RepositoryId, VmId};
@@ -259,7 +259,7 @@ async fn record(
     checked: Checked,
     ports: &[BoundPort],
 ) -> Result<(Arc<JobFacts>, String, Secret), StartError> {
-    let Checked { vm, repository, plans, username, password, estimated_bytes, .. } = checked;
+    let Checked { vm, repository, plans, username, password, estimated_bytes, last_order, .. } = checked;
     let boot_id = shared.boot_id.as_str();
     let mut transaction = shared.store.write().await?;
     let directory_name = claim_directory(&mut transaction, &vm).await?;
@@ -274,6 +274,11 @@ async fn record(
     for port in ports {
         leases::take_over(&mut transaction, LeaseKind::Port, &port.lease.port().to_string(), &id, boot_id).await?;
     }
+    let parents: BTreeSet<&BackupId> = plans.iter().filter_map(|plan| Some(&plan.parent.as_ref()?.point_id)).collect();
+    for parent in parents {
+        leases::pin(&mut transaction, parent, &id, boot_id).await?;
+    }
+    let backup_type = plan::job_type(&plans);
     let offset = shared.config.nbd.advertise_port_offset;
     let disks: Vec<JobDisk> = plans
         .into_iter()
@@ -291,13 +296,14 @@ async fn record(
         vm,
         repository,
         requested_type: new.requested_type,
-        backup_type: BackupType::Full,
+        backup_type,
         policy_id: new.policy_id,
         tags: new.tags,
         warnings: new.warnings,
         created_at: UtcTime::now(),
         disks,
         estimated_bytes,
+        last_order,
     };
     let (backup, rows) = rows(&facts, boot_id);
     backups::insert(&mut transaction, &backup, &rows).await?;
@@ -345,11 +351,11 @@ fn rows(facts: &JobFacts, boot_id: &str) -> (BackupRow, Vec<BackupDiskRow>) {
         vmdk_uuid: disk.plan.vmdk_uuid.clone(),
         vmdk_path: disk.plan.vmdk_path.clone(),
         size_bytes: disk.plan.size_bytes,
-        backup_type: disk.plan.backup_type,
+        backup_type: disk.plan.backup_type(),
         effective_type: None,
         reason: disk.plan.reason,
-        parent_id: None,
-        from_change_id: None,
+        parent_id: disk.plan.parent.as_ref().map(|parent| parent.point_id.clone()),
+        from_change_id: disk.plan.parent.as_ref().map(|parent| parent.change_id.clone()),
         change_id: None,
         port: Some(disk.port),
         export_name: Some(disk.plan.export_name.clone()),

@@ -312,6 +312,8 @@ words!(BackupType { Full = "full", Incremental = "incremental" });
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum TypeReason {
+    /// The newest point has an image of the disk to build upon.
+    ParentOk,
     /// The caller asked for a full.
     RequestedFull,
     /// There is no committed point of this VM in this repository.
@@ -324,17 +326,27 @@ pub enum TypeReason {
     IdentityChanged,
     /// The newest point holds no change id of this disk.
     NoChangeId,
+    /// The newest point is suspected of damage.
+    ParentSuspect,
+    /// The newest point is damaged, or its image of the disk cannot be used.
+    ParentCorrupt,
+    /// The files of the newest point are not there.
+    ParentMissing,
     /// The chain of the parent has reached `storage.max_chain_depth`.
     ChainDepth,
 }
 
 words!(TypeReason {
+    ParentOk = "parent_ok",
     RequestedFull = "requested_full",
     FirstBackup = "first_backup",
     DiskNew = "disk_new",
     SizeChanged = "size_changed",
     IdentityChanged = "identity_changed",
     NoChangeId = "no_change_id",
+    ParentSuspect = "parent_suspect",
+    ParentCorrupt = "parent_corrupt",
+    ParentMissing = "parent_missing",
     ChainDepth = "chain_depth",
 });
 

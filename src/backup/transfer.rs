@@ -126,7 +126,7 @@ impl Job {
             nbd_host: nbd.advertise_host.clone(),
             nbd_targets: facts.targets(nbd),
             backup_type: facts.backup_type.to_string(),
-            previous_change_id: String::new(),
+            previous_change_id: facts.previous_change_id().unwrap_or_default().to_owned(),
         }
     }
 
@@ -285,6 +285,12 @@ impl Job {
 }
 
 impl super::job::JobFacts {
+    /// Where the delta of the lowest incremental disk begins.
+    fn previous_change_id(&self) -> Option<&str> {
+        let parent = self.disks.iter().find_map(|disk| disk.plan.parent.as_ref())?;
+        Some(&parent.change_id)
+    }
+
     /// The string that tells the backup client where each disk goes.
     pub fn targets(&self, nbd: &config::Nbd) -> String {
         let plans: Vec<_> = self.disks.iter().map(|disk| disk.plan.clone()).collect();

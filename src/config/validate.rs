@@ -8,6 +8,8 @@ use super::load::ConfigError;
 use super::{AuthMode, Config, Node, PortRange, TlsMode};
 
 /// Cluster sizes that a qcow2 image can have: `1 << 9` to `1 << 21` bytes.
+/// What the engine opens.
+const CHAIN_DEPTH: std::ops::RangeInclusive<u32> = 1..=64;
 const CLUSTER_BYTES: std::ops::RangeInclusive<u32> = 512..=2 << 20;
 /// Half of the budget is for reads, and must hold one reply of the largest size, 64 MiB, besides the 16 MiB that are kept for
 /// connections that hold nothing.
@@ -213,6 +215,9 @@ impl Config {
         }
         if !(storage.full_estimate_ratio > 0.0 && storage.full_estimate_ratio <= 1.0) {
             return Err(invalid("storage.full_estimate_ratio", "must be above 0 and at most 1"));
+        }
+        if !CHAIN_DEPTH.contains(&storage.max_chain_depth) {
+            return Err(invalid("storage.max_chain_depth", "must be 1 to 64"));
         }
         Ok(())
     }

@@ -29,6 +29,7 @@ pub struct Meter {
     late_change: AtomicBool,
     written_bytes: AtomicU64,
     zeroed_bytes: AtomicU64,
+    identical_bytes: AtomicU64,
     read_bytes: AtomicU64,
     /// None where nobody asks: it grows with every range that touches no other.
     coverage: Option<Mutex<Coverage>>,
@@ -51,6 +52,8 @@ pub struct Reading {
     pub written_bytes: u64,
     /// Length of successful zero requests.
     pub zeroed_bytes: u64,
+    /// Of what was written or zeroed, what the image read the same already and therefore did not store.
+    pub identical_bytes: u64,
     /// Payload of successful reads.
     pub read_bytes: u64,
     /// Distinct bytes written or zeroed.
@@ -74,6 +77,7 @@ impl Meter {
             late_change: AtomicBool::new(false),
             written_bytes: AtomicU64::new(0),
             zeroed_bytes: AtomicU64::new(0),
+            identical_bytes: AtomicU64::new(0),
             read_bytes: AtomicU64::new(0),
             coverage: Some(Mutex::default()),
             rate: Mutex::new(Rate::new(Instant::now())),
@@ -95,6 +99,7 @@ impl Meter {
             changed: self.changed.load(Ordering::Acquire),
             written_bytes: self.written_bytes.load(Ordering::Acquire),
             zeroed_bytes: self.zeroed_bytes.load(Ordering::Acquire),
+            identical_bytes: self.identical_bytes.load(Ordering::Acquire),
             read_bytes: self.read_bytes.load(Ordering::Acquire),
             covered_bytes: self.coverage.as_ref().map_or(0, |coverage| lock(coverage).covered_bytes()),
         }
@@ -145,6 +150,11 @@ impl Meter {
         self.written_bytes.fetch_add(length, Ordering::AcqRel);
         lock(&self.rate).add(length, Instant::now());
         self.covered(offset, length);
+    }
+
+    /// What the image has left out so far. Requests end in any order, and the count only grows.
+    pub(super) fn identical(&self, bytes: u64) {
+        self.identical_bytes.fetch_max(bytes, Ordering::AcqRel);
     }
 
     pub(super) fn zeroed(&self, offset: u64, length: u64) {

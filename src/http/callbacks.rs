@@ -40,29 +40,31 @@ struct ChangeIdQuery {
 struct ChangeIdAnswer {
     vm_name: String,
     disk_id: String,
+    /// The running backup of the VM; absent when there is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    backup_job_id: Option<BackupId>,
     /// Empty: copy the whole disk.
     change_id: String,
     message: &'static str,
 }
 
-/// Where the delta of a disk begins. The answer alone decides whether the client copies a delta or the whole disk; all
-/// disks of a full backup are answered with an empty change id.
+/// Where the delta of a disk begins. The answer alone decides whether the client copies a delta or the whole disk; a disk that
+/// is to be copied whole is answered with an empty change id. Disk 0 means the disk that is copied next, until export 0 is
+/// connected (`jobs.predict_next_disk`).
 #[utoipa::path(get, path = "/backups/changeid", tag = "callbacks", params(ChangeIdQuery), security(()),
     responses((status = 200, body = ChangeIdAnswer)))]
 async fn change_id(
     State(app): State<AppState>,
     QueryParams(query): QueryParams<ChangeIdQuery>,
 ) -> Json<ChangeIdAnswer> {
-    // The question is a sign of life of the job, whatever the answer.
-    if let Some(job) = app.backups.find_by_inventory_name(&query.vm_name) {
-        job.sign_of_life();
-    }
-    Json(ChangeIdAnswer {
-        vm_name: query.vm_name,
-        disk_id: query.disk_id,
-        change_id: String::new(),
-        message: "No previous backup found",
-    })
+    // What is no number is the number of no disk.
+    let disk_id = if query.disk_id.is_empty() { Some(0) } else { query.disk_id.parse().ok() };
+    let previous = app.backups.previous_change_id(&query.vm_name, disk_id);
+    let (backup_job_id, change_id) = previous.map_or((None, None), |previous| (Some(previous.job), previous.change_id));
+    let message = if change_id.is_some() { "Previous change_id found" } else { "No previous backup found" };
+    let change_id = change_id.unwrap_or_default();
+    Json(ChangeIdAnswer { vm_name: query.vm_name, disk_id: query.disk_id, backup_job_id, change_id, message })
 }
 
 #[derive(Deserialize, ToSchema)]

@@ -35,6 +35,15 @@ pub struct FakeDisk {
     pub source: Source,
     /// Its state in change tracking, sent with `/complete`.
     pub change_id: String,
+    /// What changed since earlier states, by change id: offset and length in bytes, in ascending order.
+    pub changes: BTreeMap<String, Vec<(u64, u64)>>,
+}
+
+impl FakeDisk {
+    /// A disk without a past.
+    pub fn new(source: Source, change_id: impl Into<String>) -> Self {
+        Self { source, change_id: change_id.into(), changes: BTreeMap::new() }
+    }
 }
 
 /// How a fake node behaves.

@@ -119,9 +119,14 @@ impl Manifest {
     /// The line that tells a person in a hurry what to type.
     pub fn readme_for(disks: &[ManifestDisk]) -> String {
         let file = disks.first().map_or("disk-0.qcow2", |disk| disk.file.as_str());
+        let below = if disks.iter().any(|disk| disk.parent_id.is_some()) {
+            ". Incremental disks need the folders that they build upon beside this one: see parent_id, here and there"
+        } else {
+            ""
+        };
         format!(
             "A restore point of Blockyard. Every disk is a qcow2 image that QEMU reads as it is: \
-             qemu-img convert -f qcow2 -O raw {file} disk.raw"
+             qemu-img convert -f qcow2 -O raw {file} disk.raw{below}"
         )
     }
 

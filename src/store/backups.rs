@@ -229,7 +229,9 @@ pub async fn update_disk(connection: &mut Connection, id: &BackupId, disk: &Disk
     let measured = |number: fn(&Reading) -> u64| disk.measured.as_ref().map(number).map(signed).transpose();
     sqlx::query(
         "UPDATE backup_disks SET state = ?, covered_bytes = COALESCE(?, covered_bytes), \
-         written_bytes = COALESCE(?, written_bytes), zeroed_bytes = COALESCE(?, zeroed_bytes), effective_type = COALESCE(?, effective_type), change_id = COALESCE(?, change_id), \
+         written_bytes = COALESCE(?, written_bytes), zeroed_bytes = COALESCE(?, zeroed_bytes), \
+         identical_bytes = COALESCE(?, identical_bytes), effective_type = COALESCE(?, effective_type), \
+         change_id = COALESCE(?, change_id), \
          error_message = COALESCE(?, error_message), sealed_at = COALESCE(?, sealed_at) \
          WHERE backup_id = ? AND disk_id = ?",
     )
@@ -237,6 +239,7 @@ pub async fn update_disk(connection: &mut Connection, id: &BackupId, disk: &Disk
     .bind(measured(|reading| reading.covered_bytes)?)
     .bind(measured(|reading| reading.written_bytes)?)
     .bind(measured(|reading| reading.zeroed_bytes)?)
+    .bind(measured(|reading| reading.identical_bytes)?)
     .bind(disk.effective_type)
     .bind(disk.change_id)
     .bind(disk.error_message)
@@ -301,6 +304,21 @@ pub async fn disks(connection: &mut Connection, id: &BackupId) -> Result<Vec<Bac
         .bind(id)
         .fetch_all(connection)
         .await?)
+}
+
+/// The disks of the VM's last committed job in the order in which they were sealed.
+///
+/// # Errors
+/// The database's.
+pub async fn last_seal_order(connection: &mut Connection, vm: &VmId) -> Result<Vec<u32>, StoreError> {
+    Ok(sqlx::query_scalar(
+        "SELECT disk_id FROM backup_disks WHERE backup_id = \
+         (SELECT id FROM backups WHERE vm_id = ? AND state = 'committed' ORDER BY id DESC LIMIT 1) \
+         ORDER BY sealed_at, device_key",
+    )
+    .bind(vm)
+    .fetch_all(connection)
+    .await?)
 }
 
 /// The jobs that are not over, oldest first.

@@ -1,4 +1,4 @@
-//! The `leases` table: who owns a VM, an inventory name or a port right now.
+//! The `leases` table: who owns a VM, an inventory name or a port right now, and who builds upon a restore point.
 //!
 //! The owning values live in memory; these rows are their record, and the last line of defence against two jobs on one
 //! VM. A row of another boot is void: the process that held the thing is gone, and the thing with it.
@@ -6,7 +6,7 @@
 use super::{Connection, StoreError};
 use crate::id::BackupId;
 
-/// What can be owned by one job at a time.
+/// What can be owned, by one job at a time but for pins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LeaseKind {
     /// A VM, by id.
@@ -15,6 +15,8 @@ pub enum LeaseKind {
     Name,
     /// A TCP port.
     Port,
+    /// A restore point that is built upon, by id: it must not go meanwhile. Any number of jobs may hold one.
+    Pin,
 }
 
 impl LeaseKind {
@@ -23,6 +25,7 @@ impl LeaseKind {
             Self::Vm => "vm",
             Self::Name => "name",
             Self::Port => "port",
+            Self::Pin => "pin",
         }
     }
 }
@@ -67,6 +70,19 @@ pub async fn take_over(
         .execute(&mut *connection)
         .await?;
     insert(connection, kind, key, owner, boot_id).await
+}
+
+/// Holds a restore point beside all others who do.
+///
+/// # Errors
+/// The database's.
+pub async fn pin(
+    connection: &mut Connection,
+    point: &BackupId,
+    owner: &BackupId,
+    boot_id: &str,
+) -> Result<(), StoreError> {
+    insert(connection, LeaseKind::Pin, point.as_str(), owner, boot_id).await
 }
 
 async fn insert(

@@ -200,18 +200,18 @@ pub async fn insert(connection: &mut Connection, point: &NewPoint<'_>) -> Result
     Ok(sequence)
 }
 
-/// The newest point of a VM in a repository that may be built upon.
+/// The newest point of a VM in a repository whose files are not meant to go. Whether it can be built upon is not decided here.
 ///
 /// # Errors
 /// The database's.
-pub async fn newest_usable(
+pub async fn newest(
     connection: &mut Connection,
     vm: &VmId,
     repository: &RepositoryId,
 ) -> Result<Option<PointRow>, StoreError> {
     Ok(sqlx::query_as(
-        "SELECT * FROM restore_points WHERE vm_id = ? AND repository_id = ? AND state = 'committed' \
-         AND trust NOT IN ('suspect', 'corrupt') ORDER BY sequence DESC LIMIT 1",
+        "SELECT * FROM restore_points WHERE vm_id = ? AND repository_id = ? AND state NOT IN ('deleting', 'deleted') \
+         ORDER BY sequence DESC LIMIT 1",
     )
     .bind(vm)
     .bind(repository)

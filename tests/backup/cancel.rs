@@ -1,6 +1,6 @@
 //! Cancelling: in every state, twice, and with everything given back.
 
-use blockyard::node::fake::{Faults, PausePoint, StartFault};
+use blockyard::node::fake::{CompleteFault, Faults, PausePoint, StartFault};
 use serde_json::json;
 
 use crate::rig::{Plan, Rig, id_of};
@@ -98,7 +98,7 @@ async fn vm_can_be_backed_up_again_right_after_any_ending() {
     let endings = [
         (Faults::default(), "committed"),
         (Faults { die_after_bytes: Some(1 << 20), ..Faults::default() }, "failed"),
-        (Faults { delta_instead_of_full: true, ..Faults::default() }, "failed"),
+        (Faults { complete: CompleteFault::Early, ..Faults::default() }, "failed"),
         (Faults::default(), "committed"),
     ];
     let mut points = 0;

@@ -56,6 +56,8 @@ async fn backups_are_started_listed_shown_and_cancelled_by_command() {
     }
     let (code, _) = cli(&rig, &["backup", "start", "nobody", "--repository", "main"]).await;
     assert_eq!(code, 4);
-    let (code, _) = cli(&rig, &["backup", "start", "db-server", "--repository", "main", "--type", "incremental"]).await;
+    rig.service.add_repository("empty").await;
+    let (code, _) =
+        cli(&rig, &["backup", "start", "db-server", "--repository", "empty", "--type", "incremental"]).await;
     assert_eq!(code, 2);
 }

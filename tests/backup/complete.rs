@@ -420,11 +420,12 @@ async fn changeid_is_always_200_and_flat_strings() {
         assert!(object.values().all(serde_json::Value::is_string), "{answer}");
         assert_eq!(answer["change_id"], "", "{query}");
     }
-    rig.start().await;
+    let started = rig.start().await;
     let answer = ask("vm_name=db-server&disk_id=1").await.expect_status(200).json();
-    assert_eq!(
-        answer,
-        json!({"vm_name": "db-server", "disk_id": "1", "change_id": "", "message": "No previous backup found"})
-    );
+    let expected = json!({
+        "vm_name": "db-server", "disk_id": "1", "change_id": "", "message": "No previous backup found",
+        "backup_job_id": started["backup_id"],
+    });
+    assert_eq!(answer, expected);
     ask("disk_id=0").await.expect_problem(400, "invalid_field");
 }

@@ -78,8 +78,8 @@ async fn filters_select_exactly_what_they_say() {
         ("status=completed".to_owned(), vec![committed.clone()]),
         ("status=failed".to_owned(), vec![failed.clone()]),
         ("state=starting".to_owned(), vec![running.clone()]),
-        ("backup_type=full".to_owned(), all.clone()),
-        ("backup_type=incremental".to_owned(), vec![]),
+        ("backup_type=full".to_owned(), vec![committed.clone()]),
+        ("backup_type=incremental".to_owned(), vec![running.clone(), failed.clone()]),
         (format!("since={between}"), vec![running.clone(), failed.clone()]),
         ("status=failed&repository_id=main".to_owned(), vec![failed.clone()]),
     ] {

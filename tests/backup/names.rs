@@ -90,7 +90,7 @@ async fn disk_numbers_survive_gaps_second_controllers_and_more_than_ten_disks() 
         .iter()
         .map(|(key, bytes)| {
             let source = blockyard::node::fake::Source::Bytes(bytes.as_slice().into());
-            (*key, blockyard::node::fake::FakeDisk { source, change_id: rig::change_id(*key) })
+            (*key, blockyard::node::fake::FakeDisk::new(source, rig::change_id(*key)))
         })
         .collect();
     rig.node.reconfigure(|config| config.disks = disks);

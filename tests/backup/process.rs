@@ -24,7 +24,7 @@ impl Child {
             .iter()
             .map(|(key, bytes)| {
                 let source = Source::Bytes(bytes.as_slice().into());
-                (*key, FakeDisk { source, change_id: change_id(*key) })
+                (*key, FakeDisk::new(source, change_id(*key)))
             })
             .collect();
         let mut config = FakeConfig::new("http://127.0.0.1:1", fake);

@@ -106,21 +106,6 @@ async fn incremental_without_a_parent_is_422_and_auto_makes_a_full_that_says_why
     let started = rig.service.post("/api/v1/backups/vm", &body).await.expect_status(200).json();
     assert_eq!(started["disk_results"][0]["reason"], "requested_full");
     rig.end_of(id_of(&started)).await;
-    // With a parent that would do, the reason is that a chain has one image.
-    let again = rig.back_up().await;
-    assert_eq!((&again["state"], &again["disks"][0]["reason"]), (&json!("committed"), &json!("chain_depth")));
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn second_repository_starts_with_a_full_although_the_first_has_points() {
-    let rig = Rig::new().await;
-    rig.back_up().await;
-    rig.service.add_repository("second").await;
-    let mut body = rig.start_body();
-    body["repository_id"] = "second".into();
-    let started = rig.service.post("/api/v1/backups/vm", &body).await.expect_status(200).json();
-    assert_eq!(started["disk_results"][0]["reason"], "first_backup");
-    assert_eq!(rig.end_of(id_of(&started)).await["state"], "committed");
 }
 
 #[tokio::test(flavor = "multi_thread")]

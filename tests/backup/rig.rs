@@ -108,10 +108,7 @@ impl Rig {
         let disks: BTreeMap<u32, FakeDisk> = plan
             .disks
             .iter()
-            .map(|(key, bytes)| {
-                let change_id = change_id(*key);
-                (*key, FakeDisk { source: Source::Bytes(Arc::from(bytes.as_slice())), change_id })
-            })
+            .map(|(key, bytes)| (*key, FakeDisk::new(Source::Bytes(Arc::from(bytes.as_slice())), change_id(*key))))
             .collect();
         let mut config = FakeConfig::new("http://127.0.0.1:1", disks);
         config.faults = plan.faults;
@@ -124,6 +121,45 @@ impl Rig {
         let repository = service.add_repository("main").await;
         let vm = add_vm(&service, "db-server", &sizes(&plan.disks)).await;
         Self { service, node, vm, repository, disks: plan.disks, ports: plan.ports }
+    }
+
+    /// The next state of the VM: these bytes are written (device key, offset, data), and change tracking knows where.
+    pub fn write(&mut self, writes: &[(u32, usize, Vec<u8>)]) {
+        for (key, offset, data) in writes {
+            let (_, bytes) = self.disks.iter_mut().find(|(known, _)| known == key).unwrap();
+            bytes[*offset..offset + data.len()].copy_from_slice(data);
+        }
+        let disks = &self.disks;
+        self.node.reconfigure(|config| {
+            for (key, bytes) in disks {
+                let disk = config.disks.get_mut(key).unwrap();
+                disk.source = Source::Bytes(Arc::from(bytes.as_slice()));
+                let now = next_change_id(&disk.change_id);
+                disk.changes.insert(std::mem::replace(&mut disk.change_id, now), Vec::new());
+                for (_, offset, data) in writes.iter().filter(|(written, ..)| written == key) {
+                    let range = (*offset as u64, data.len() as u64);
+                    disk.changes.values_mut().for_each(|ranges| ranges.push(range));
+                }
+            }
+        });
+    }
+
+    /// Gives the VM these disks, in the inventory and in the snapshot. What it had before keeps its past.
+    pub async fn replace_disks(&mut self, disks: Vec<(u32, Vec<u8>)>) {
+        self.disks = disks;
+        let path = format!("/api/v1/vms/{}", self.vm);
+        let etag = self.service.get(&path).await.header("etag").to_owned();
+        let body = vm_with_disks("db-server", &sizes(&self.disks));
+        self.service.put(&path, &etag, &body).await.expect_status(200);
+        let disks = &self.disks;
+        self.node.reconfigure(|config| {
+            config.disks.retain(|key, _| disks.iter().any(|(kept, _)| kept == key));
+            for (key, bytes) in disks {
+                let source = Source::Bytes(Arc::from(bytes.as_slice()));
+                let disk = config.disks.entry(*key).or_insert_with(|| FakeDisk::new(source.clone(), change_id(*key)));
+                disk.source = source;
+            }
+        });
     }
 
     /// The body of a start request for the rig's VM.
@@ -295,11 +331,15 @@ fn merge(base: &str, more: &str) -> String {
 
 /// Adds a VM that can be backed up.
 pub async fn add_vm(service: &TestService, name: &str, disks: &[(u32, u64)]) -> String {
+    let answer = service.post("/api/v1/vms", &vm_with_disks(name, disks)).await.expect_status(201);
+    answer.json()["id"].as_str().unwrap().to_owned()
+}
+
+fn vm_with_disks(name: &str, disks: &[(u32, u64)]) -> Value {
     let mut body = vm_body(name);
     body["credential"] = "main".into();
     body["disks"] = disks.iter().map(|(key, size)| json!({"device_key": key, "size_bytes": size})).collect();
-    let answer = service.post("/api/v1/vms", &body).await.expect_status(201);
-    answer.json()["id"].as_str().unwrap().to_owned()
+    body
 }
 
 pub fn sizes(disks: &[(u32, Vec<u8>)]) -> Vec<(u32, u64)> {
@@ -309,6 +349,12 @@ pub fn sizes(disks: &[(u32, Vec<u8>)]) -> Vec<(u32, u64)> {
 /// The change id that the fake client sends for a disk.
 pub fn change_id(device_key: u32) -> String {
     format!("52 c2 1f aa 00 3b {device_key:x}/5540")
+}
+
+/// The one after it in the same history.
+fn next_change_id(change_id: &str) -> String {
+    let (epoch, number) = change_id.split_once('/').unwrap();
+    format!("{epoch}/{}", number.parse::<u64>().unwrap() + 1)
 }
 
 pub fn id_of(answer: &Value) -> &str {

@@ -3,6 +3,7 @@
 use super::Image;
 use crate::error::Result;
 use crate::format::entry::L2Entry;
+use crate::sync::atomic::Ordering;
 
 /// What becomes of written clusters that read the same already.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -41,6 +42,9 @@ impl Image {
                 }
                 _ => false,
             };
+            if *done {
+                self.identical_bytes.fetch_add(length, Ordering::Relaxed);
+            }
             (at, rest) = (at + length, behind);
         }
         Ok(())

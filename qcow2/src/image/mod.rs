@@ -69,6 +69,8 @@ pub struct Image {
     packing: Packing,
     compress: Option<CompressionLevel>,
     identical: Identical,
+    /// Bytes of writes that were left out for it.
+    identical_bytes: AtomicU64,
     clusters: ClusterLocks,
     inflated: Inflated,
     flush: Mutex<flush::FlushState>,
@@ -109,6 +111,11 @@ impl Image {
     /// Where the image was opened.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Bytes that were to be written, or zeroed as a part of a cluster, and were not stored because the image read the same ([`Identical::Skip`]), since it was opened.
+    pub fn identical_bytes(&self) -> u64 {
+        self.identical_bytes.load(Ordering::Relaxed)
     }
 
     /// The first failed write or sync, after which nothing is acknowledged any more.

@@ -182,6 +182,7 @@ impl Image {
             packing: Packing::default(),
             compress: None,
             identical: Identical::Write,
+            identical_bytes: AtomicU64::new(0),
             clusters: ClusterLocks::default(),
             inflated: Inflated::default(),
             flush: Mutex::new(FlushState::new(header.l1_offset, l1)),

@@ -112,7 +112,7 @@ impl Stage {
 
 fn fake(disk: &DemoDisk) -> FakeDisk {
     let source = Source::File { path: disk.path.clone(), size_bytes: disk.size_bytes };
-    FakeDisk { source, change_id: format!("52 de 6d 6f 00 00 {:04x}/1", disk.device_key) }
+    FakeDisk::new(source, format!("52 de 6d 6f 00 00 {:04x}/1", disk.device_key))
 }
 
 /// As a real password file is: for its owner alone.

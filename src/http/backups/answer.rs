@@ -82,7 +82,7 @@ impl StartAnswer {
             nbd_port: Some(disk.advertised_port),
             nbd_export_name: Some(disk.plan.export_name.clone()),
             status: status.to_owned(),
-            backup_type: disk.plan.backup_type,
+            backup_type: disk.plan.backup_type(),
             reason: disk.plan.reason,
             size_bytes: disk.plan.size_bytes,
             qcow2_path: facts.paths.published_image(disk.plan.disk_id).display().to_string(),
@@ -134,7 +134,7 @@ pub(super) struct BackupAnswer {
     code: Option<FailureCode>,
     /// Why it failed, for people.
     error_message: Option<String>,
-    /// 0 to 100, from the bytes covered.
+    /// 0 to 100, from the bytes covered; 100 once committed, although a delta covers less.
     progress_percent: f64,
     /// The state once more, where older callers look for it.
     current_phase: JobState,
@@ -181,7 +181,8 @@ struct DiskAnswer {
     device_key: u32,
     state: DiskState,
     backup_type: BackupType,
-    /// What was observed; `null` until the disk is sealed.
+    /// What was observed: `full`, `incremental`, or `full_copy_into_overlay` for an incremental that received every byte; `null`
+    /// until the disk is sealed.
     effective_type: Option<String>,
     reason: TypeReason,
     size_bytes: u64,
@@ -189,9 +190,15 @@ struct DiskAnswer {
     covered_bytes: u64,
     written_bytes: u64,
     zeroed_bytes: u64,
+    /// Bytes written or zeroed that read the same from the parent and were not stored.
     identical_bytes: u64,
     /// Connections open now.
     connections: usize,
+    /// The point that the image builds upon; `null` for a full.
+    #[schema(value_type = Option<String>)]
+    parent_id: Option<BackupId>,
+    /// The state of the disk in change tracking at which the delta begins; `null` for a full.
+    from_change_id: Option<String>,
     /// The state of the disk in change tracking that this backup holds.
     change_id: Option<String>,
     error_message: Option<String>,
@@ -256,7 +263,7 @@ impl BackupAnswer {
             result: row.result,
             code: row.code,
             error_message: row.message,
-            progress_percent: percent(covered, total_bytes),
+            progress_percent: if row.state == JobState::Committed { 100.0 } else { percent(covered, total_bytes) },
             current_phase: row.state,
             transfer_speed_bps: live.iter().map(|disk| disk.meter.written_per_second()).sum(),
             bytes_transferred: answers.iter().map(|disk| disk.written_bytes).sum(),
@@ -296,6 +303,8 @@ impl DiskAnswer {
             zeroed_bytes: disk.zeroed_bytes,
             identical_bytes: disk.identical_bytes,
             connections: 0,
+            parent_id: disk.parent_id.clone(),
+            from_change_id: disk.from_change_id.clone(),
             change_id: disk.change_id.clone(),
             error_message: disk.error_message.clone(),
         };
@@ -305,6 +314,7 @@ impl DiskAnswer {
             answer.covered_bytes = reading.covered_bytes;
             answer.written_bytes = reading.written_bytes;
             answer.zeroed_bytes = reading.zeroed_bytes;
+            answer.identical_bytes = reading.identical_bytes;
             answer.connections = reading.connections;
         }
         answer

@@ -1,7 +1,7 @@
 //! The backup client: copies every disk of one snapshot to the exports it was told, one disk after another.
 //!
 //! What it does was read from the real one. Per disk: two questions for the change id with number 0, two connections of
-//! which one stays idle, a third question with the right number, then writes and zeroes of up to 32 MiB with one request
+//! which one stays idle, a third question with the right number if there may be a delta, then writes and zeroes of up to 32 MiB with one request
 //! in flight, hopping between three distant regions, never a flush; telemetry that says `completed`; `/complete` while
 //! the connections are open; then the sockets just close.
 
@@ -93,14 +93,13 @@ impl Client {
         let link = NbdClient::connect(&target.uri).await.map_err(io::Error::other)?;
         let idle = NbdClient::connect(&target.uri).await.map_err(io::Error::other)?;
         self.shared.log.push(Event::Connected { disk_id: target.disk_id });
-        if incremental {
-            self.change_id(target.disk_id).await?;
-        }
+        let from = if incremental { self.change_id(target.disk_id).await? } else { String::new() };
         self.pause_at(PausePoint::Connected(index)).await;
         if self.config.faults.complete == CompleteFault::Early {
             self.complete(target.disk_id, &disk.change_id).await?;
         }
-        let bytes = self.copy(&link, target, disk).await?;
+        let ranges = self.ranges(disk, &from);
+        let bytes = self.copy(&link, target, disk, ranges).await?;
         self.shared.log.push(Event::Copied { disk_id: target.disk_id, bytes });
         self.telemetry("completed").await?;
         self.pause_at(PausePoint::BeforeComplete(index)).await;
@@ -111,16 +110,31 @@ impl Client {
         Ok(())
     }
 
-    /// The whole disk, from three regions in turn.
-    async fn copy(&mut self, link: &NbdClient, target: &Target, disk: &FakeDisk) -> io::Result<u64> {
+    /// What is to be copied, as first byte and end: what changed since `from` where that is known, else the whole disk.
+    fn ranges(&self, disk: &FakeDisk, from: &str) -> Vec<(u64, u64)> {
+        if let Some(changes) = disk.changes.get(from)
+            && epoch(from) == epoch(&disk.change_id)
+            && !self.config.faults.full_instead_of_delta
+        {
+            return changes.iter().map(|(offset, length)| (*offset, offset + length)).collect();
+        }
         let mut size = disk.source.size_bytes();
         if self.config.faults.delta_instead_of_full {
             size = size / 2 / 512 * 512;
         }
         // Regions end at whole sectors, the last one at the end of the disk.
         let region = (size / REGIONS).next_multiple_of(512).max(512);
-        let mut positions: Vec<(u64, u64)> =
-            (0..REGIONS).map(|index| ((index * region).min(size), ((index + 1) * region).min(size))).collect();
+        (0..REGIONS).map(|index| ((index * region).min(size), ((index + 1) * region).min(size))).collect()
+    }
+
+    /// A part of each range in turn, until all are copied.
+    async fn copy(
+        &mut self,
+        link: &NbdClient,
+        target: &Target,
+        disk: &FakeDisk,
+        mut positions: Vec<(u64, u64)>,
+    ) -> io::Result<u64> {
         let mut copied = 0;
         while positions.iter().any(|(position, end)| position < end) {
             for (position, end) in &mut positions {

@@ -17,6 +17,8 @@ pub struct Faults {
     pub lie_in_telemetry: bool,
     /// The client copies only the first half of each disk, as if it were a delta.
     pub delta_instead_of_full: bool,
+    /// The client copies the whole of each disk, whatever change id it is told.
+    pub full_instead_of_delta: bool,
     /// How `/complete` goes wrong.
     pub complete: CompleteFault,
     /// One connection per disk stays open until the node is dropped.
