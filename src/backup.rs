@@ -169,7 +169,7 @@ impl Backups {
         let job = self.find_by_inventory_name(inventory_name)?;
         job.sign_of_life();
         let predict = self.shared.config.jobs.predict_next_disk;
-        let change_id = disk_id.and_then(|disk_id| job.from_change_id(disk_id, predict)).map(str::to_owned);
+        let change_id = disk_id.and_then(|disk_id| job.previous_change_id(disk_id, predict)).map(str::to_owned);
         Some(PreviousChangeId { job: job.facts().id.clone(), change_id })
     }
 

@@ -357,7 +357,7 @@ impl JobHandle {
 
     /// Where the delta of a disk begins; nothing when it is copied whole, or is not in this job. With `predict`, disk 0 means
     /// the disk that comes next ([`next_disk`]).
-    pub(super) fn from_change_id(&self, disk_id: u32, predict: bool) -> Option<&str> {
+    pub(super) fn previous_change_id(&self, disk_id: u32, predict: bool) -> Option<&str> {
         let disk_id = if disk_id == 0 && predict { self.meant_by_zero()? } else { disk_id };
         let disk = self.facts.disks.iter().find(|disk| disk.plan.disk_id == disk_id)?;
         disk.plan.parent.as_ref().map(|parent| parent.change_id.as_str())
