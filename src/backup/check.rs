@@ -16,7 +16,7 @@ use crate::config::{ExportNames, Node};
 use crate::id::new_ulid;
 use crate::repository::{directory, layout};
 use crate::secret::{Secret, SecretError};
-use crate::store::points::{self, PointDiskRow};
+use crate::store::points::{self, ChainImage};
 use crate::store::repositories::{self, Repository};
 use crate::store::vms::{self, Vm, VmDisk};
 use crate::store::{Connection, StoreError, backups};
@@ -76,7 +76,11 @@ pub(super) async fn check(shared: &Shared, new: &NewBackup) -> Result<Checked, S
 
 async fn newest(connection: &mut Connection, vm: &Vm, repository: &Repository) -> Result<Option<Newest>, StoreError> {
     let Some(point) = points::newest(connection, &vm.id, &repository.id).await? else { return Ok(None) };
-    let disks = points::disks(connection, &point.id).await?;
+    let mut disks = Vec::new();
+    for disk in points::disks(connection, &point.id).await? {
+        let chain = points::chain(connection, &point.id, disk.disk_id).await?;
+        disks.push((disk, chain));
+    }
     Ok(Some(Newest { point, disks }))
 }
 
@@ -91,7 +95,7 @@ async fn choose(
     let secret = (shared.config.nbd.export_names == ExportNames::Unguessable).then(new_secret);
     let (root, vm_name) = (PathBuf::from(&repository.path), vm.name.clone());
     let planned = tokio::task::spawn_blocking(move || {
-        let examine = |newest: &Newest, disk: &PointDiskRow| examine(&root.join(&newest.point.dir), disk);
+        let examine = |chain: &[ChainImage], size| examine(&root, chain, size);
         let plans = plan::disks(&disks, &choice, examine, |disk_id| match &secret {
             Some(secret) => layout::unguessable_export_name(&vm_name, secret, disk_id),
             None => layout::export_name(&vm_name, disk_id),
@@ -101,30 +105,37 @@ async fn choose(
     planned.await.map_err(|_| StartError::Panicked)?
 }
 
-/// Whether the image of a point can be built upon: it is as it was published, and opens with its whole chain.
-fn examine(folder: &Path, disk: &PointDiskRow) -> Result<(), TypeReason> {
-    let path = folder.join(&disk.file);
+/// Whether a chain can be built upon: every file has the length with which it was published, and its top opens with all below
+/// it, closed and of the right size. What is damaged beyond that is for a verification to find.
+fn examine(repository: &Path, chain: &[ChainImage], size_bytes: u64) -> Result<(), TypeReason> {
     let unusable = |error: qcow2::Error| {
-        tracing::warn!(path = %path.display(), %error, "an image cannot be built upon");
+        tracing::warn!(%error, "a chain cannot be built upon");
         match error {
             qcow2::Error::Open { source, .. } if source.kind() == io::ErrorKind::NotFound => TypeReason::ParentMissing,
             _ => TypeReason::ParentCorrupt,
         }
     };
-    let length = directory::file_bytes(&path);
-    let length = length.map_err(|source| unusable(qcow2::Error::Open { path: path.clone(), source }))?;
+    let changed = |path: &Path| {
+        tracing::warn!(path = %path.display(), "an image is not what was published and cannot be built upon");
+        TypeReason::ParentCorrupt
+    };
+    for image in chain {
+        let path = repository.join(&image.dir).join(&image.file);
+        let length = directory::file_bytes(&path);
+        if length.map_err(|source| unusable(qcow2::Error::Open { path: path.clone(), source }))? != image.file_bytes {
+            return Err(changed(&path));
+        }
+    }
+    let top = chain.first().ok_or(TypeReason::ParentMissing)?;
+    let folder = repository.join(&top.dir);
     let options = qcow2::OpenOptions {
         backing_root: folder.parent().map(Path::to_owned),
         cache_bytes: EXAMINE_CACHE_BYTES,
         ..qcow2::OpenOptions::new(qcow2::Access::ReadOnly)
     };
-    let image = qcow2::Image::open(&path, &options).map_err(unusable)?;
-    if length != disk.file_bytes || image.size() != disk.size_bytes || image.is_dirty() {
-        tracing::warn!(
-            path = %path.display(), length, size = image.size(), dirty = image.is_dirty(),
-            "an image is not what was published and cannot be built upon"
-        );
-        return Err(TypeReason::ParentCorrupt);
+    let image = qcow2::Image::open(&folder.join(&top.file), &options).map_err(unusable)?;
+    if image.size() != size_bytes || image.is_dirty() {
+        return Err(changed(image.path()));
     }
     Ok(())
 }

@@ -10,7 +10,7 @@ use super::state::{BackupType, RequestedType, TypeReason};
 use crate::config;
 use crate::id::BackupId;
 use crate::repository::layout;
-use crate::store::points::{PointDiskRow, PointRow, PointState};
+use crate::store::points::{ChainImage, PointDiskRow, PointRow, PointState};
 use crate::store::vms::VmDisk;
 
 /// Disks are made of sectors.
@@ -75,24 +75,28 @@ impl DiskPlan {
 pub struct Newest {
     /// The point.
     pub point: PointRow,
-    /// Its disks.
-    pub disks: Vec<PointDiskRow>,
+    /// Its disks, each with its chain from this point down.
+    pub disks: Vec<(PointDiskRow, Vec<ChainImage>)>,
 }
 
 impl Newest {
     /// What the point has of this disk.
     pub fn disk(&self, disk_id: u32) -> Option<&PointDiskRow> {
-        self.disks.iter().find(|disk| disk.disk_id == disk_id)
+        self.find(disk_id).map(|(disk, _)| disk)
     }
 
-    /// Why nothing can be built upon this point, when it cannot.
-    fn unfit(&self) -> Option<TypeReason> {
-        match (self.point.trust.as_str(), self.point.state) {
-            ("suspect", _) => Some(TypeReason::ParentSuspect),
-            ("corrupt", _) => Some(TypeReason::ParentCorrupt),
-            (_, PointState::Committed) => None,
-            (_, PointState::Missing | PointState::Deleting | PointState::Deleted) => Some(TypeReason::ParentMissing),
-        }
+    fn find(&self, disk_id: u32) -> Option<&(PointDiskRow, Vec<ChainImage>)> {
+        self.disks.iter().find(|(disk, _)| disk.disk_id == disk_id)
+    }
+}
+
+/// Refuses to build upon a point by what is recorded of it.
+fn refuse_unfit(state: PointState, trust: &str) -> Result<(), TypeReason> {
+    match (trust, state) {
+        ("suspect", _) => Err(TypeReason::ParentSuspect),
+        ("corrupt", _) => Err(TypeReason::ParentCorrupt),
+        (_, PointState::Committed) => Ok(()),
+        (_, PointState::Missing | PointState::Deleting | PointState::Deleted) => Err(TypeReason::ParentMissing),
     }
 }
 
@@ -170,15 +174,15 @@ pub struct Choice {
     pub max_chain_depth: u32,
 }
 
-/// Plans the disks that [`present`] returned. `examine` looks at the image of a parent that would do by its record, and says
-/// why it does not after all.
+/// Plans the disks that [`present`] returned. `examine` looks at the images of a chain that would do by their records, for a
+/// disk of this size, and says why they do not after all.
 ///
 /// # Errors
 /// An incremental was asked for and no disk can be one.
 pub fn disks(
     present: &[VmDisk],
     choice: &Choice,
-    examine: impl Fn(&Newest, &PointDiskRow) -> Result<(), TypeReason>,
+    examine: impl Fn(&[ChainImage], u64) -> Result<(), TypeReason>,
     export_name: impl Fn(u32) -> String,
 ) -> Result<Vec<DiskPlan>, PlanError> {
     let plans: Vec<DiskPlan> = present
@@ -218,16 +222,14 @@ pub fn job_type<'a>(plans: impl IntoIterator<Item = &'a DiskPlan>) -> BackupType
 fn parent(
     disk: &VmDisk,
     choice: &Choice,
-    examine: impl Fn(&Newest, &PointDiskRow) -> Result<(), TypeReason>,
+    examine: impl Fn(&[ChainImage], u64) -> Result<(), TypeReason>,
 ) -> Result<Parent, TypeReason> {
     if choice.requested == RequestedType::Full {
         return Err(TypeReason::RequestedFull);
     }
     let newest = choice.newest.as_ref().ok_or(TypeReason::FirstBackup)?;
-    if let Some(reason) = newest.unfit() {
-        return Err(reason);
-    }
-    let before = newest.disk(disk.disk_id).ok_or(TypeReason::DiskNew)?;
+    refuse_unfit(newest.point.state, &newest.point.trust)?;
+    let (before, chain) = newest.find(disk.disk_id).ok_or(TypeReason::DiskNew)?;
     if !same_identity(disk, before) {
         return Err(TypeReason::IdentityChanged);
     }
@@ -238,7 +240,8 @@ fn parent(
     if before.chain_depth >= choice.max_chain_depth {
         return Err(TypeReason::ChainDepth);
     }
-    examine(newest, before)?;
+    chain.iter().try_for_each(|image| refuse_unfit(image.state, &image.trust))?;
+    examine(chain, before.size_bytes)?;
     let (point_id, file) = (newest.point.id.clone(), before.file.clone());
     Ok(Parent { point_id, file, change_id, chain_depth: before.chain_depth })
 }
@@ -316,7 +319,14 @@ mod tests {
             trust: "unverified".into(),
             committed_at: "2026-11-23T22:05:00Z".parse().unwrap(),
         };
-        Newest { point, disks }
+        let image = ChainImage {
+            dir: point.dir.clone(),
+            state: PointState::Committed,
+            trust: "unverified".into(),
+            file: "disk-0.qcow2".into(),
+            file_bytes: 1,
+        };
+        Newest { point, disks: disks.into_iter().map(|disk| (disk, vec![image.clone(), image.clone()])).collect() }
     }
 
     fn choose(requested: RequestedType, newest: Option<Newest>) -> Choice {
@@ -388,6 +398,13 @@ mod tests {
         assert_eq!(point_reason(|point| point.trust = "suspect".into()), TypeReason::ParentSuspect);
         assert_eq!(point_reason(|point| point.trust = "corrupt".into()), TypeReason::ParentCorrupt);
         assert_eq!(point_reason(|point| point.state = PointState::Missing), TypeReason::ParentMissing);
+        let below = |change: fn(&mut ChainImage)| {
+            let mut newest = newest(vec![same.clone()]);
+            change(&mut newest.disks[0].1[1]);
+            reason(newest, auto)
+        };
+        assert_eq!(below(|image| image.trust = "corrupt".into()), TypeReason::ParentCorrupt);
+        assert_eq!(below(|image| image.state = PointState::Missing), TypeReason::ParentMissing);
     }
 
     #[test]

@@ -326,11 +326,11 @@ pub enum TypeReason {
     IdentityChanged,
     /// The newest point holds no change id of this disk.
     NoChangeId,
-    /// The newest point is suspected of damage.
+    /// The newest point, or one below it, is suspected of damage.
     ParentSuspect,
-    /// The newest point is damaged, or its image of the disk cannot be used.
+    /// The newest point, or one below it, is damaged: so it is recorded, or its image of the disk is not what was published.
     ParentCorrupt,
-    /// The files of the newest point are not there.
+    /// Files of the newest point, or of one below it, are not there.
     ParentMissing,
     /// The chain of the parent has reached `storage.max_chain_depth`.
     ChainDepth,

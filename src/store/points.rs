@@ -102,6 +102,33 @@ pub struct PointDiskRow {
     pub chain_depth: u32,
 }
 
+/// One image of a chain: that of a disk in one point.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChainImage {
+    /// The point's folder, relative to the repository.
+    pub dir: String,
+    /// Whether the point's files are there.
+    pub state: PointState,
+    /// As in [`PointRow`].
+    pub trust: String,
+    /// The image in the point's folder.
+    pub file: String,
+    /// Its length.
+    pub file_bytes: u64,
+}
+
+impl FromRow<'_, SqliteRow> for ChainImage {
+    fn from_row(row: &SqliteRow) -> Result<Self, sqlx::Error> {
+        Ok(Self {
+            dir: row.try_get("dir")?,
+            state: row.try_get("state")?,
+            trust: row.try_get("trust")?,
+            file: row.try_get("file")?,
+            file_bytes: unsigned(row, "file_bytes")?,
+        })
+    }
+}
+
 impl FromRow<'_, SqliteRow> for PointRow {
     fn from_row(row: &SqliteRow) -> Result<Self, sqlx::Error> {
         Ok(Self {
@@ -236,6 +263,26 @@ pub async fn disks(connection: &mut Connection, id: &BackupId) -> Result<Vec<Poi
         .bind(id)
         .fetch_all(connection)
         .await?)
+}
+
+/// The images that a read of a disk of a point may pass, from its own down to the full.
+///
+/// # Errors
+/// The database's.
+pub async fn chain(connection: &mut Connection, id: &BackupId, disk_id: u32) -> Result<Vec<ChainImage>, StoreError> {
+    // UNION, not UNION ALL: should a damaged database hold a circle, it ends where it began.
+    Ok(sqlx::query_as(
+        "WITH RECURSIVE chain (point_id, parent_id, file, file_bytes) AS ( \
+             SELECT point_id, parent_id, file, file_bytes FROM point_disks WHERE point_id = ?1 AND disk_id = ?2 \
+             UNION \
+             SELECT below.point_id, below.parent_id, below.file, below.file_bytes FROM point_disks AS below \
+             JOIN chain ON below.point_id = chain.parent_id AND below.disk_id = ?2) \
+         SELECT dir, state, trust, file, file_bytes FROM chain JOIN restore_points ON id = point_id ORDER BY sequence DESC",
+    )
+    .bind(id)
+    .bind(disk_id)
+    .fetch_all(connection)
+    .await?)
 }
 
 /// Every point of a repository that is not deleted.

@@ -417,14 +417,22 @@ async fn auto_succeeds_whatever_the_state_of_the_chain() {
     std::fs::File::options().write(true).open(&image).unwrap().set_len(length - 65_536).unwrap();
     expect(&rig, ["parent_corrupt", "parent_ok", "parent_ok"]).await;
 
+    // Below the newest point, too: the backup would fail when it reads there, night after night.
+    let (full, _) = chain(&mut rig).await;
+    let image = first_image(&rig, &full).await;
+    let length = std::fs::metadata(&image).unwrap().len();
+    std::fs::File::options().write(true).open(&image).unwrap().set_len(length - 65_536).unwrap();
+    expect(&rig, ["parent_corrupt", "parent_ok", "parent_ok"]).await;
+
     let (_, top) = chain(&mut rig).await;
     std::fs::write(first_image(&rig, &top).await, b"not an image").unwrap();
     expect(&rig, ["parent_corrupt", "parent_ok", "parent_ok"]).await;
 
-    for trust in ["suspect", "corrupt"] {
-        let (_, top) = chain(&mut rig).await;
+    for (trust, is_below) in [("suspect", false), ("corrupt", false), ("corrupt", true)] {
+        let (full, top) = chain(&mut rig).await;
+        let marked = if is_below { full } else { top };
         let mut transaction = rig.service.service.app().store.write().await.unwrap();
-        let mark = sqlx::query("UPDATE restore_points SET trust = ? WHERE id = ?").bind(trust).bind(&top);
+        let mark = sqlx::query("UPDATE restore_points SET trust = ? WHERE id = ?").bind(trust).bind(marked);
         mark.execute(&mut *transaction).await.unwrap();
         transaction.commit().await.unwrap();
         let reason = format!("parent_{trust}");
