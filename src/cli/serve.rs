@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -21,6 +22,7 @@ pub(super) struct Arguments {
 pub(super) async fn run(arguments: Arguments, output: &Output) -> Result<Exit, CliError> {
     let config = Config::load(arguments.config.as_deref(), &Environment::of_the_process())?;
     telemetry::init(&config.server);
+    raise_open_files_limit();
     // Listened for before anything is opened: a stop during the start is not lost.
     let mut stop = Stop::new()?;
     let token_file = config.token_file();
@@ -35,6 +37,16 @@ pub(super) async fn run(arguments: Arguments, output: &Output) -> Result<Exit, C
         () = service.stop() => Ok(Exit::Ok),
         // Asked twice means now; what was not ended is put in order by the next start.
         () = stop.wait() => Ok(Exit::Interrupted),
+    }
+}
+
+/// Lets the process have as many open files as it may: a disk at the end of a long chain has two for each image of it, and the
+/// soft limit of many systems, kept low for programs that use `select`, is reached by a single VM.
+fn raise_open_files_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, ..limit.clone() };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%error, files = limit.current, "the limit of open files cannot be raised");
     }
 }
 

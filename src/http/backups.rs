@@ -58,7 +58,7 @@ struct StartBody {
     /// Where the restore point goes.
     #[schema(example = "repo-001")]
     repository_id: String,
-    /// `full`, `incremental`, or `auto` for whatever is possible and cheapest.
+    /// `full`; `auto`: each disk incremental where it can be, else full; `incremental`: the same, but refused when no disk can be.
     backup_type: RequestedType,
     /// Stored and echoed.
     policy_id: Option<String>,

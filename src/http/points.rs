@@ -63,9 +63,12 @@ struct PointDiskAnswer {
     /// The image in the point's folder.
     file: String,
     file_bytes: u64,
+    /// The state of the disk in change tracking that the image holds.
     change_id: Option<String>,
+    /// The point whose image of the disk this one is an overlay on; `null` for a full.
     #[schema(value_type = Option<String>)]
     parent_id: Option<BackupId>,
+    /// How many images a read may pass; 1 for a full.
     chain_depth: u32,
 }
 

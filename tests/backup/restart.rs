@@ -180,19 +180,30 @@ async fn second_instance_on_the_same_state_or_repository_refuses_to_start() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_published_directory_without_its_row_is_rolled_forward() {
+    for older in [0, 1] {
+        roll_forward(older).await;
+    }
+}
+
+/// With one older point the one that is rolled forward is an incremental.
+async fn roll_forward(older: usize) {
     // A committed job whose last transaction is taken back is what a crash between the rename and it leaves.
     let rig = Rig::new().await;
+    for _ in 0..older {
+        rig.back_up().await;
+    }
     let started = rig.start().await;
     let before = rig.end_of(id_of(&started)).await;
+    let point = rig.points().await.remove(0);
     let Rig { service, node, repository, vm, disks, ports } = rig;
     let folder = service.stop().await;
     let database = folder.path().join("state/blockyard.db");
+    let id = id_of(&started);
     let undo = format!(
-        "DELETE FROM point_disks; DELETE FROM restore_points; \
-         UPDATE backups SET state = 'committing', result = 'none', completed_at = NULL WHERE id = '{}'; \
-         INSERT INTO leases (kind, key, owner, boot_id) VALUES ('vm', '{vm}', '{}', 'a dead boot');",
-        id_of(&started),
-        id_of(&started)
+        "DELETE FROM point_disks WHERE point_id = '{id}'; DELETE FROM restore_points WHERE id = '{id}'; \
+         UPDATE backups SET state = 'committing', result = 'none', completed_at = NULL WHERE id = '{id}'; \
+         INSERT INTO leases (kind, key, owner, boot_id) VALUES ('vm', '{vm}', '{id}', 'a dead boot'), \
+         ('pin', '{id}', '{id}', 'a dead boot');"
     );
     sqlite(&database, &undo).await;
     let toml = rig::configuration(&node.url(), folder.path(), &ports, "");
@@ -204,8 +215,9 @@ async fn a_published_directory_without_its_row_is_rolled_forward() {
     assert_eq!((&after["state"], &after["result"]), (&json!("committed"), &json!("success")), "{after:#}");
     after["completed_at"] = before["completed_at"].clone();
     assert_eq!(after, before);
+    assert_eq!(rig.points().await.remove(0), point);
     rig.expect_restorable(id_of(&started)).await;
-    rig.expect_nothing_left_and_a_backup_works(1).await;
+    rig.expect_nothing_left_and_a_backup_works(older + 1).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use blockyard::serve::{Service, StartError};
 use reqwest::Client;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
 
 use crate::support::process::{ServeProcess, blockyard};
@@ -36,6 +37,19 @@ async fn second_instance_on_the_same_state_refuses_to_start() {
 
     let folder = service.stop().await;
     Service::start(support::config(folder.path(), "")).await.unwrap().stop().await;
+}
+
+#[tokio::test]
+async fn the_service_takes_as_many_open_files_as_it_may_have() {
+    let folder = tempfile::tempdir().unwrap();
+    let before = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: Some(512), ..before.clone() }).unwrap();
+    let process = ServeProcess::start(folder.path(), |_| {});
+    setrlimit(Resource::Nofile, before).unwrap();
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", process.id())).unwrap();
+    let files: Vec<&str> =
+        limits.lines().find_map(|line| line.strip_prefix("Max open files")).unwrap().split_whitespace().collect();
+    assert_eq!(files[0], files[1], "{limits}");
 }
 
 #[tokio::test]
