@@ -204,8 +204,10 @@ pub(super) async fn record(store: &Store, manifest: &Manifest, paths: &BackupPat
     if row.state == JobState::Committed {
         return Ok(row.result);
     }
-    let found = row.warnings.iter().any(|warning| FINDINGS.iter().any(|finding| warning.starts_with(finding)));
-    let result = if found { JobResult::Warning } else { JobResult::Success };
+    let found = |finding: &str| row.warnings.iter().any(|warning| warning.starts_with(finding));
+    let result = if FINDINGS.into_iter().any(found) { JobResult::Warning } else { JobResult::Success };
+    // What a full lacks, every incremental on it would lack, without a word.
+    let trust = if found(COVERAGE_INCOMPLETE) { "suspect" } else { "unverified" };
     let disks: Vec<PointDiskRow> = manifest.disks.iter().map(point_disk).collect();
     let directory_name = paths.published.strip_prefix(&paths.repository).unwrap_or(&paths.published);
     let point = NewPoint {
@@ -213,6 +215,7 @@ pub(super) async fn record(store: &Store, manifest: &Manifest, paths: &BackupPat
         vm_id: &manifest.vm.id,
         repository_id: &manifest.repository_id,
         dir: &directory_name.to_string_lossy(),
+        trust,
         committed_at: manifest.committed_at,
         disks: &disks,
     };

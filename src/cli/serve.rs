@@ -44,7 +44,7 @@ pub(super) async fn run(arguments: Arguments, output: &Output) -> Result<Exit, C
 /// soft limit of many systems, kept low for programs that use `select`, is reached by a single VM.
 fn raise_open_files_limit() {
     let limit = getrlimit(Resource::Nofile);
-    let raised = Rlimit { current: limit.maximum, ..limit.clone() };
+    let raised = Rlimit { current: limit.maximum, ..limit };
     if let Err(error) = setrlimit(Resource::Nofile, raised) {
         tracing::warn!(%error, files = limit.current, "the limit of open files cannot be raised");
     }

@@ -173,6 +173,8 @@ pub struct NewPoint<'a> {
     pub repository_id: &'a RepositoryId,
     /// Its folder, relative to the repository.
     pub dir: &'a str,
+    /// `unverified`, or `suspect` when something is known to be amiss.
+    pub trust: &'a str,
     /// When.
     pub committed_at: UtcTime,
     /// Its disks.
@@ -189,13 +191,14 @@ pub async fn insert(connection: &mut Connection, point: &NewPoint<'_>) -> Result
         .await?;
     sqlx::query(
         "INSERT INTO restore_points (id, vm_id, repository_id, sequence, dir, state, trust, committed_at) \
-         VALUES (?, ?, ?, ?, ?, 'committed', 'unverified', ?)",
+         VALUES (?, ?, ?, ?, ?, 'committed', ?, ?)",
     )
     .bind(point.id)
     .bind(point.vm_id)
     .bind(point.repository_id)
     .bind(sequence)
     .bind(point.dir)
+    .bind(point.trust)
     .bind(point.committed_at)
     .execute(&mut *connection)
     .await?;
@@ -221,7 +224,7 @@ pub async fn insert(connection: &mut Connection, point: &NewPoint<'_>) -> Result
     }
     let data = json!({
         "point_id": point.id, "repository_id": point.repository_id, "sequence": sequence, "disks": point.disks.len(),
-        "parents": point.disks.iter().map(|disk| &disk.parent_id).collect::<Vec<_>>(), "trust": "unverified",
+        "parents": point.disks.iter().map(|disk| &disk.parent_id).collect::<Vec<_>>(), "trust": point.trust,
     });
     events::append(connection, "point.committed", point.id.as_str(), &data, Actor::Service, point.committed_at).await?;
     Ok(sequence)

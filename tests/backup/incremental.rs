@@ -313,6 +313,20 @@ async fn the_change_id_that_is_told_is_that_of_the_disk_that_was_asked_for() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_built_upon_a_full_that_lacks_bytes() {
+    let rig = rig("[storage]\ncoverage_full = \"warn\"\n").await;
+    rig.node.reconfigure(|config| config.faults.delta_instead_of_full = true);
+    let partial = commit(&rig).await;
+    assert_eq!(partial["result"], "warning");
+    assert_eq!(rig.points().await[0]["trust"], "suspect");
+    rig.node.reconfigure(|config| config.faults = Faults::default());
+    let whole = commit(&rig).await;
+    assert_eq!((&whole["backup_type"], &whole["result"]), (&json!("full"), &json!("success")));
+    assert_eq!(values(&whole, "reason"), ["parent_suspect"; 3]);
+    expect_restores(&published(&rig, id_of(&whole)).await, &rig.disks);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn chain_at_its_limit_continues_with_a_full() {
     let mut rig = rig("[storage]\nmax_chain_depth = 2\n").await;
     let expected =

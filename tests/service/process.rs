@@ -43,7 +43,7 @@ async fn second_instance_on_the_same_state_refuses_to_start() {
 async fn the_service_takes_as_many_open_files_as_it_may_have() {
     let folder = tempfile::tempdir().unwrap();
     let before = getrlimit(Resource::Nofile);
-    setrlimit(Resource::Nofile, Rlimit { current: Some(512), ..before.clone() }).unwrap();
+    setrlimit(Resource::Nofile, Rlimit { current: Some(512), ..before }).unwrap();
     let process = ServeProcess::start(folder.path(), |_| {});
     setrlimit(Resource::Nofile, before).unwrap();
     let limits = std::fs::read_to_string(format!("/proc/{}/limits", process.id())).unwrap();
