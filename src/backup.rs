@@ -3,7 +3,7 @@
 //! [`Backups`] is what the rest of the service sees. A request passes `check` and is accepted in `start`; from then on one task
 //! per job ([`job`]) owns everything the job holds and takes it through `prepare`, `transfer`, `seal` and `commit`, or out
 //! by `undo`. `recover` does the same for jobs of a process that died. Pure parts have no task: [`state`], [`plan`],
-//! [`next_disk`], [`deadline`].
+//! `next_disk`, [`deadline`].
 
 mod blocking;
 mod check;
