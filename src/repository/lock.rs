@@ -76,7 +76,15 @@ struct Marker {
 #[derive(Debug)]
 struct Held {
     path: PathBuf,
-    _lock: File,
+    lock: File,
+}
+
+impl Drop for Held {
+    /// Closing the file would do it, unless another thread is starting a process just now: the child holds a copy of the
+    /// descriptor, and with it the lock, until it runs its program.
+    fn drop(&mut self) {
+        let _ = self.lock.unlock();
+    }
 }
 
 /// The locks this process holds; they go with it.
@@ -117,7 +125,7 @@ impl RepositoryLocks {
             Err(TryLockError::Error(error)) => return Err(unusable(error)),
         }
         check_marker(id, path)?;
-        held.insert(id.to_owned(), Held { path: path.to_owned(), _lock: file });
+        held.insert(id.to_owned(), Held { path: path.to_owned(), lock: file });
         Ok(())
     }
 
