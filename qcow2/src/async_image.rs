@@ -15,7 +15,7 @@ use crate::payload::Piece;
 use crate::sync::Arc;
 
 /// Operations of one image that run at once: writes end in memory, so few are enough; reads and flushes wait for the disk.
-/// (A guess: most reads and writes take no thread at all.)
+/// (`docs/performance.md`: cold reads are no faster with 16 or 32.)
 const AT_ONCE: usize = 8;
 
 /// A shared handle on an [`Image`]; clones are cheap and mean the same image.

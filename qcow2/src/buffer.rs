@@ -36,6 +36,7 @@ struct Shelves {
     keep_bytes: usize,
 }
 
+#[derive(Default)]
 struct State {
     /// For what is neither small nor larger than one of them.
     huge: HugePages,
@@ -151,14 +152,8 @@ impl BufferPool {
     /// most. Apart from these it never holds more than was once on loan at the same time, or `keep_bytes` if that is more:
     /// whoever bounds what is on loan has bounded it all, but for what a thread is just giving back to the system.
     pub fn new(keep_bytes: usize) -> Self {
-        let state = State {
-            huge: HugePages::new((keep_bytes / HUGE).min(HUGE_PAGES)),
-            free: Default::default(),
-            free_bytes: 0,
-            lent_bytes: 0,
-            used: Default::default(),
-            clock: 0,
-        };
+        let huge = HugePages::new((keep_bytes / HUGE).min(HUGE_PAGES));
+        let state = State { huge, ..State::default() };
         Self { shelves: Arc::new(Shelves { state: Mutex::new(state), keep_bytes }) }
     }
 

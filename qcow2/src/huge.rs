@@ -32,7 +32,7 @@ pub(crate) fn map(size: usize) -> Option<(MmapMut, usize)> {
 }
 
 /// Huge pages, at most so many, mapped when they are needed and kept.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct HugePages {
     pages: Vec<Page>,
     most: usize,

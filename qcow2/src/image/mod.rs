@@ -113,7 +113,8 @@ impl Image {
         &self.path
     }
 
-    /// Bytes that were to be written, or zeroed as a part of a cluster, and were not stored because the image read the same ([`Identical::Skip`]), since it was opened.
+    /// Bytes that were to be written, or zeroed as a part of a cluster, and were not stored because the image read the same
+    /// ([`Identical::Skip`]), since it was opened.
     pub fn identical_bytes(&self) -> u64 {
         self.identical_bytes.load(Ordering::Relaxed)
     }

@@ -42,13 +42,7 @@ impl FileStorage {
     /// Uses a file that is open for what will be asked of it, through the page cache. Locks are the caller's business,
     /// until the end: they are given up with the storage.
     pub fn new(file: File) -> Self {
-        Self {
-            file,
-            direct: Err(NoDirect::NotAsked).into(),
-            ring: Err(NoRing::NotAsked),
-            block_size: SECTOR,
-            cached: AtomicU64::new(0),
-        }
+        Self::with(file, Err(NoDirect::NotAsked).into(), Err(NoRing::NotAsked))
     }
 
     /// As [`FileStorage::new`], for a file that is open for writing: writes, and large reads of what the page cache does not
@@ -56,20 +50,22 @@ impl FileStorage {
     pub fn with_direct_access(file: File) -> Self {
         let ring = ring::probe();
         let direct = Direct::begin(&file).map(Arc::new);
-        let block_size = direct.as_ref().map_or(SECTOR, |direct| direct.page());
-        Self { file, direct: direct.into(), ring, block_size, cached: AtomicU64::new(0) }
+        Self::with(file, direct.into(), ring)
     }
 
     /// As [`FileStorage::new`], for a file that is only read: large reads of what the page cache does not have go around it,
     /// as in [`FileStorage::with_direct_access`].
     pub fn with_direct_reads(file: File) -> Self {
-        Self {
-            file,
-            direct: OnceLock::new(),
-            ring: Err(NoRing::NotAsked),
-            block_size: SECTOR,
-            cached: AtomicU64::new(0),
-        }
+        Self::with(file, OnceLock::new(), Err(NoRing::NotAsked))
+    }
+
+    fn with(file: File, direct: OnceLock<Result<Arc<Direct>, NoDirect>>, ring: Result<(), NoRing>) -> Self {
+        // Settled here: a way that is found later is for reads only.
+        let block_size = match direct.get() {
+            Some(Ok(direct)) => direct.page(),
+            Some(Err(_)) | None => SECTOR,
+        };
+        Self { file, direct, ring, block_size, cached: AtomicU64::new(0) }
     }
 
     /// How payload is written, and why not in a faster way.

@@ -1,9 +1,9 @@
 //! The backup client: copies every disk of one snapshot to the exports it was told, one disk after another.
 //!
 //! What it does was read from the real one. Per disk: two questions for the change id with number 0, two connections of
-//! which one stays idle, a third question with the right number if there may be a delta, then writes and zeroes of up to 32 MiB with one request
-//! in flight, hopping between three distant regions, never a flush; telemetry that says `completed`; `/complete` while
-//! the connections are open; then the sockets just close.
+//! which one stays idle, a third question with the right number if there may be a delta, then writes and zeroes of up to
+//! 32 MiB with one request in flight, hopping between three distant regions, never a flush; telemetry that says `completed`;
+//! `/complete` while the connections are open; then the sockets just close.
 
 use std::io;
 use std::sync::Arc;
