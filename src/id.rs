@@ -108,6 +108,22 @@ prefixed_id!(
     "backup-01JD8Z3M6Q9V4T2R7XK5N0WCHB"
 );
 
+prefixed_id!(
+    /// Id of an export of a restore point, `export-<ulid>`.
+    ExportId,
+    "export-",
+    "an export id (export- and 26 characters)",
+    "export-01JD8Z3M6Q9V4T2R7XK5N0WCHB"
+);
+
+prefixed_id!(
+    /// Id of one piece of work on points that are committed, `task-<ulid>`: a verification, a merge, a removal.
+    TaskId,
+    "task-",
+    "a task id (task- and 26 characters)",
+    "task-01JD8Z3M6Q9V4T2R7XK5N0WCHB"
+);
+
 /// Id of a repository: 1 to 64 characters `[a-z0-9._-]`, the first one a letter or a digit.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(try_from = "String", into = "String")]

@@ -15,12 +15,15 @@ pub mod repositories;
 mod schema;
 pub mod vms;
 
+use std::ops::{Deref, DerefMut};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::pool::PoolConnection;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
 use sqlx::{ConnectOptions, Sqlite, SqlitePool, Transaction};
+use tokio::sync::watch;
 
 pub use error::StoreError;
 pub use page::{Listing, Page};
@@ -40,6 +43,40 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 #[derive(Clone, Debug)]
 pub struct Store {
     pool: SqlitePool,
+    commits: Arc<watch::Sender<()>>,
+}
+
+/// A transaction that owns the write lock. Dropped without [`Self::commit`] it is rolled back.
+#[derive(Debug)]
+pub struct WriteTransaction {
+    transaction: Transaction<'static, Sqlite>,
+    commits: Arc<watch::Sender<()>>,
+}
+
+impl WriteTransaction {
+    /// Makes it durable, and wakes whoever watches for commits.
+    ///
+    /// # Errors
+    /// The database's; whether it was committed is unknown then.
+    pub async fn commit(self) -> Result<(), StoreError> {
+        self.transaction.commit().await?;
+        self.commits.send_replace(());
+        Ok(())
+    }
+}
+
+impl Deref for WriteTransaction {
+    type Target = Connection;
+
+    fn deref(&self) -> &Connection {
+        &self.transaction
+    }
+}
+
+impl DerefMut for WriteTransaction {
+    fn deref_mut(&mut self) -> &mut Connection {
+        &mut self.transaction
+    }
 }
 
 impl Store {
@@ -68,7 +105,7 @@ impl Store {
             pool.close().await;
             return Err(error);
         }
-        Ok(Self { pool })
+        Ok(Self { pool, commits: Arc::new(watch::Sender::new(())) })
     }
 
     /// A connection for reading. Statements on it see each other's commits; several that must agree belong into one
@@ -78,13 +115,19 @@ impl Store {
     }
 
     /// A transaction that owns the write lock from its first moment, so that it never fails half-way because another
-    /// writer came first. Dropped without [`Transaction::commit`] it is rolled back.
+    /// writer came first.
     ///
     /// # Durability
     ///
     /// Once `commit` has returned, a crash or power cut loses nothing of it.
-    pub async fn write(&self) -> Result<Transaction<'static, Sqlite>, StoreError> {
-        Ok(self.pool.begin_with("BEGIN IMMEDIATE").await?)
+    pub async fn write(&self) -> Result<WriteTransaction, StoreError> {
+        let transaction = self.pool.begin_with("BEGIN IMMEDIATE").await?;
+        Ok(WriteTransaction { transaction, commits: Arc::clone(&self.commits) })
+    }
+
+    /// Tells when something was committed, for whoever looks for new events.
+    pub fn watch_commits(&self) -> watch::Receiver<()> {
+        self.commits.subscribe()
     }
 
     /// Whether the database answers.

@@ -9,13 +9,14 @@ use super::job::{Job, RunningDisk};
 use super::prepare::storage;
 use super::state::{FailureCode, JobResult, JobState};
 use crate::clock::UtcTime;
+use crate::points::state::Trust;
 use crate::repository::directory;
 use crate::repository::layout::{self, BackupPaths};
 use crate::repository::manifest::{FORMAT, Manifest, ManifestDisk, ManifestVm};
 use crate::store::backups::{self, Change, ChangeError};
 use crate::store::events::Actor;
 use crate::store::points::{self, NewPoint, PointDiskRow};
-use crate::store::{Store, StoreError, leases};
+use crate::store::{Store, leases};
 
 /// The first pause before a step is repeated; it doubles up to [`PAUSE_MAX`].
 const PAUSE: Duration = Duration::from_millis(100);
@@ -207,7 +208,7 @@ pub(super) async fn record(store: &Store, manifest: &Manifest, paths: &BackupPat
     let found = |finding: &str| row.warnings.iter().any(|warning| warning.starts_with(finding));
     let result = if FINDINGS.into_iter().any(found) { JobResult::Warning } else { JobResult::Success };
     // What a full lacks, every incremental on it would lack, without a word.
-    let trust = if found(COVERAGE_INCOMPLETE) { "suspect" } else { "unverified" };
+    let trust = if found(COVERAGE_INCOMPLETE) { Trust::Suspect } else { Trust::Unverified };
     let disks: Vec<PointDiskRow> = manifest.disks.iter().map(point_disk).collect();
     let directory_name = paths.published.strip_prefix(&paths.repository).unwrap_or(&paths.published);
     let point = NewPoint {
@@ -231,8 +232,8 @@ pub(super) async fn record(store: &Store, manifest: &Manifest, paths: &BackupPat
         by: Actor::Service,
     };
     backups::change_state(&mut transaction, &change).await?;
-    leases::release_all(&mut transaction, id).await?;
-    transaction.commit().await.map_err(StoreError::from)?;
+    leases::release_all(&mut transaction, id.as_str()).await?;
+    transaction.commit().await?;
     Ok(result)
 }
 
@@ -249,6 +250,11 @@ fn point_disk(disk: &ManifestDisk) -> PointDiskRow {
         change_id: disk.change_id.clone(),
         parent_id: disk.parent_id.clone(),
         chain_depth: disk.chain_depth,
+        effective_type: Some(disk.effective_type.clone()),
+        from_change_id: disk.from_change_id.clone(),
+        identical_bytes: Some(disk.identical_bytes),
+        digest: None,
+        content_digest: None,
     }
 }
 

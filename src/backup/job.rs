@@ -28,11 +28,11 @@ use crate::listeners::ports::BoundPort;
 use crate::listeners::{DiskListener, ListenerFigures};
 use crate::repository::layout::BackupPaths;
 use crate::secret::Secret;
+use crate::store::Store;
 use crate::store::backups::{self, Change};
 use crate::store::events::Actor;
 use crate::store::repositories::Repository;
 use crate::store::vms::Vm;
-use crate::store::{Store, StoreError};
 
 /// What was decided when the job was accepted. Never changes.
 #[derive(Debug)]
@@ -291,7 +291,7 @@ impl Job {
             by,
         };
         backups::change_state(&mut transaction, &change).await?;
-        transaction.commit().await.map_err(StoreError::from)?;
+        transaction.commit().await?;
         self.show(to);
         Ok(())
     }

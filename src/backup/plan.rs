@@ -9,8 +9,9 @@ use std::collections::BTreeMap;
 use super::state::{BackupType, RequestedType, TypeReason};
 use crate::config;
 use crate::id::BackupId;
+use crate::points::state::{PointState, Trust};
 use crate::repository::layout;
-use crate::store::points::{ChainImage, PointDiskRow, PointRow, PointState};
+use crate::store::points::{ChainImage, PointDiskRow, PointRow};
 use crate::store::vms::VmDisk;
 
 /// Disks are made of sectors.
@@ -91,10 +92,10 @@ impl Newest {
 }
 
 /// Refuses to build upon a point by what is recorded of it.
-fn refuse_unfit(state: PointState, trust: &str) -> Result<(), TypeReason> {
+fn refuse_unfit(state: PointState, trust: Trust) -> Result<(), TypeReason> {
     match (trust, state) {
-        ("suspect", _) => Err(TypeReason::ParentSuspect),
-        ("corrupt", _) => Err(TypeReason::ParentCorrupt),
+        (Trust::Suspect, _) => Err(TypeReason::ParentSuspect),
+        (Trust::Corrupt, _) => Err(TypeReason::ParentCorrupt),
         (_, PointState::Committed) => Ok(()),
         (_, PointState::Missing | PointState::Deleting | PointState::Deleted) => Err(TypeReason::ParentMissing),
     }
@@ -228,7 +229,7 @@ fn parent(
         return Err(TypeReason::RequestedFull);
     }
     let newest = choice.newest.as_ref().ok_or(TypeReason::FirstBackup)?;
-    refuse_unfit(newest.point.state, &newest.point.trust)?;
+    refuse_unfit(newest.point.state, newest.point.trust)?;
     let (before, chain) = newest.find(disk.disk_id).ok_or(TypeReason::DiskNew)?;
     if !same_identity(disk, before) {
         return Err(TypeReason::IdentityChanged);
@@ -240,7 +241,7 @@ fn parent(
     if before.chain_depth >= choice.max_chain_depth {
         return Err(TypeReason::ChainDepth);
     }
-    chain.iter().try_for_each(|image| refuse_unfit(image.state, &image.trust))?;
+    chain.iter().try_for_each(|image| refuse_unfit(image.state, image.trust))?;
     examine(chain, before.size_bytes)?;
     let (point_id, file) = (newest.point.id.clone(), before.file.clone());
     Ok(Parent { point_id, file, change_id, chain_depth: before.chain_depth })
@@ -305,6 +306,11 @@ mod tests {
             change_id: Some("52/1".into()),
             parent_id: None,
             chain_depth: 1,
+            effective_type: None,
+            from_change_id: None,
+            identical_bytes: None,
+            digest: None,
+            content_digest: None,
         }
     }
 
@@ -316,13 +322,16 @@ mod tests {
             sequence: 1,
             dir: "vm-4X7Z/backup-01JD8Z3M6Q9V4T2R7XK5N0WCHB".into(),
             state: PointState::Committed,
-            trust: "unverified".into(),
+            trust: Trust::Unverified,
+            trust_reason: None,
+            verified_at: None,
+            protected_until: None,
             committed_at: "2026-11-23T22:05:00Z".parse().unwrap(),
         };
         let image = ChainImage {
             dir: point.dir.clone(),
             state: PointState::Committed,
-            trust: "unverified".into(),
+            trust: Trust::Unverified,
             file: "disk-0.qcow2".into(),
             file_bytes: 1,
         };
@@ -395,15 +404,15 @@ mod tests {
             change(&mut newest.point);
             reason(newest, auto)
         };
-        assert_eq!(point_reason(|point| point.trust = "suspect".into()), TypeReason::ParentSuspect);
-        assert_eq!(point_reason(|point| point.trust = "corrupt".into()), TypeReason::ParentCorrupt);
+        assert_eq!(point_reason(|point| point.trust = Trust::Suspect), TypeReason::ParentSuspect);
+        assert_eq!(point_reason(|point| point.trust = Trust::Corrupt), TypeReason::ParentCorrupt);
         assert_eq!(point_reason(|point| point.state = PointState::Missing), TypeReason::ParentMissing);
         let below = |change: fn(&mut ChainImage)| {
             let mut newest = newest(vec![same.clone()]);
             change(&mut newest.disks[0].1[1]);
             reason(newest, auto)
         };
-        assert_eq!(below(|image| image.trust = "corrupt".into()), TypeReason::ParentCorrupt);
+        assert_eq!(below(|image| image.trust = Trust::Corrupt), TypeReason::ParentCorrupt);
         assert_eq!(below(|image| image.state = PointState::Missing), TypeReason::ParentMissing);
     }
 

@@ -14,7 +14,6 @@ use crate::export::ImageExport;
 use crate::listeners::DiskListener;
 use crate::listeners::live::ServedDisk;
 use crate::repository::directory;
-use crate::store::StoreError;
 use crate::store::backups::{self, Change, DiskUpdate, NodeOutcome};
 use crate::store::events::Actor;
 
@@ -119,7 +118,7 @@ impl Job {
             by: Actor::Service,
         };
         backups::change_state(&mut transaction, &change).await?;
-        transaction.commit().await.map_err(StoreError::from)?;
+        transaction.commit().await?;
         self.show(JobState::Starting);
         Ok(())
     }

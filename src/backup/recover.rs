@@ -41,7 +41,7 @@ pub(super) async fn recover(shared: &Arc<Shared>) -> Result<(), RecoverError> {
     let mut transaction = shared.store.write().await?;
     let voided = leases::void_other_boots(&mut transaction, &shared.boot_id).await?;
     let unfinished = backups::unfinished(&mut transaction).await?;
-    transaction.commit().await.map_err(StoreError::from)?;
+    transaction.commit().await?;
     if voided > 0 || !unfinished.is_empty() {
         tracing::warn!(leases = voided, jobs = unfinished.len(), "clearing up after the last run");
     }

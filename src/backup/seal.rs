@@ -15,7 +15,6 @@ use super::job::{Job, SealedDisk};
 use super::prepare::{backing, image_failure};
 use super::state::{DiskState, FailureCode};
 use crate::config::CoverageFull;
-use crate::store::StoreError;
 use crate::store::backups::{self, DiskUpdate};
 use crate::store::events::Actor;
 
@@ -144,7 +143,7 @@ impl Job {
             error_message: None,
         };
         backups::update_disk(&mut transaction, &self.facts.id, &update).await?;
-        transaction.commit().await.map_err(StoreError::from)?;
+        transaction.commit().await?;
         Ok(())
     }
 }

@@ -264,7 +264,7 @@ async fn record(
     let mut transaction = shared.store.write().await?;
     let directory_name = claim_directory(&mut transaction, &vm).await?;
     for (kind, key) in [(LeaseKind::Vm, vm.id.as_str()), (LeaseKind::Name, plan::inventory_name(&vm.path))] {
-        if let Err(active) = leases::take(&mut transaction, kind, key, &id, boot_id).await? {
+        if let Err(active) = leases::take(&mut transaction, kind, key, id.as_str(), boot_id).await? {
             return Err(match kind {
                 LeaseKind::Name => StartError::NameBusy { name: key.to_owned(), active },
                 _ => in_progress(shared, &vm, active),
@@ -272,11 +272,12 @@ async fn record(
         }
     }
     for port in ports {
-        leases::take_over(&mut transaction, LeaseKind::Port, &port.lease.port().to_string(), &id, boot_id).await?;
+        leases::take_over(&mut transaction, LeaseKind::Port, &port.lease.port().to_string(), id.as_str(), boot_id)
+            .await?;
     }
     let parents: BTreeSet<&BackupId> = plans.iter().filter_map(|plan| Some(&plan.parent.as_ref()?.point_id)).collect();
     for parent in parents {
-        leases::pin(&mut transaction, parent, &id, boot_id).await?;
+        leases::pin_chain(&mut transaction, parent, id.as_str(), boot_id).await?;
     }
     let backup_type = plan::job_type(&plans);
     let offset = shared.config.nbd.advertise_port_offset;
@@ -307,7 +308,7 @@ async fn record(
     };
     let (backup, rows) = rows(&facts, boot_id);
     backups::insert(&mut transaction, &backup, &rows).await?;
-    transaction.commit().await.map_err(StoreError::from)?;
+    transaction.commit().await?;
     Ok((Arc::new(facts), username, password))
 }
 

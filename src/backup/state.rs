@@ -26,17 +26,19 @@ macro_rules! words {
         }
 
         impl std::str::FromStr for $name {
-            type Err = UnknownWord;
+            type Err = $crate::backup::state::UnknownWord;
 
-            fn from_str(word: &str) -> Result<Self, UnknownWord> {
+            fn from_str(word: &str) -> Result<Self, $crate::backup::state::UnknownWord> {
                 match word {
                     $($word => Ok(Self::$variant),)+
-                    _ => Err(UnknownWord { kind: stringify!($name), word: word.to_owned() }),
+                    _ => Err($crate::backup::state::UnknownWord { kind: stringify!($name), word: word.to_owned() }),
                 }
             }
         }
     };
 }
+
+pub(crate) use words;
 
 /// A word that this version does not know, usually from a newer database.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

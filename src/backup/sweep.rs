@@ -10,8 +10,9 @@ use std::sync::Arc;
 use super::Shared;
 use super::recover::RecoverError;
 use crate::id::BackupId;
+use crate::points::state::PointState;
 use crate::repository::layout;
-use crate::store::points::{self, PointState};
+use crate::store::points;
 use crate::store::repositories::Repository;
 
 /// What a look into a repository found.
@@ -49,7 +50,7 @@ pub(super) async fn sweep(shared: &Arc<Shared>, repository: &Repository) -> Resu
         tracing::warn!(point = %point.id, repository = %repository.id, %state, "the directory of a restore point");
         points::set_state(&mut transaction, &point.id, state).await?;
     }
-    transaction.commit().await.map_err(crate::store::StoreError::from)?;
+    transaction.commit().await?;
     let recorded: BTreeSet<&BackupId> = recorded.iter().map(|point| &point.id).collect();
     for id in found.published.iter().filter(|id| !recorded.contains(id)) {
         tracing::warn!(point = %id, repository = %repository.id, "a published directory has no record and is left alone");

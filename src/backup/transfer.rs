@@ -18,7 +18,6 @@ use super::state::{FailureCode, JobState};
 use crate::clock::UtcTime;
 use crate::config;
 use crate::node::{JobKnown, NodeClient, StartOutcome, StartRequest};
-use crate::store::StoreError;
 use crate::store::backups::{self, NodeOutcome};
 use crate::store::events::{self, Actor};
 
@@ -163,7 +162,7 @@ impl Job {
     async fn note_started(&self) -> Result<(), Failed> {
         let mut transaction = self.store().write().await?;
         backups::set_started(&mut transaction, &self.facts.id, UtcTime::now()).await?;
-        transaction.commit().await.map_err(StoreError::from)?;
+        transaction.commit().await?;
         Ok(())
     }
 
@@ -177,14 +176,14 @@ impl Job {
         });
         let mut transaction = self.store().write().await?;
         events::append(&mut transaction, "alert", facts.id.as_str(), &data, Actor::Clock, UtcTime::now()).await?;
-        transaction.commit().await.map_err(StoreError::from)?;
+        transaction.commit().await?;
         Ok(())
     }
 
     async fn set_node_outcome(&self, outcome: NodeOutcome) -> Result<(), Failed> {
         let mut transaction = self.store().write().await?;
         backups::set_node_outcome(&mut transaction, &self.facts.id, outcome).await?;
-        transaction.commit().await.map_err(StoreError::from)?;
+        transaction.commit().await?;
         Ok(())
     }
 
@@ -226,7 +225,7 @@ impl Job {
     pub(super) async fn add_warnings(&self, more: &[String]) -> Result<(), Failed> {
         let mut transaction = self.store().write().await?;
         backups::add_warnings(&mut transaction, &self.facts.id, more).await?;
-        transaction.commit().await.map_err(StoreError::from)?;
+        transaction.commit().await?;
         Ok(())
     }
 

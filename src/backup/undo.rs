@@ -140,7 +140,7 @@ pub(super) async fn begin(store: &Store, id: &BackupId, end: &End) -> Result<(),
     if let Some(row) = backups::find(&mut transaction, id).await? {
         begin_in(&mut transaction, &row, end).await?;
     }
-    transaction.commit().await.map_err(StoreError::from)?;
+    transaction.commit().await?;
     Ok(())
 }
 
@@ -194,7 +194,7 @@ async fn alert_snapshot(
 /// Deletes the record of what a job held.
 pub(super) async fn release(store: &Store, id: &BackupId) -> Result<(), StoreError> {
     let mut transaction = store.write().await?;
-    leases::release_all(&mut transaction, id).await?;
+    leases::release_all(&mut transaction, id.as_str()).await?;
     transaction.commit().await?;
     Ok(())
 }
@@ -224,7 +224,7 @@ pub(super) async fn finish(
     }
     let change = Change { id, vm_id: &row.vm_id, from, to, result, code: None, message: None, by: Actor::Service };
     backups::change_state(&mut transaction, &change).await?;
-    leases::release_all(&mut transaction, id).await?;
-    transaction.commit().await.map_err(StoreError::from)?;
+    leases::release_all(&mut transaction, id.as_str()).await?;
+    transaction.commit().await?;
     Ok(())
 }

@@ -14,7 +14,8 @@ use crate::app::AppState;
 use crate::backup::state::BackupType;
 use crate::clock::UtcTime;
 use crate::id::{BackupId, RepositoryId, VmId};
-use crate::store::points::{self, Filter, PointDiskRow, PointRow, PointState};
+use crate::points::state::{PointState, Trust};
+use crate::store::points::{self, Filter, PointDiskRow, PointRow};
 use crate::store::{Connection, StoreError, backups, repositories};
 
 pub(super) fn routes() -> OpenApiRouter<AppState> {
@@ -38,8 +39,15 @@ struct PointAnswer {
     /// The order of commits over the whole hub.
     sequence: u64,
     state: PointState,
-    #[schema(example = "unverified")]
-    trust: String,
+    trust: Trust,
+    /// Why it is `suspect` or `corrupt`.
+    trust_reason: Option<String>,
+    /// When it was last verified, whatever came of it.
+    #[schema(value_type = Option<String>, format = DateTime)]
+    verified_at: Option<UtcTime>,
+    /// Until when it may not be deleted.
+    #[schema(value_type = Option<String>, format = DateTime)]
+    protected_until: Option<UtcTime>,
     backup_type: BackupType,
     /// How the file systems were brought to rest: the backup client's own choice, which the node does not confirm.
     #[schema(example = "client_default")]
@@ -70,6 +78,16 @@ struct PointDiskAnswer {
     parent_id: Option<BackupId>,
     /// How many images a read may pass; 1 for a full.
     chain_depth: u32,
+    /// What it became by the bytes that came: `full`, `incremental` or `full_copy_into_overlay`.
+    effective_type: Option<String>,
+    /// The change id at which its delta begins.
+    from_change_id: Option<String>,
+    /// Bytes that came and were not stored, being equal to what lies below.
+    identical_bytes: Option<u64>,
+    /// BLAKE3 of the image file, in hexadecimal digits; `null` until it was taken.
+    digest: Option<String>,
+    /// The root over the content of the virtual disk, by which disks of two points are compared; `null` until it was taken.
+    content_digest: Option<String>,
 }
 
 #[derive(Serialize, ToSchema)]
@@ -144,6 +162,9 @@ impl PointAnswer {
             sequence: row.sequence,
             state: row.state,
             trust: row.trust,
+            trust_reason: row.trust_reason,
+            verified_at: row.verified_at,
+            protected_until: row.protected_until,
             backup_type: if all_full { BackupType::Full } else { BackupType::Incremental },
             quiesce: QUIESCE,
             committed_at: row.committed_at,
@@ -166,6 +187,11 @@ impl From<PointDiskRow> for PointDiskAnswer {
             change_id: disk.change_id,
             parent_id: disk.parent_id,
             chain_depth: disk.chain_depth,
+            effective_type: disk.effective_type,
+            from_change_id: disk.from_change_id,
+            identical_bytes: disk.identical_bytes,
+            digest: disk.digest,
+            content_digest: disk.content_digest,
         }
     }
 }

@@ -140,7 +140,7 @@ async fn add_repository(
         });
     }
     let repository = load(&mut transaction, id.as_str()).await?;
-    transaction.commit().await.map_err(StoreError::from)?;
+    transaction.commit().await?;
     let location = [(LOCATION, format!("/api/v1/repositories/{id}"))];
     let etag = etag::header(repository.revision);
     Ok((StatusCode::CREATED, location, etag, Json(RepositoryAnswer::measure(repository).await)).into_response())
@@ -177,7 +177,7 @@ async fn replace_repository(
     }
     repositories::replace(&mut transaction, &repository.id, &description).await?;
     let repository = load(&mut transaction, &id).await?;
-    transaction.commit().await.map_err(StoreError::from)?;
+    transaction.commit().await?;
     Ok((etag::header(repository.revision), Json(RepositoryAnswer::measure(repository).await)).into_response())
 }
 
@@ -188,7 +188,7 @@ async fn remove_repository(State(app): State<AppState>, Path(id): Path<String>) 
     let repository = load(&mut transaction, &id).await?;
     refuse_in_use(&mut transaction, &repository).await?;
     repositories::remove(&mut transaction, &repository.id).await?;
-    transaction.commit().await.map_err(StoreError::from)?;
+    transaction.commit().await?;
     app.locks.release(repository.id.as_str());
     Ok(StatusCode::NO_CONTENT)
 }

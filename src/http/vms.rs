@@ -141,7 +141,7 @@ async fn add_vm(State(app): State<AppState>, JsonBody(body): JsonBody<VmBody>) -
     };
     let vm = load(&mut transaction, id.as_str()).await?;
     let disks = vms::disks(&mut transaction, &id).await?;
-    transaction.commit().await.map_err(StoreError::from)?;
+    transaction.commit().await?;
     let location = [(LOCATION, format!("/api/v1/vms/{id}"))];
     Ok((StatusCode::CREATED, location, etag::header(vm.revision), Json(VmAnswer::new(vm, disks))).into_response())
 }
@@ -181,7 +181,7 @@ async fn replace_vm(
     }
     let vm = load(&mut transaction, &id).await?;
     let disks = vms::disks(&mut transaction, &vm.id).await?;
-    transaction.commit().await.map_err(StoreError::from)?;
+    transaction.commit().await?;
     Ok((etag::header(vm.revision), Json(VmAnswer::new(vm, disks))).into_response())
 }
 
@@ -196,7 +196,7 @@ async fn remove_vm(State(app): State<AppState>, Path(id): Path<String>) -> Resul
             .with_link("active", format!("/api/v1/backups/{backup}")));
     }
     vms::remove(&mut transaction, &vm.id).await?;
-    transaction.commit().await.map_err(StoreError::from)?;
+    transaction.commit().await?;
     Ok(StatusCode::NO_CONTENT)
 }
 

@@ -5,6 +5,8 @@
 //! <repository>/<vm-dir>/<id>.partial/disk-0.qcow2      while writing; never listed
 //! <repository>/<vm-dir>/<id>/disk-0.qcow2              published; never written again
 //! <repository>/<vm-dir>/<id>/manifest.json
+//! <repository>/<vm-dir>/<id>.merging/                  while a point is made anew without its parent
+//! <repository>/<vm-dir>/<id>.deleting/                 while a point is removed
 //! ```
 //! Names only; `directory` beside it touches the file system. Names of VMs come from strangers: whatever they contain, the
 //! result is one path component and one NBD export name that the backup client can parse.
@@ -17,6 +19,10 @@ pub const MANIFEST: &str = "manifest.json";
 pub const QUARANTINE_EXTENSION: &str = "failed";
 /// What is appended to the directory of a job that is not committed.
 const STAGED_SUFFIX: &str = ".partial";
+/// What is appended to the directory in which a point is made anew without its parent.
+const MERGING_SUFFIX: &str = ".merging";
+/// What is appended to the directory of a point that is being deleted.
+const DELETING_SUFFIX: &str = ".deleting";
 /// A VM name is cut here in export and directory names: the contract's bound, far below the 255 bytes of a file name.
 const VM_NAME_MAX_CHARS: usize = 128;
 /// How much of the VM's id makes its directory name unique at first; more when that is taken.
@@ -81,6 +87,10 @@ pub struct BackupPaths {
     pub staged: PathBuf,
     /// `<vm>/<id>`: exists from the commit on.
     pub published: PathBuf,
+    /// `<vm>/<id>.merging`: the point's images made anew, then, after the exchange, the old ones.
+    pub merging: PathBuf,
+    /// `<vm>/<id>.deleting`: what is left of a point that is being deleted.
+    pub deleting: PathBuf,
 }
 
 impl BackupPaths {
@@ -91,6 +101,8 @@ impl BackupPaths {
             repository: repository.to_owned(),
             staged: vm.join(format!("{backup_id}{STAGED_SUFFIX}")),
             published: vm.join(backup_id),
+            merging: vm.join(format!("{backup_id}{MERGING_SUFFIX}")),
+            deleting: vm.join(format!("{backup_id}{DELETING_SUFFIX}")),
             vm,
         }
     }

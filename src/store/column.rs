@@ -50,7 +50,10 @@ text_column!(
     crate::backup::state::BackupType,
     crate::backup::state::TypeReason,
     crate::store::backups::NodeOutcome,
-    crate::store::points::PointState,
+    crate::points::state::PointState,
+    crate::points::state::Trust,
+    crate::id::ExportId,
+    crate::id::TaskId,
 );
 
 /// An unsigned number of a row. SQLite's integers are signed; a negative one is an error of that row.

@@ -17,6 +17,8 @@ pub enum Actor {
     Clock,
     /// The backup client.
     Client,
+    /// A rule that an operator set: retention.
+    Policy,
 }
 
 impl Actor {
@@ -27,6 +29,7 @@ impl Actor {
             Self::Service => "service",
             Self::Clock => "clock",
             Self::Client => "client",
+            Self::Policy => "policy",
         }
     }
 }

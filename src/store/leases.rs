@@ -1,12 +1,12 @@
-//! The `leases` table: who owns a VM, an inventory name or a port right now, and who builds upon a restore point.
+//! The `leases` table: who owns a VM, an inventory name or a port right now, and who reads the files of a restore point.
 //!
 //! The owning values live in memory; these rows are their record, and the last line of defence against two jobs on one
 //! VM. A row of another boot is void: the process that held the thing is gone, and the thing with it.
 
-use super::{Connection, StoreError};
+use super::{Connection, StoreError, points};
 use crate::id::BackupId;
 
-/// What can be owned, by one job at a time but for pins.
+/// What can be owned, by one owner at a time but for pins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LeaseKind {
     /// A VM, by id.
@@ -15,7 +15,7 @@ pub enum LeaseKind {
     Name,
     /// A TCP port.
     Port,
-    /// A restore point that is built upon, by id: it must not go meanwhile. Any number of jobs may hold one.
+    /// A restore point whose files are in use, by id: it must not go meanwhile. Any number of owners may hold one.
     Pin,
 }
 
@@ -38,7 +38,7 @@ pub async fn take(
     connection: &mut Connection,
     kind: LeaseKind,
     key: &str,
-    owner: &BackupId,
+    owner: &str,
     boot_id: &str,
 ) -> Result<Result<(), BackupId>, StoreError> {
     let holder: Option<BackupId> = sqlx::query_scalar("SELECT owner FROM leases WHERE kind = ? AND key = ?")
@@ -61,7 +61,7 @@ pub async fn take_over(
     connection: &mut Connection,
     kind: LeaseKind,
     key: &str,
-    owner: &BackupId,
+    owner: &str,
     boot_id: &str,
 ) -> Result<(), StoreError> {
     sqlx::query("DELETE FROM leases WHERE kind = ? AND key = ?")
@@ -72,24 +72,39 @@ pub async fn take_over(
     insert(connection, kind, key, owner, boot_id).await
 }
 
-/// Holds a restore point beside all others who do.
+/// Holds a restore point and everything below it, beside all others who do: none of these files goes as long as the pins
+/// are there. Whoever opens a chain pins it first.
 ///
 /// # Errors
 /// The database's.
-pub async fn pin(
+pub async fn pin_chain(
     connection: &mut Connection,
     point: &BackupId,
-    owner: &BackupId,
+    owner: &str,
     boot_id: &str,
 ) -> Result<(), StoreError> {
-    insert(connection, LeaseKind::Pin, point.as_str(), owner, boot_id).await
+    for (below, _) in points::ancestry(connection, point).await? {
+        insert(connection, LeaseKind::Pin, below.as_str(), owner, boot_id).await?;
+    }
+    Ok(())
+}
+
+/// Who holds a restore point: ids of jobs, exports and tasks.
+///
+/// # Errors
+/// The database's.
+pub async fn holders(connection: &mut Connection, point: &BackupId) -> Result<Vec<String>, StoreError> {
+    Ok(sqlx::query_scalar("SELECT DISTINCT owner FROM leases WHERE kind = 'pin' AND key = ? ORDER BY id")
+        .bind(point)
+        .fetch_all(connection)
+        .await?)
 }
 
 async fn insert(
     connection: &mut Connection,
     kind: LeaseKind,
     key: &str,
-    owner: &BackupId,
+    owner: &str,
     boot_id: &str,
 ) -> Result<(), StoreError> {
     sqlx::query("INSERT INTO leases (kind, key, owner, boot_id) VALUES (?, ?, ?, ?)")
@@ -106,7 +121,7 @@ async fn insert(
 ///
 /// # Errors
 /// The database's.
-pub async fn release_all(connection: &mut Connection, owner: &BackupId) -> Result<(), StoreError> {
+pub async fn release_all(connection: &mut Connection, owner: &str) -> Result<(), StoreError> {
     sqlx::query("DELETE FROM leases WHERE owner = ?").bind(owner).execute(connection).await?;
     Ok(())
 }

@@ -1,20 +1,16 @@
 //! The tables `restore_points` and `point_disks`: what committed jobs left, in the order of their commits.
 
-use std::fmt;
-use std::str::FromStr;
-
-use serde::Serialize;
 use serde_json::json;
 use sqlx::sqlite::SqliteRow;
 use sqlx::{FromRow, QueryBuilder, Row};
-use utoipa::ToSchema;
 
 use super::column::{signed, unsigned};
 use super::events::{self, Actor};
 use super::{Connection, Listing, Page, StoreError};
-use crate::backup::state::{BackupType, UnknownWord};
+use crate::backup::state::BackupType;
 use crate::clock::UtcTime;
 use crate::id::{BackupId, RepositoryId, VmId};
+use crate::points::state::{PointState, Trust};
 
 /// One restore point.
 #[derive(Clone, Debug)]
@@ -31,48 +27,16 @@ pub struct PointRow {
     pub dir: String,
     /// Whether its files are there.
     pub state: PointState,
-    /// `unverified`, `verified`, `suspect` or `corrupt`.
-    pub trust: String,
+    /// What is known of its content.
+    pub trust: Trust,
+    /// Why it is suspect or corrupt.
+    pub trust_reason: Option<String>,
+    /// When it was last verified, whatever came of it.
+    pub verified_at: Option<UtcTime>,
+    /// Until when it may not be deleted.
+    pub protected_until: Option<UtcTime>,
     /// When it was committed.
     pub committed_at: UtcTime,
-}
-
-/// Where a restore point is in its life.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum PointState {
-    /// It can be restored from.
-    Committed,
-    /// Its directory was not there when a process started.
-    Missing,
-    /// Its files are being removed.
-    Deleting,
-    /// Only its record is left.
-    Deleted,
-}
-
-impl PointState {
-    const ALL: [Self; 4] = [Self::Committed, Self::Missing, Self::Deleting, Self::Deleted];
-}
-
-impl fmt::Display for PointState {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str(match self {
-            Self::Committed => "committed",
-            Self::Missing => "missing",
-            Self::Deleting => "deleting",
-            Self::Deleted => "deleted",
-        })
-    }
-}
-
-impl FromStr for PointState {
-    type Err = UnknownWord;
-
-    fn from_str(word: &str) -> Result<Self, UnknownWord> {
-        let unknown = || UnknownWord { kind: "PointState", word: word.to_owned() };
-        Self::ALL.into_iter().find(|state| state.to_string() == word).ok_or_else(unknown)
-    }
 }
 
 /// One disk of a restore point.
@@ -100,6 +64,16 @@ pub struct PointDiskRow {
     pub parent_id: Option<BackupId>,
     /// How many images a read may pass.
     pub chain_depth: u32,
+    /// What it became by the bytes that came; unknown of points that an older version recorded.
+    pub effective_type: Option<String>,
+    /// Where its delta begins.
+    pub from_change_id: Option<String>,
+    /// Bytes that came and were not stored, being equal to what lies below; as unknown as `effective_type`.
+    pub identical_bytes: Option<u64>,
+    /// BLAKE3 of the image file, in hexadecimal digits; nothing until it was taken.
+    pub digest: Option<String>,
+    /// The root over the content of the virtual disk; nothing until it was taken.
+    pub content_digest: Option<String>,
 }
 
 /// One image of a chain: that of a disk in one point.
@@ -110,7 +84,7 @@ pub struct ChainImage {
     /// Whether the point's files are there.
     pub state: PointState,
     /// As in [`PointRow`].
-    pub trust: String,
+    pub trust: Trust,
     /// The image in the point's folder.
     pub file: String,
     /// Its length.
@@ -139,6 +113,9 @@ impl FromRow<'_, SqliteRow> for PointRow {
             dir: row.try_get("dir")?,
             state: row.try_get("state")?,
             trust: row.try_get("trust")?,
+            trust_reason: row.try_get("trust_reason")?,
+            verified_at: row.try_get("verified_at")?,
+            protected_until: row.try_get("protected_until")?,
             committed_at: row.try_get("committed_at")?,
         })
     }
@@ -158,6 +135,11 @@ impl FromRow<'_, SqliteRow> for PointDiskRow {
             change_id: row.try_get("change_id")?,
             parent_id: row.try_get("parent_id")?,
             chain_depth: row.try_get("chain_depth")?,
+            effective_type: row.try_get("effective_type")?,
+            from_change_id: row.try_get("from_change_id")?,
+            identical_bytes: row.try_get::<Option<i64>, _>("identical_bytes")?.map(i64::unsigned_abs),
+            digest: row.try_get("digest")?,
+            content_digest: row.try_get("content_digest")?,
         })
     }
 }
@@ -174,7 +156,7 @@ pub struct NewPoint<'a> {
     /// Its folder, relative to the repository.
     pub dir: &'a str,
     /// `unverified`, or `suspect` when something is known to be amiss.
-    pub trust: &'a str,
+    pub trust: Trust,
     /// When.
     pub committed_at: UtcTime,
     /// Its disks.
@@ -205,7 +187,8 @@ pub async fn insert(connection: &mut Connection, point: &NewPoint<'_>) -> Result
     for disk in point.disks {
         sqlx::query(
             "INSERT INTO point_disks (point_id, disk_id, device_key, vmdk_uuid, vmdk_path, size_bytes, backup_type, file, \
-             file_bytes, change_id, parent_id, chain_depth) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+             file_bytes, change_id, parent_id, chain_depth, effective_type, from_change_id, identical_bytes, digest, \
+             content_digest) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         )
         .bind(point.id)
         .bind(disk.disk_id)
@@ -219,6 +202,11 @@ pub async fn insert(connection: &mut Connection, point: &NewPoint<'_>) -> Result
         .bind(&disk.change_id)
         .bind(&disk.parent_id)
         .bind(disk.chain_depth)
+        .bind(&disk.effective_type)
+        .bind(&disk.from_change_id)
+        .bind(disk.identical_bytes.map(signed).transpose()?)
+        .bind(&disk.digest)
+        .bind(&disk.content_digest)
         .execute(&mut *connection)
         .await?;
     }
@@ -284,6 +272,37 @@ pub async fn chain(connection: &mut Connection, id: &BackupId, disk_id: u32) -> 
     )
     .bind(id)
     .bind(disk_id)
+    .fetch_all(connection)
+    .await?)
+}
+
+/// A point and all points below any of its disks, with their states; the order means nothing.
+///
+/// # Errors
+/// The database's.
+pub async fn ancestry(connection: &mut Connection, id: &BackupId) -> Result<Vec<(BackupId, PointState)>, StoreError> {
+    Ok(sqlx::query_as(
+        "WITH RECURSIVE below (id) AS ( \
+             SELECT ? \
+             UNION \
+             SELECT parent_id FROM point_disks JOIN below ON point_id = below.id WHERE parent_id IS NOT NULL) \
+         SELECT restore_points.id, state FROM restore_points JOIN below ON restore_points.id = below.id",
+    )
+    .bind(id)
+    .fetch_all(connection)
+    .await?)
+}
+
+/// The points that have a disk directly upon a disk of this one and are not deleted, oldest first.
+///
+/// # Errors
+/// The database's.
+pub async fn children(connection: &mut Connection, id: &BackupId) -> Result<Vec<BackupId>, StoreError> {
+    Ok(sqlx::query_scalar(
+        "SELECT DISTINCT restore_points.id FROM point_disks JOIN restore_points ON restore_points.id = point_id \
+         WHERE parent_id = ? AND restore_points.state <> 'deleted' ORDER BY sequence",
+    )
+    .bind(id)
     .fetch_all(connection)
     .await?)
 }

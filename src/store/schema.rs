@@ -15,7 +15,10 @@ use super::{Connection, StoreError};
 
 /// Every migration in order: version, name, SQL. A released one is never edited; a test holds the list against the folder.
 pub const fn migrations() -> &'static [(i64, &'static str, &'static str)] {
-    &[(1, "initial", include_str!("../../migrations/0001_initial.sql"))]
+    &[
+        (1, "initial", include_str!("../../migrations/0001_initial.sql")),
+        (2, "point_life", include_str!("../../migrations/0002_point_life.sql")),
+    ]
 }
 
 /// The database cannot be used by this binary.

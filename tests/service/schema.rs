@@ -22,7 +22,7 @@ async fn start_on_a_newer_or_changed_schema_is_refused_with_advice() {
     let rows = [
         (
             "INSERT INTO _sqlx_migrations VALUES (999, 'future', CURRENT_TIMESTAMP, TRUE, x'00', 1)",
-            "schema version 999, this binary knows up to 1: start the version that wrote it",
+            "schema version 999, this binary knows up to 2: start the version that wrote it",
         ),
         ("UPDATE _sqlx_migrations SET checksum = x'00' WHERE version = 1", "migration 1 ran with another text"),
         ("ALTER TABLE vms ADD COLUMN colour TEXT", "changed outside the service (vms): restore the database"),
