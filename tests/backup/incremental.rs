@@ -94,8 +94,8 @@ async fn each_incremental_is_backed_by_the_point_whose_change_id_it_started_from
         let started = rig.start().await;
         rig.paused().await;
         let store = &rig.service.service.app().store;
-        // VM, inventory name, three ports, and the parent once for all disks.
-        assert_eq!(leases::count(&mut store.read().await.unwrap()).await.unwrap(), 6);
+        // VM, inventory name, three ports, and each point of the chain once for all disks.
+        assert_eq!(leases::count(&mut store.read().await.unwrap()).await.unwrap(), 5 + u64::from(round));
         rig.node.resume();
         let backup = rig.end_of(id_of(&started)).await;
         assert_eq!(backup["state"], "committed", "{backup:#}");
