@@ -10,6 +10,7 @@ use crate::config::Config;
 use crate::http::Tokens;
 use crate::listeners::ListenerOptions;
 use crate::node::NodeClientError;
+use crate::points::Points;
 use crate::repository::lock::RepositoryLocks;
 use crate::store::Store;
 
@@ -27,6 +28,8 @@ pub struct App {
     pub tokens: Tokens,
     /// Its jobs.
     pub backups: Backups,
+    /// What they left.
+    pub points: Points,
     /// What its NBD listeners share.
     pub listeners: ListenerOptions,
     /// The repositories that this process owns.
@@ -59,8 +62,9 @@ impl App {
         let listeners = ListenerOptions::new(&config.nbd, tls);
         let backups =
             Backups::new(Arc::clone(&config), store.clone(), Arc::clone(&locks), listeners.clone(), &boot_id)?;
+        let points = Points::new(Arc::clone(&config), store.clone(), Arc::clone(&locks), &boot_id);
         let phase = watch::Sender::new(Phase::Starting);
-        Ok(Self { config, store, tokens, backups, listeners, locks, boot_id, phase })
+        Ok(Self { config, store, tokens, backups, points, listeners, locks, boot_id, phase })
     }
 
     /// The phase now.

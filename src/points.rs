@@ -1,7 +1,46 @@
 //! The life of a restore point after its commit.
 //!
 //! Whoever opens the files of a point pins it first, with everything below it, in the transaction in which it sees the point
-//! committed ([`leases::pin_chain`](crate::store::leases::pin_chain)); whoever removes files does so only to a point that, in one transaction, nobody pins and
-//! nothing builds upon. So no file goes under a reader, whatever runs side by side.
+//! committed ([`leases::pin_chain`](crate::store::leases::pin_chain)); whoever removes files does so only to a point that, in
+//! one transaction, nobody pins and nothing builds upon. So no file goes under a reader, whatever runs side by side.
 
 pub mod state;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::config::Config;
+use crate::repository::layout::BackupPaths;
+use crate::repository::lock::RepositoryLocks;
+use crate::store::Store;
+use crate::store::points::PointRow;
+use crate::store::repositories::Repository;
+
+/// The committed points of a hub, and the work on them. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Points {
+    shared: Arc<Shared>,
+}
+
+/// What all work on points needs.
+#[derive(Debug)]
+struct Shared {
+    config: Arc<Config>,
+    store: Store,
+    locks: Arc<RepositoryLocks>,
+    /// Names this process start; pins of another one are void.
+    boot_id: String,
+}
+
+impl Points {
+    /// The points that `store` has records of.
+    pub fn new(config: Arc<Config>, store: Store, locks: Arc<RepositoryLocks>, boot_id: &str) -> Self {
+        Self { shared: Arc::new(Shared { config, store, locks, boot_id: boot_id.to_owned() }) }
+    }
+}
+
+/// Where the files of a point are.
+fn paths(repository: &Repository, point: &PointRow) -> BackupPaths {
+    let vm_directory = Path::new(&point.dir).parent().unwrap_or(Path::new("")).to_string_lossy();
+    BackupPaths::new(Path::new(&repository.path), &vm_directory, point.id.as_str())
+}
