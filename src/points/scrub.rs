@@ -54,6 +54,8 @@ impl Points {
     /// # Errors
     /// The database's.
     pub async fn verify_next_new(&self, now: UtcTime) -> Result<Scrubbed, StoreError> {
+        // Chosen when it is its turn: what was verified meanwhile is not verified twice.
+        let _turn = self.turn().await;
         let new = trust::never_verified(&mut *self.shared.store.read().await?).await?;
         self.verify_first(new, now).await
     }
@@ -68,6 +70,7 @@ impl Points {
             return Ok(Scrubbed::Nothing);
         }
         let due = now.minus_seconds(u64::from(days).saturating_mul(DAY_S));
+        let _turn = self.turn().await;
         let old = trust::older_than(&mut *self.shared.store.read().await?, due).await?;
         self.verify_first(old, now).await
     }
@@ -77,7 +80,7 @@ impl Points {
             return Ok(Scrubbed::Nothing);
         };
         let request = Request { scope: Scope::Point, content: Content::Known };
-        match self.verify_in_turn(&id, request).await {
+        match self.verify_now(&id, request).await {
             Ok(ended) => {
                 let outcome = ended.view().outcome.unwrap_or(Outcome::Failed);
                 if outcome == Outcome::Failed {

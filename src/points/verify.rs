@@ -135,12 +135,11 @@ impl Points {
         Ok(verification)
     }
 
-    /// Verifies a point when its turn comes, and waits for the end. It is not pinned while it waits.
+    /// Verifies a point whose turn it is, and waits for the end.
     ///
     /// # Errors
     /// See [`VerifyError`].
-    pub async fn verify_in_turn(&self, id: &BackupId, request: Request) -> Result<Arc<Verification>, VerifyError> {
-        let _turn = self.turn().await;
+    pub(super) async fn verify_now(&self, id: &BackupId, request: Request) -> Result<Arc<Verification>, VerifyError> {
         let verification = self.begin_verification(id, request).await?;
         Box::pin(self.run_verification(&verification)).await;
         Ok(verification)
@@ -203,7 +202,8 @@ impl Points {
         inspected.ok().and_then(Result::ok).ok_or(VerifyError::Stopping)
     }
 
-    async fn turn(&self) -> Option<tokio::sync::SemaphorePermit<'_>> {
+    /// Waits until no other verification reads; nothing when the service stops.
+    pub(super) async fn turn(&self) -> Option<tokio::sync::SemaphorePermit<'_>> {
         let mut stopping = self.shared.verifications.stopping.subscribe();
         tokio::select! {
             turn = self.shared.verifications.turn.acquire() => turn.ok(),

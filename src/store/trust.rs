@@ -65,6 +65,19 @@ pub async fn set_digests(
     Ok(())
 }
 
+/// Forgets what a disk hashes to: its image is another one now.
+///
+/// # Errors
+/// The database's.
+pub async fn clear_digests(connection: &mut Connection, id: &BackupId, disk_id: u32) -> Result<(), StoreError> {
+    sqlx::query("UPDATE point_disks SET digest = NULL, content_digest = NULL WHERE point_id = ? AND disk_id = ?")
+        .bind(id)
+        .bind(disk_id)
+        .execute(connection)
+        .await?;
+    Ok(())
+}
+
 /// The points that nobody has verified since their commit, oldest first.
 ///
 /// # Errors
