@@ -272,6 +272,7 @@ impl Look<'_> {
                 return Ok(());
             }
         };
+        self.reading.expect(bytes.len() as u64);
         self.reading.read(bytes.len() as u64)?;
         self.reading.file();
         let found = Digest::of(&bytes);

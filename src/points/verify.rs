@@ -403,8 +403,9 @@ impl Points {
                 points::set_state(&mut transaction, id, PointState::Committed).await?;
             }
         }
-        for (disk_id, digest, content) in digests {
-            trust::set_digests(&mut transaction, id, disk_id, &digest.to_string(), &content.to_string()).await?;
+        for (disk_id, image, content) in digests {
+            let (image, content) = (image.to_string(), content.to_string());
+            trust::set_digests(&mut transaction, id, disk_id, Some((&image, &content))).await?;
         }
         transaction.commit().await?;
         for finding in &findings {

@@ -44,7 +44,7 @@ pub async fn set_verified_at(connection: &mut Connection, id: &BackupId, at: Utc
     Ok(())
 }
 
-/// Records what an image and the virtual disk in it hash to.
+/// Records what an image and the virtual disk in it hash to; nothing for an image that nobody has read.
 ///
 /// # Errors
 /// The database's.
@@ -52,25 +52,11 @@ pub async fn set_digests(
     connection: &mut Connection,
     id: &BackupId,
     disk_id: u32,
-    digest: &str,
-    content_digest: &str,
+    digests: Option<(&str, &str)>,
 ) -> Result<(), StoreError> {
     sqlx::query("UPDATE point_disks SET digest = ?, content_digest = ? WHERE point_id = ? AND disk_id = ?")
-        .bind(digest)
-        .bind(content_digest)
-        .bind(id)
-        .bind(disk_id)
-        .execute(connection)
-        .await?;
-    Ok(())
-}
-
-/// Forgets what a disk hashes to: its image is another one now.
-///
-/// # Errors
-/// The database's.
-pub async fn clear_digests(connection: &mut Connection, id: &BackupId, disk_id: u32) -> Result<(), StoreError> {
-    sqlx::query("UPDATE point_disks SET digest = NULL, content_digest = NULL WHERE point_id = ? AND disk_id = ?")
+        .bind(digests.map(|(image, _)| image))
+        .bind(digests.map(|(_, content)| content))
         .bind(id)
         .bind(disk_id)
         .execute(connection)

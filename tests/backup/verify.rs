@@ -13,6 +13,7 @@ use blockyard::store::leases::{self, LeaseKind};
 use blockyard::store::{events, points};
 use serde_json::{Value, json};
 
+use crate::cli::cli;
 use crate::rig::{DEADLINE, Plan, Rig, backup_directories, content, id_of, published};
 use crate::support::TestService;
 
@@ -369,12 +370,17 @@ async fn what_was_derived_is_written_anew_when_the_database_proves_the_images() 
         let verification = verify(&rig.service, &ids[1], json!({"scope": "point"})).await;
         assert_eq!(verification["outcome"], "verified", "{verification:#}");
         assert_eq!(findings(&verification), [code]);
+        // As a crash leaves it that came while it was written.
         fs::remove_file(path).unwrap();
+        let beside = path.with_file_name(format!("{}.new", path.file_name().unwrap().to_str().unwrap()));
+        fs::write(&beside, b"half").unwrap();
+        fs::set_permissions(&beside, Permissions::from_mode(0o440)).unwrap();
         let verification = verify(&rig.service, &ids[1], json!({"scope": "point"})).await;
         assert_eq!(verification["outcome"], "verified", "{verification:#}");
         assert_eq!(findings(&verification).len(), 1, "{verification:#}");
         let verification = verify(&rig.service, &ids[1], json!({"scope": "point"})).await;
         assert_eq!(findings(&verification).len(), 0, "{verification:#}");
+        assert!(!beside.exists());
     }
     assert_eq!(files[1..].iter().map(|path| fs::read(path).unwrap()).collect::<Vec<_>>(), sound[1..]);
 }
@@ -412,6 +418,8 @@ async fn points_are_compared_by_their_digests_without_reading_an_image() {
     assert_eq!((&unknown["status"], &unknown["disks"][1]["status"]), (&json!("unknown"), &json!("unknown")));
     for id in &ids {
         verify(&rig.service, id, json!({"scope": "point"})).await;
+    }
+    for id in &ids {
         let folder = published(&rig, id).await;
         for image in ["disk-0.qcow2", "disk-1.qcow2"] {
             fs::rename(folder.join(image), folder.join(image).with_extension("away")).unwrap();
@@ -441,7 +449,7 @@ async fn an_image_with_digests_that_neither_disk_nor_database_can_prove_is_not_t
     let forget = || async {
         let mut transaction = app.store.write().await.unwrap();
         for row in &rows {
-            blockyard::store::trust::clear_digests(&mut transaction, &parsed, row.disk_id).await.unwrap();
+            blockyard::store::trust::set_digests(&mut transaction, &parsed, row.disk_id, None).await.unwrap();
         }
         transaction.commit().await.unwrap();
     };
@@ -453,6 +461,35 @@ async fn an_image_with_digests_that_neither_disk_nor_database_can_prove_is_not_t
     let verification = verify(&rig.service, &id, json!({})).await;
     assert_eq!(verification["outcome"], "suspect", "{verification:#}");
     assert_eq!(point(&rig.service, &id).await["trust"], "suspect");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn points_are_verified_and_compared_by_command() {
+    let mut rig = rig("").await;
+    let ids = chain(&mut rig, 2).await;
+    let (code, text) = cli(&rig, &["point", "compare", &ids[0], &ids[1]]).await;
+    assert!(code == 3 && text.contains("unknown"), "{code} {text}");
+    let (code, text) = cli(&rig, &["point", "verify", &ids[1], "--content"]).await;
+    assert!(code == 0 && text.contains("verified") && ids.iter().all(|id| text.contains(id)), "{code} {text}");
+    let (code, text) = cli(&rig, &["point", "compare", &ids[0], &ids[1]]).await;
+    assert!(code == 1 && text.contains("different") && text.contains("equal"), "{code} {text}");
+    let (code, _) = cli(&rig, &["point", "compare", &ids[0], &ids[0]]).await;
+    assert_eq!(code, 0);
+    let folder = published(&rig, &ids[1]).await;
+    flip(&folder.join("digests.json"), 100);
+    let (code, text) = cli(&rig, &["point", "verify", &ids[1], "--point-only"]).await;
+    assert!(code == 3 && text.contains("digests_damaged") && !text.contains(&ids[0]), "{code} {text}");
+    flip(&folder.join("disk-0.qcow2"), 100);
+    let (code, text) = cli(&rig, &["point", "verify", &ids[1]]).await;
+    assert!(code == 6 && text.contains("digest_mismatch") && text.contains("disk-0.qcow2"), "{code} {text}");
+    let (code, text) = cli(&rig, &["--output", "json", "point", "verify", &ids[1]]).await;
+    let document: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!((code, &document["outcome"], &document["points_total"]), (6, &json!("corrupt"), &json!(2)));
+    let (code, text) = cli(&rig, &["point", "show", &ids[1]]).await;
+    let digest = point(&rig.service, &ids[1]).await["disks"][0]["digest"].as_str().unwrap().to_owned();
+    assert!(code == 0 && text.contains("digest_mismatch") && text.contains(&digest), "{text}");
+    let (code, _) = cli(&rig, &["point", "verify", "backup-01JD8Z3M6Q9V4T2R7XK5N0WCHB"]).await;
+    assert_eq!(code, 4);
 }
 
 /// `SEED=` repeats a run, `SCALE=` multiplies it.
