@@ -12,6 +12,7 @@ pub mod inspect;
 pub mod leaves;
 pub mod pace;
 pub mod scrub;
+mod settle;
 pub mod state;
 pub mod take;
 pub mod verification;

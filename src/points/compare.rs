@@ -113,7 +113,7 @@ fn differing(left: (&Side, &Digest), right: (&Side, &Digest)) -> Option<u64> {
     let (mut left, mut right) = (open(left)?, open(right)?);
     let mut blocks = 0u64;
     loop {
-        match (left.next().ok()?, right.next().ok()?) {
+        match (left.next_leaf().ok()?, right.next_leaf().ok()?) {
             (None, None) => return Some(blocks.saturating_mul(BLOCK_BYTES)),
             (a, b) => blocks += u64::from(a != b),
         }

@@ -109,7 +109,7 @@ pub fn inspect(subject: &Subject, reading: &Reading) -> Result<Inspection, Stopp
     for disk in &subject.disks {
         look.leaves(disk, trusted);
     }
-    Ok(look.conclude(document))
+    Ok(look.conclude(&document))
 }
 
 /// A document that cannot be had.
@@ -324,10 +324,10 @@ impl Look<'_> {
         }
     }
 
-    fn conclude(mut self, document: Result<Digests, Lack>) -> Inspection {
+    fn conclude(mut self, document: &Result<Digests, Lack>) -> Inspection {
         let recorded = self.subject.disks.iter().all(|disk| disk.digest().is_some() && disk.content().is_some());
         let nothing = self.subject.disks.iter().all(|disk| disk.digest().is_none() && disk.content().is_none());
-        let state = match &document {
+        let state = match document {
             // The images are what it says, or what the database says: either proves them.
             Ok(_) if self.stale => Document::Stale,
             Ok(_) => Document::Sound,

@@ -71,7 +71,7 @@ impl Leaves {
     ///
     /// # Errors
     /// The file cannot be read.
-    pub fn next(&mut self) -> io::Result<Option<Digest>> {
+    pub fn next_leaf(&mut self) -> io::Result<Option<Digest>> {
         if self.left == 0 {
             return Ok(None);
         }
@@ -113,7 +113,7 @@ pub fn compute(
         for (offset, block) in (start..end).step_by(BLOCK_BYTES as usize).zip(map) {
             let length = BLOCK_BYTES.min(size - offset);
             let inherited = match &mut below {
-                Some(leaves) => leaves.next()?,
+                Some(leaves) => leaves.next_leaf()?,
                 None => None,
             };
             let piece = buffer.get_mut(..length as usize).unwrap_or_default();

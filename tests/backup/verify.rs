@@ -203,11 +203,12 @@ async fn verify_never_raises_an_uncommitted_backup() {
 #[tokio::test(flavor = "multi_thread")]
 async fn one_flipped_bit_is_found_by_verify_and_ends_the_chain() {
     let mut rig = rig(AUTOMATIC).await;
-    let ids = chain(&mut rig, 3).await;
+    let ids = chain(&mut rig, 4).await;
     all_verified(&rig, &ids).await;
     let image = published(&rig, &ids[1]).await.join("disk-0.qcow2");
     flip(&image, fs::metadata(&image).unwrap().len() * 8 - 8 * 4000);
-    let verification = verify(&rig.service, &ids[2], json!({})).await;
+    // What is above it is not read, and suspect all the same.
+    let verification = verify(&rig.service, &ids[1], json!({})).await;
     assert_eq!(verification["outcome"], "corrupt", "{verification:#}");
     assert!(findings(&verification).contains(&"digest_mismatch"), "{verification:#}");
     let trust = |id: &str| {
@@ -219,9 +220,11 @@ async fn one_flipped_bit_is_found_by_verify_and_ends_the_chain() {
     let corrupt = trust(&ids[1]).await;
     assert_eq!(corrupt["trust"], "corrupt");
     assert!(corrupt["trust_reason"].as_str().unwrap().starts_with("digest_mismatch: disk-0.qcow2"), "{corrupt:#}");
-    let suspect = trust(&ids[2]).await;
-    assert_eq!(suspect["trust"], "suspect");
-    assert!(suspect["trust_reason"].as_str().unwrap().contains(&ids[1]), "{suspect:#}");
+    for id in &ids[2..] {
+        let suspect = trust(id).await;
+        assert_eq!(suspect["trust"], "suspect");
+        assert!(suspect["trust_reason"].as_str().unwrap().contains(&ids[1]), "{suspect:#}");
+    }
     let store = &rig.service.service.app().store;
     let told = events::about(&mut store.read().await.unwrap(), &ids[1]).await.unwrap();
     let (_, change) = told.iter().rfind(|(kind, _)| kind == "point.trust").unwrap();
@@ -494,6 +497,7 @@ async fn points_are_verified_and_compared_by_command() {
 }
 
 /// `SEED=` repeats a run, `SCALE=` multiplies it.
+#[allow(clippy::print_stdout, reason = "the seed of a run that fails")]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_thousand_flipped_bits_are_all_found() {
     let number = |name: &str, default: u64| std::env::var(name).map_or(default, |text| text.parse().unwrap());
