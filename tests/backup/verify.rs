@@ -414,6 +414,32 @@ async fn files_that_are_gone_make_a_point_missing_and_a_repository_that_is_gone_
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_cannot_be_read_changes_no_trust_and_is_told() {
+    let rig = rig(AUTOMATIC).await;
+    let id = id_of(&rig.back_up().await).to_owned();
+    all_verified(&rig, std::slice::from_ref(&id)).await;
+    let before = point(&rig.service, &id).await;
+    let image = published(&rig, &id).await.join("disk-0.qcow2");
+    let aside = image.with_extension("aside");
+    fs::rename(&image, &aside).unwrap();
+    // An error of the file system that root gets too.
+    std::os::unix::fs::symlink("disk-0.qcow2", &image).unwrap();
+    let verification = verify(&rig.service, &id, json!({})).await;
+    assert_eq!((&verification["outcome"], findings(&verification)), (&json!("failed"), vec!["unreadable"]));
+    let after = point(&rig.service, &id).await;
+    for field in ["state", "trust", "trust_reason", "verified_at"] {
+        assert_eq!(after[field], before[field], "{field}");
+    }
+    fs::remove_file(&image).unwrap();
+    fs::rename(&aside, &image).unwrap();
+    assert_eq!(verify(&rig.service, &id, json!({})).await["outcome"], "verified");
+    let page = rig.service.get("/metrics").await.expect_status(200).text;
+    for line in ["blockyard_verifications_total{state=\"failed\"} 1", "blockyard_points{state=\"verified\"} 1"] {
+        assert!(page.contains(line), "{line} in {page}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn points_are_compared_by_their_digests_without_reading_an_image() {
     let mut rig = rig("").await;
     let ids = chain(&mut rig, 2).await;
