@@ -32,6 +32,13 @@ impl UtcTime {
         self.0.checked_add(SignedDuration::from_secs(seconds)).map_or(self, Self)
     }
 
+    /// This time less `seconds`; stays put where the difference would leave the years that RFC 3339 can write.
+    #[must_use]
+    pub fn minus_seconds(self, seconds: u64) -> Self {
+        let seconds = i64::try_from(seconds).unwrap_or(i64::MAX);
+        self.0.checked_sub(SignedDuration::from_secs(seconds)).map_or(self, Self)
+    }
+
     /// Seconds from `earlier` to this time, negative when `earlier` is later.
     pub fn seconds_since(self, earlier: Self) -> f64 {
         self.0.duration_since(earlier.0).as_secs_f64()

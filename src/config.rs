@@ -246,6 +246,10 @@ pub struct Storage {
     pub max_chain_depth: u32,
     /// Whether an incremental leaves out what reads the same from its parent.
     pub drop_identical: bool,
+    /// Whether the files of a point are read back soon after its commit.
+    pub verify_after_commit: bool,
+    /// Days after which a point is verified again; 0: never.
+    pub scrub_interval_days: u32,
 }
 
 /// What happens to a full backup that did not receive every byte.
@@ -388,6 +392,8 @@ impl Default for Storage {
             coverage_full: CoverageFull::Require,
             max_chain_depth: 32,
             drop_identical: true,
+            verify_after_commit: true,
+            scrub_interval_days: 30,
         }
     }
 }

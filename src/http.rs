@@ -27,6 +27,8 @@ mod repositories;
 pub mod request_id;
 mod token;
 #[allow(unused_qualifications, reason = "the macro of utoipa repeats the type of a query")]
+mod verification;
+#[allow(unused_qualifications, reason = "the macro of utoipa repeats the type of a query")]
 mod vms;
 pub mod volume;
 
@@ -48,6 +50,7 @@ fn api() -> OpenApiRouter<AppState> {
         .merge(repositories::routes())
         .merge(backups::routes())
         .merge(points::routes())
+        .merge(verification::routes())
         .merge(ports::routes())
         .merge(nbd_exports::routes())
 }

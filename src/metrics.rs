@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::time::Duration;
 
 use blockyard_nbd::ErrorKind;
 use blockyard_nbd::budget::Usage;
@@ -19,16 +20,19 @@ use prometheus_client::registry::Registry;
 use crate::app::App;
 use crate::backup::state::JobState;
 use crate::listeners::live::Totals;
+use crate::points::state::Trust;
+use crate::points::verification::Outcome;
+use crate::points::verify;
 
 pub use prometheus_text::CONTENT_TYPE;
 
-/// Everything that is told, in the text format 0.0.4.
+/// Everything that is told, in the text format 0.0.4; `trust` is how many points have which.
 ///
 /// # Errors
 /// The library refuses to write, which it has no reason to.
-pub fn text(app: &App) -> Result<String, fmt::Error> {
+pub fn text(app: &App, trust: &[(Trust, u64)]) -> Result<String, fmt::Error> {
     let mut registry = Registry::with_prefix("blockyard");
-    registry.register_collector(Box::new(Scrape::of(app)));
+    registry.register_collector(Box::new(Scrape::of(app, trust)));
     let mut text = String::new();
     prometheus_text::encode(&mut text, &registry)?;
     Ok(text)
@@ -44,10 +48,12 @@ struct Scrape {
     ports: usize,
     jobs: BTreeMap<JobState, u64>,
     jobs_ended: BTreeMap<JobState, u64>,
+    verifications: verify::Totals,
+    trust: Vec<(Trust, u64)>,
 }
 
 impl Scrape {
-    fn of(app: &App) -> Self {
+    fn of(app: &App, trust: &[(Trust, u64)]) -> Self {
         let mut jobs = BTreeMap::new();
         for job in app.backups.running() {
             *jobs.entry(job.view().state).or_default() += 1;
@@ -62,6 +68,8 @@ impl Scrape {
             ports: ports.len(),
             jobs,
             jobs_ended: app.backups.ended(),
+            verifications: app.points.verification_totals(),
+            trust: trust.to_vec(),
         }
     }
 }
@@ -72,7 +80,8 @@ impl Collector for Scrape {
         self.encode_requests(&mut page)?;
         self.encode_connections(&mut page)?;
         self.encode_payload(&mut page)?;
-        self.encode_jobs(&mut page)
+        self.encode_jobs(&mut page)?;
+        self.encode_points(&mut page)
     }
 }
 
@@ -187,6 +196,25 @@ impl Scrape {
             states(true).map(|state| (state.as_str(), of(&self.jobs_ended, *state))),
         )
     }
+
+    fn encode_points(&self, page: &mut Page<'_>) -> fmt::Result {
+        let verify::Totals { outcomes, time, bytes } = &self.verifications;
+        page.counters(
+            "verifications",
+            "Verifications that are over, by what came of the worst of their points",
+            "state",
+            Outcome::ALL.iter().map(|outcome| (outcome.as_str(), outcomes.get(outcome).copied().unwrap_or(0))),
+        )?;
+        page.seconds("verification_seconds", "Time that verifications took, without waiting for their turn", *time)?;
+        page.counter("verification_bytes", "Bytes that verifications hashed, of files and of virtual disks", *bytes)?;
+        let of = |trust| self.trust.iter().find(|(of, _)| *of == trust).map_or(0, |(_, points)| *points);
+        page.gauges(
+            "points",
+            "Restore points that are there, by what is known of their content",
+            "state",
+            Trust::ALL.iter().map(|trust| (trust.as_str(), of(*trust))),
+        )
+    }
 }
 
 fn size(count: usize) -> u64 {
@@ -219,6 +247,11 @@ impl Page<'_> {
     /// The name is written with `_total` behind it.
     fn counter(&mut self, name: &str, help: &str, value: u64) -> fmt::Result {
         self.metric(name, help, MetricType::Counter)?.encode_counter::<NoLabelSet, _, u64>(&value, None)
+    }
+
+    /// A counter of seconds, which has fractions.
+    fn seconds(&mut self, name: &str, help: &str, time: Duration) -> fmt::Result {
+        self.metric(name, help, MetricType::Counter)?.encode_counter::<NoLabelSet, _, u64>(&time.as_secs_f64(), None)
     }
 
     fn counters(

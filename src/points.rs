@@ -4,7 +4,19 @@
 //! committed ([`leases::pin_chain`](crate::store::leases::pin_chain)); whoever removes files does so only to a point that, in
 //! one transaction, nobody pins and nothing builds upon. So no file goes under a reader, whatever runs side by side.
 
+pub mod compare;
+pub mod digests;
+pub mod files;
+pub mod finding;
+pub mod inspect;
+pub mod leaves;
+pub mod pace;
+pub mod scrub;
+mod settle;
 pub mod state;
+pub mod take;
+pub mod verification;
+pub mod verify;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -30,12 +42,15 @@ struct Shared {
     locks: Arc<RepositoryLocks>,
     /// Names this process start; pins of another one are void.
     boot_id: String,
+    verifications: verify::Verifications,
+    passed: scrub::Passed,
 }
 
 impl Points {
     /// The points that `store` has records of.
     pub fn new(config: Arc<Config>, store: Store, locks: Arc<RepositoryLocks>, boot_id: &str) -> Self {
-        Self { shared: Arc::new(Shared { config, store, locks, boot_id: boot_id.to_owned() }) }
+        let (verifications, passed) = (verify::Verifications::new(), scrub::Passed::default());
+        Self { shared: Arc::new(Shared { config, store, locks, boot_id: boot_id.to_owned(), verifications, passed }) }
     }
 }
 

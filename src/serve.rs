@@ -118,6 +118,8 @@ impl Service {
         }
         app.backups.recover().await?;
         app.advance(Phase::Ready);
+        let backups = app.backups.clone();
+        app.points.verify_in_background(move || !backups.running().is_empty());
         tracing::info!(%address, ?callbacks_address, boot_id = app.boot_id, "ready");
         Ok(Self { app, address, callbacks_address, close_sockets, servers, drain, _lock: lock })
     }
@@ -146,6 +148,7 @@ impl Service {
     pub async fn stop(mut self) {
         tracing::info!("stopping");
         self.app.advance(Phase::Draining);
+        self.app.points.stop_verifications().await;
         self.app.backups.drain(self.drain).await;
         self.close_sockets.send_replace(true);
         let answered =
@@ -162,6 +165,7 @@ impl Service {
 impl Drop for Service {
     fn drop(&mut self) {
         // After a stop there is none left.
+        self.app.points.abandon_verifications();
         self.app.backups.abandon();
     }
 }

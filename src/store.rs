@@ -13,6 +13,7 @@ mod page;
 pub mod points;
 pub mod repositories;
 mod schema;
+pub mod trust;
 pub mod vms;
 
 use std::ops::{Deref, DerefMut};

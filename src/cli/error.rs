@@ -15,14 +15,14 @@ use crate::serve::StartError;
 /// The exit codes as `--help` tells them.
 pub(super) const EXIT_CODES: &str = "\
 Exit codes:
-    0  done; image check: clean; image compare: equal
-    1  it failed; image compare: different; doctor: images cannot be written there
+    0  done; image check: clean; image compare, point compare: equal
+    1  it failed; image compare, point compare: different; doctor: images cannot be written there
     2  the command line, a value or the configuration is wrong;
        image check and repair: errors, or marked as corrupt; image compare: not compared
     3  done, with warnings; image check and repair: leaks, or not closed
     4  what was named does not exist
     5  it exists already, is in use, or is running
-    6  not an image, or a corrupt one
+    6  not an image, or a corrupt one; point verify: damaged
     7  the service does not answer, or refuses the token
   130  interrupted by Ctrl-C";
 
@@ -107,6 +107,9 @@ pub enum CliError {
         /// What it may mean.
         ids: Vec<String>,
     },
+    /// The service was started anew, or somebody verifies the same point otherwise.
+    #[error("the verification is no longer known to the service: ask for it again")]
+    VerificationLost,
     /// An image cannot be made, opened or used.
     #[error(transparent)]
     Image(#[from] ImageError),
@@ -231,6 +234,7 @@ impl CliError {
             Self::Demo(error) => error.exit(),
             Self::Doctor(error) => error.exit(),
             Self::Start(_)
+            | Self::VerificationLost
             | Self::Runtime { .. }
             | Self::Listening { .. }
             | Self::Output { .. }

@@ -1,5 +1,7 @@
 //! `blockyard point`: the restore points that backups left.
 
+mod verify;
+
 use clap::{Args, Subcommand};
 use serde_json::Value;
 
@@ -15,6 +17,15 @@ pub(super) enum Command {
     List(List),
     /// Show a restore point and its images.
     Show(Show),
+    /// Read a restore point and all that it builds upon, and hold it against what was committed.
+    ///
+    /// Exits with 0 when all of it is, 3 when there are warnings, 6 when something is damaged or missing, and 1 when it could not
+    /// be read.
+    Verify(verify::Verify),
+    /// Compare the disks of two restore points by their digests; no image is read.
+    ///
+    /// Exits with 0 when they are equal, 1 when they differ, and 3 when digests of one were never taken.
+    Compare(verify::Compare),
 }
 
 #[derive(Debug, Args)]
@@ -38,14 +49,20 @@ pub(super) async fn run(command: Command, output: &Output) -> Result<Exit, CliEr
             output.answer(&client.list("points", &query).await?, render_list)?;
         }
         Command::Show(Show { id }) => {
-            // An id is one step of a path; whatever else was written names no point.
-            if id.parse::<BackupId>().is_err() {
-                return Err(CliError::NotFound { noun: "restore point", name: id });
-            }
-            output.answer(&client.get(&format!("/points/{id}"), &[]).await?, render)?;
+            output.answer(&client.get(&path_of(&id)?, &[]).await?, render)?;
         }
+        Command::Verify(verify) => return verify::verify(&client, &verify, output).await,
+        Command::Compare(compare) => return verify::compare(&client, &compare, output).await,
     }
     Ok(Exit::Ok)
+}
+
+/// The path of a point. An id is one step of it; whatever else was written names no point.
+fn path_of(id: &str) -> Result<String, CliError> {
+    match id.parse::<BackupId>() {
+        Ok(id) => Ok(format!("/points/{id}")),
+        Err(_) => Err(CliError::NotFound { noun: "restore point", name: id.to_owned() }),
+    }
 }
 
 fn rows(value: &Value) -> &[Value] {
@@ -70,7 +87,18 @@ fn render_list(document: &Value) -> String {
 }
 
 fn render(point: &Value) -> String {
-    let fields = ["id", "vm_name", "repository_id", "backup_type", "state", "trust", "committed_at", "path"];
+    let fields = [
+        "id",
+        "vm_name",
+        "repository_id",
+        "backup_type",
+        "state",
+        "trust",
+        "trust_reason",
+        "verified_at",
+        "committed_at",
+        "path",
+    ];
     let mut lines: Vec<String> = fields.iter().map(|field| format!("{field:<13} {}", text(&point[field]))).collect();
     let disks: Vec<Vec<String>> = rows(&point["disks"])
         .iter()
@@ -83,5 +111,9 @@ fn render(point: &Value) -> String {
         .collect();
     lines.push(String::new());
     lines.push(table::render(&["disk", "file", "type", "change id", "size", "stored"], &disks));
+    for disk in rows(&point["disks"]) {
+        let [digest, content] = ["digest", "content_digest"].map(|field| text(&disk[field]));
+        lines.push(format!("disk {}: image {digest}, content {content}", disk["disk_id"]));
+    }
     lines.join("\n")
 }

@@ -14,6 +14,8 @@ const CLUSTER_BYTES: std::ops::RangeInclusive<u32> = 512..=2 << 20;
 /// Half of the budget is for reads, and must hold one reply of the largest size, 64 MiB, besides the 16 MiB that are kept for
 /// connections that hold nothing.
 const MEMORY_BUDGET_MIN: u64 = 160 << 20;
+/// Ten years: a guess; more is a unit mistaken for another.
+const SCRUB_DAYS_MAX: u32 = 3650;
 /// The backup client opens two connections per export.
 const CONNECTIONS_MIN: u32 = 2;
 /// Longest time that a limit in seconds may name: 30 days. A guess; more is a unit mistaken for milliseconds.
@@ -218,6 +220,9 @@ impl Config {
         }
         if !CHAIN_DEPTH.contains(&storage.max_chain_depth) {
             return Err(invalid("storage.max_chain_depth", "must be 1 to 64"));
+        }
+        if storage.scrub_interval_days > SCRUB_DAYS_MAX {
+            return Err(invalid("storage.scrub_interval_days", "must be 0 (never) to 3650"));
         }
         Ok(())
     }

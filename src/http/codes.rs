@@ -107,7 +107,7 @@ codes! {
     PointHasDependents "point_has_dependents" 409 FINAL "Other restore points build on this one"
         "Delete the points that are named first.";
     PointInUse "point_in_use" 409 RETRY "The restore point is in use"
-        "It is exported or pinned by a running job.";
+        "It is exported, pinned by a running job, or another task works on it.";
     RepositoryNotEmpty "repository_not_empty" 409 FINAL "The repository holds restore points"
         "Delete or expire its points first.";
     VmExists "vm_exists" 409 FINAL "The VM exists already"

@@ -20,6 +20,8 @@ pub(super) fn routes() -> OpenApiRouter<AppState> {
     responses((status = 200, body = String, content_type = "text/plain"))
 )]
 async fn metrics(State(app): State<AppState>) -> Result<Response, Problem> {
-    let text = metrics::text(&app).map_err(|_| Problem::new(Code::Internal, "The figures could not be written."))?;
+    let trust = app.points.trust_counts().await?;
+    let text =
+        metrics::text(&app, &trust).map_err(|_| Problem::new(Code::Internal, "The figures could not be written."))?;
     Ok(([(CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response())
 }

@@ -10,6 +10,7 @@ use utoipa_axum::routes;
 use super::extract::QueryParams;
 use super::listing;
 use super::problem::{Code, Problem};
+use super::verification::{self, VerificationAnswer};
 use crate::app::AppState;
 use crate::backup::state::BackupType;
 use crate::clock::UtcTime;
@@ -90,6 +91,23 @@ struct PointDiskAnswer {
     content_digest: Option<String>,
 }
 
+/// A restore point with what this process verified of it.
+#[derive(Serialize, ToSchema)]
+struct PointDetail {
+    #[serde(flatten)]
+    point: PointAnswer,
+    /// The running or the last verification of it in this process.
+    verification: Option<VerificationAnswer>,
+}
+
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct WaitQuery {
+    /// Answer when its verification is over, or after this many seconds (at most 60); at once when there is none.
+    wait: Option<u64>,
+}
+
 #[derive(Serialize, ToSchema)]
 struct PointList {
     points: Vec<PointAnswer>,
@@ -133,18 +151,23 @@ async fn list_points(
 }
 
 /// One restore point.
-#[utoipa::path(get, path = "/points/{id}", tag = "points", params(("id" = String, Path)),
-    responses((status = 200, body = PointAnswer)))]
-async fn show_point(State(app): State<AppState>, Path(id): Path<String>) -> Result<Json<PointAnswer>, Problem> {
-    let mut connection = app.store.read().await?;
-    let row = match id.parse::<BackupId>() {
-        Ok(id) => points::find(&mut connection, &id).await?,
-        Err(_) => None,
-    };
-    match row {
-        Some(row) => Ok(Json(PointAnswer::load(&mut connection, row).await?)),
-        None => Err(Problem::new(Code::PointNotFound, format!("There is no restore point with the id {id}."))),
+#[utoipa::path(get, path = "/points/{id}", tag = "points", params(("id" = String, Path), WaitQuery),
+    responses((status = 200, body = PointDetail)))]
+async fn show_point(
+    State(app): State<AppState>,
+    Path(id): Path<String>,
+    QueryParams(query): QueryParams<WaitQuery>,
+) -> Result<Json<PointDetail>, Problem> {
+    let missing = || Problem::new(Code::PointNotFound, format!("There is no restore point with the id {id}."));
+    let point_id = id.parse::<BackupId>().map_err(|_| missing())?;
+    if let Some(seconds) = query.wait {
+        verification::wait_for_end(&app, &point_id, seconds).await?;
     }
+    // Looked at before the rows: what has ended by now is in them.
+    let verification = app.points.verification(&point_id).map(|last| VerificationAnswer::from(&*last));
+    let mut connection = app.store.read().await?;
+    let row = points::find(&mut connection, &point_id).await?.ok_or_else(missing)?;
+    Ok(Json(PointDetail { point: PointAnswer::load(&mut connection, row).await?, verification }))
 }
 
 impl PointAnswer {

@@ -141,7 +141,11 @@ pub fn space(path: &Path) -> io::Result<(u64, u64)> {
     Ok((facts.f_bavail.saturating_mul(facts.f_frsize), facts.f_blocks.saturating_mul(facts.f_frsize)))
 }
 
-fn sync_directory(path: &Path) -> io::Result<()> {
+/// Makes the names in a folder survive a power cut.
+///
+/// # Errors
+/// Any error of the file system.
+pub fn sync_directory(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
 }
 

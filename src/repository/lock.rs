@@ -13,7 +13,8 @@ use std::sync::{Mutex, PoisonError};
 use serde::{Deserialize, Serialize};
 
 const LOCK_FILE: &str = ".lock";
-const MARKER_FILE: &str = ".blockyard-repository.json";
+/// Marks a folder as a repository.
+pub const MARKER_FILE: &str = ".blockyard-repository.json";
 /// The layout of a repository that this version writes.
 const FORMAT: u32 = 1;
 

@@ -6,7 +6,7 @@ use crate::rig::Rig;
 use crate::support::process::blockyard;
 
 /// Runs a command against the rig's service, away from the threads that serve it.
-async fn cli(rig: &Rig, arguments: &[&str]) -> (i32, String) {
+pub async fn cli(rig: &Rig, arguments: &[&str]) -> (i32, String) {
     let mut command = blockyard();
     command.args(arguments).env("BLOCKYARD_URL", rig.service.service.url());
     command.env("BLOCKYARD_TOKEN_FILE", rig.service.folder.path().join("state/token"));

@@ -25,3 +25,4 @@ mod restart;
 mod rig;
 mod start;
 mod tls;
+mod verify;

@@ -18,7 +18,7 @@ use crate::http::points::QUIESCE;
 use crate::id::{BackupId, RepositoryId, VmId};
 use crate::repository::layout::BackupPaths;
 use crate::store::backups::{self, BackupDiskRow, BackupRow, NodeOutcome};
-use crate::store::{Connection, StoreError, repositories};
+use crate::store::{Connection, StoreError, points, repositories};
 
 /// The answer to a start request.
 #[derive(Serialize, ToSchema)]
@@ -166,7 +166,8 @@ pub(super) struct BackupAnswer {
 struct Facets {
     /// `alert` when a snapshot may be left on the VM.
     snapshot_cleanup: &'static str,
-    /// Whether the contents were verified after the commit.
+    /// What a verification said of the restore point: `off`, `pending`, `running`, `verified`, `suspect`, `corrupt`, or `failed`
+    /// when it could not be read.
     verify: &'static str,
     /// `complete` when every byte of every disk was received.
     coverage: &'static str,
@@ -211,10 +212,18 @@ impl BackupAnswer {
         let paths = paths(connection, &row).await?;
         let job = app.backups.find(&row.id);
         let live = job.as_ref().map_or(&[][..], |job| job.live());
-        Ok(Self::new(app, row, &disks, paths.as_ref(), live))
+        let verify = verify(app, connection, &row).await?;
+        Ok(Self::new(app, row, &disks, paths.as_ref(), live, verify))
     }
 
-    fn new(app: &App, row: BackupRow, disks: &[BackupDiskRow], paths: Option<&BackupPaths>, live: &[LiveDisk]) -> Self {
+    fn new(
+        app: &App,
+        row: BackupRow,
+        disks: &[BackupDiskRow],
+        paths: Option<&BackupPaths>,
+        live: &[LiveDisk],
+        verify: &'static str,
+    ) -> Self {
         let answers: Vec<DiskAnswer> = disks
             .iter()
             .map(|disk| DiskAnswer::new(disk, live.iter().find(|live| live.disk_id == disk.disk_id)))
@@ -276,7 +285,7 @@ impl BackupAnswer {
             warnings: row.warnings,
             facets: Facets {
                 snapshot_cleanup: snapshot_cleanup(row.state, row.node_outcome),
-                verify: "none",
+                verify,
                 coverage: if covered == total_bytes { "complete" } else { "partial" },
                 quiesce: QUIESCE,
             },
@@ -333,6 +342,15 @@ fn percent(covered: u64, total: u64) -> f64 {
 fn snapshot_cleanup(state: JobState, node: Option<NodeOutcome>) -> &'static str {
     let ended_badly = state.is_ending() && state != JobState::Committed;
     if ended_badly && node.is_some_and(NodeOutcome::may_have_launched) { "alert" } else { "unknown" }
+}
+
+/// A job that left nothing has nothing to verify.
+async fn verify(app: &App, connection: &mut Connection, row: &BackupRow) -> Result<&'static str, StoreError> {
+    if row.state.is_ending() && row.state != JobState::Committed {
+        return Ok("off");
+    }
+    let point = points::find(connection, &row.id).await?;
+    Ok(app.points.verify_facet(&row.id, point.map(|point| (point.trust, point.verified_at.is_some()))))
 }
 
 async fn paths(connection: &mut Connection, row: &BackupRow) -> Result<Option<BackupPaths>, StoreError> {

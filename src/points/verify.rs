@@ -1,0 +1,376 @@
+//! Verifications: one at a time per hub, each pins what it reads and reads on blocking threads. What is read is the business of
+//! `inspect` and `take`, and what it means is decided in `settle`.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
+
+use super::finding::{Finding, Severity};
+use super::inspect::{self, Inspection, Subject, SubjectDisk};
+use super::pace::{Gate, Held, Reading};
+use super::settle::is_there;
+use super::state::Trust;
+use super::take::{Content, ExamineError, Examined, examine};
+use super::verification::{Outcome, Phase, Request, Scope, Verification, VerifiedPoint};
+use super::{Points, paths};
+use crate::clock::UtcTime;
+use crate::id::{BackupId, TaskId};
+use crate::store::{StoreError, leases, points, repositories, trust};
+
+/// How often a point is read again whose folder was exchanged meanwhile. A guess: its pins should not let it happen once.
+const EXCHANGES_MAX: usize = 3;
+/// The pause before pins that could not be given back are tried again.
+const PAUSE: Duration = Duration::from_secs(1);
+/// How long a stop waits for verifications; a file system that hangs must not hold it for ever.
+const STOP_LIMIT: Duration = Duration::from_secs(5);
+
+/// Why a point is not verified.
+#[derive(Debug, thiserror::Error)]
+pub enum VerifyError {
+    /// There is no such point, or it is going.
+    #[error("there is no restore point {0}")]
+    NotFound(BackupId),
+    /// Another task changes it.
+    #[error("restore point {point} is in use by {holder}")]
+    InUse {
+        /// The point, or one below the one asked for.
+        point: BackupId,
+        /// Who has it.
+        holder: String,
+    },
+    /// The service stops.
+    #[error("the service is stopping")]
+    Stopping,
+    /// The database failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// The verifications of this process.
+#[derive(Debug)]
+pub struct Verifications {
+    pub(super) gate: Arc<Gate>,
+    pub(super) stopping: watch::Sender<bool>,
+    turn: Semaphore,
+    known: Mutex<Known>,
+    tasks: Mutex<JoinSet<()>>,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    /// The last one of each point.
+    last: HashMap<BackupId, Arc<Verification>>,
+    /// Those that are not over: whose pins are for reading only.
+    open: HashMap<TaskId, Arc<Verification>>,
+    totals: Totals,
+}
+
+/// What all verifications of this process came to.
+#[derive(Clone, Debug, Default)]
+pub struct Totals {
+    /// How many ended with each outcome.
+    pub outcomes: BTreeMap<Outcome, u64>,
+    /// How long they read.
+    pub time: Duration,
+    /// How much.
+    pub bytes: u64,
+}
+
+impl Verifications {
+    /// None yet.
+    pub fn new() -> Self {
+        Self {
+            gate: Arc::default(),
+            stopping: watch::Sender::new(false),
+            turn: Semaphore::new(1),
+            known: Mutex::default(),
+            tasks: Mutex::default(),
+        }
+    }
+
+    fn known(&self) -> std::sync::MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs in a task that a stop waits for.
+    pub(super) fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        while tasks.try_join_next().is_some() {}
+        tasks.spawn(work);
+    }
+}
+
+impl Default for Verifications {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Points {
+    /// Begins to verify a point, or finds that just that is under way. It is pinned when this returns.
+    ///
+    /// # Errors
+    /// See [`VerifyError`].
+    pub async fn verify(&self, id: &BackupId, request: Request) -> Result<Arc<Verification>, VerifyError> {
+        let open = self.verification(id).filter(|last| last.view().phase != Phase::Ended && last.request == request);
+        if let Some(open) = open {
+            return Ok(open);
+        }
+        let verification = self.begin_verification(id, request).await?;
+        let (points, task) = (self.clone(), Arc::clone(&verification));
+        self.shared.verifications.spawn(async move {
+            let turn = points.turn().await;
+            Box::pin(points.run_verification(&task)).await;
+            drop(turn);
+        });
+        Ok(verification)
+    }
+
+    /// Verifies a point whose turn it is, and waits for the end.
+    ///
+    /// # Errors
+    /// See [`VerifyError`].
+    pub(super) async fn verify_now(&self, id: &BackupId, request: Request) -> Result<Arc<Verification>, VerifyError> {
+        let verification = self.begin_verification(id, request).await?;
+        Box::pin(self.run_verification(&verification)).await;
+        Ok(verification)
+    }
+
+    /// The running or the last verification of a point in this process.
+    pub fn verification(&self, id: &BackupId) -> Option<Arc<Verification>> {
+        self.shared.verifications.known().last.get(id).cloned()
+    }
+
+    /// Whether a verification reads this point now.
+    pub fn is_verifying(&self, id: &BackupId) -> bool {
+        let known = self.shared.verifications.known();
+        known.open.values().any(|open| open.view().phase == Phase::Running && open.order.contains(id))
+    }
+
+    /// What all verifications of this process came to.
+    pub fn verification_totals(&self) -> Totals {
+        self.shared.verifications.known().totals.clone()
+    }
+
+    /// How many points have each trust.
+    ///
+    /// # Errors
+    /// The database's.
+    pub async fn trust_counts(&self) -> Result<Vec<(Trust, u64)>, StoreError> {
+        trust::counts(&mut *self.shared.store.read().await?).await
+    }
+
+    /// Lets verifications stand still as long as the value lives, as one does whose file system hangs. For tests.
+    pub fn hold_verifications(&self) -> Held {
+        self.shared.verifications.gate.hold()
+    }
+
+    /// Ends what verifications are running and begins no more. Their pins are given back.
+    pub async fn stop_verifications(&self) {
+        self.abandon_verifications();
+        let mut tasks =
+            std::mem::take(&mut *self.shared.verifications.tasks.lock().unwrap_or_else(PoisonError::into_inner));
+        let ended = tokio::time::timeout(STOP_LIMIT, async { while tasks.join_next().await.is_some() {} });
+        if ended.await.is_err() {
+            tracing::warn!("a verification did not end in time; its pins end with the process");
+        }
+    }
+
+    /// Lets verifications end where they are; nobody waits for it.
+    pub(crate) fn abandon_verifications(&self) {
+        self.shared.verifications.gate.stop();
+        self.shared.verifications.stopping.send_replace(true);
+    }
+
+    /// Reads the files of a point and says what is not as it was. Nothing is written or concluded.
+    ///
+    /// # Errors
+    /// There is no such point, or the service stops.
+    pub async fn inspect(&self, id: &BackupId) -> Result<Inspection, VerifyError> {
+        let (subject, _) = self.subject(id).await?.ok_or_else(|| VerifyError::NotFound(id.clone()))?;
+        let reading = Reading { gate: Arc::clone(&self.shared.verifications.gate), ..Reading::default() };
+        let inspected = tokio::task::spawn_blocking(move || inspect::inspect(&subject, &reading)).await;
+        inspected.ok().and_then(Result::ok).ok_or(VerifyError::Stopping)
+    }
+
+    /// Waits until no other verification reads; nothing when the service stops.
+    pub(super) async fn turn(&self) -> Option<tokio::sync::SemaphorePermit<'_>> {
+        let mut stopping = self.shared.verifications.stopping.subscribe();
+        tokio::select! {
+            turn = self.shared.verifications.turn.acquire() => turn.ok(),
+            _ = stopping.wait_for(|stopping| *stopping) => None,
+        }
+    }
+
+    /// Pins a point with all below it, in the transaction in which nobody else is seen to change any of them.
+    async fn begin_verification(&self, id: &BackupId, request: Request) -> Result<Arc<Verification>, VerifyError> {
+        let verifications = &self.shared.verifications;
+        if verifications.gate.is_stopped() {
+            return Err(VerifyError::Stopping);
+        }
+        let task = TaskId::new();
+        let mut transaction = self.shared.store.write().await?;
+        let row = points::find(&mut transaction, id).await?;
+        row.filter(|row| is_there(row.state)).ok_or_else(|| VerifyError::NotFound(id.clone()))?;
+        let mut chain = Vec::new();
+        for (below, _) in points::ancestry(&mut transaction, id).await? {
+            for holder in leases::holders(&mut transaction, &below).await? {
+                let reads = holder.parse().is_ok_and(|holder: TaskId| verifications.known().open.contains_key(&holder));
+                if holder.parse::<TaskId>().is_ok() && !reads {
+                    return Err(VerifyError::InUse { point: below, holder });
+                }
+            }
+            if let Some(row) = points::find(&mut transaction, &below).await? {
+                chain.push(row);
+            }
+        }
+        leases::pin_chain(&mut transaction, id, task.as_str(), &self.shared.boot_id).await?;
+        // Parents are committed before what builds upon them.
+        chain.sort_by_key(|row| row.sequence);
+        let order = match request.scope {
+            Scope::Chain => chain.into_iter().map(|row| row.id).collect(),
+            Scope::Point => vec![id.clone()],
+        };
+        let verification = Arc::new(Verification::new(task.clone(), id.clone(), request, order));
+        // Known before its pins can be seen.
+        {
+            let mut known = verifications.known();
+            known.open.insert(task.clone(), Arc::clone(&verification));
+            known.last.insert(id.clone(), Arc::clone(&verification));
+        }
+        if let Err(error) = transaction.commit().await {
+            verifications.known().open.remove(&task);
+            verification.change(|view| (view.phase, view.outcome) = (Phase::Ended, Some(Outcome::Failed)));
+            return Err(error.into());
+        }
+        Ok(verification)
+    }
+
+    /// Reads and settles its points, the lowest first, and gives the pins back before the end can be seen.
+    async fn run_verification(&self, verification: &Verification) {
+        let begun = Instant::now();
+        verification.change(|view| {
+            view.phase = Phase::Running;
+            view.started_at = Some(UtcTime::now());
+        });
+        let mut outcome = Some(Outcome::Verified);
+        for id in &verification.order {
+            let point = match self.verify_point(verification, id).await {
+                Ok(Some(point)) => point,
+                Ok(None) => {
+                    outcome = None;
+                    break;
+                }
+                Err(error) => {
+                    tracing::error!(point = %id, %error, "a point could not be verified");
+                    let findings = vec![Finding::of_point(Severity::Failed, "database", error.to_string())];
+                    VerifiedPoint { point_id: id.clone(), outcome: Outcome::Failed, findings }
+                }
+            };
+            outcome = outcome.max(Some(point.outcome));
+            verification.change(|view| view.points.push(point));
+        }
+        self.release(&verification.id).await;
+        // One that was stopped found nothing.
+        let outcome = outcome.unwrap_or(Outcome::Failed);
+        let [_, bytes, ..] = verification.progress();
+        let mut known = self.shared.verifications.known();
+        known.open.remove(&verification.id);
+        *known.totals.outcomes.entry(outcome).or_default() += 1;
+        known.totals.time += begun.elapsed();
+        known.totals.bytes += bytes;
+        drop(known);
+        tracing::info!(point = %verification.point_id, task = %verification.id, %outcome, bytes, "verification ended");
+        verification.change(|view| {
+            view.phase = Phase::Ended;
+            view.outcome = Some(outcome);
+            view.ended_at = Some(UtcTime::now());
+        });
+    }
+
+    async fn release(&self, task: &TaskId) {
+        loop {
+            let released = async {
+                let mut transaction = self.shared.store.write().await?;
+                leases::release_all(&mut transaction, task.as_str()).await?;
+                transaction.commit().await
+            };
+            match released.await {
+                Ok(()) => return,
+                Err::<(), StoreError>(error) => tracing::error!(%task, %error, "pins could not be given back"),
+            }
+            if self.shared.verifications.gate.is_stopped() {
+                return;
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+
+    /// Nothing when the service stops.
+    async fn verify_point(
+        &self,
+        verification: &Verification,
+        id: &BackupId,
+    ) -> Result<Option<VerifiedPoint>, StoreError> {
+        let content = if *id == verification.point_id { verification.request.content } else { Content::Known };
+        let mut examined = failed("exchanged", "the folder of the point was exchanged while it was read");
+        for _ in 0..EXCHANGES_MAX {
+            let Some((subject, repository)) = self.subject(id).await? else {
+                examined = failed("folder_missing", "the point or its repository is no longer recorded");
+                break;
+            };
+            let reading = verification.reading(&self.shared.verifications.gate);
+            match tokio::task::spawn_blocking(move || read(&repository, &subject, content, &reading)).await {
+                Ok(Ok(read)) => {
+                    examined = read;
+                    break;
+                }
+                Ok(Err(ExamineError::Stopped(_))) => return Ok(None),
+                Ok(Err(ExamineError::Exchanged)) => {}
+                Err(_) => {
+                    examined = failed("panicked", "reading the point ended by a panic");
+                    break;
+                }
+            }
+        }
+        self.settle(id, examined).await.map(Some)
+    }
+
+    /// A point with what is recorded of it, and the folder of its repository.
+    async fn subject(&self, id: &BackupId) -> Result<Option<(Subject, String)>, StoreError> {
+        let mut connection = self.shared.store.read().await?;
+        let Some(row) = points::find(&mut connection, id).await? else { return Ok(None) };
+        let Some(repository) = repositories::find(&mut connection, &row.repository_id).await? else { return Ok(None) };
+        let mut disks = Vec::new();
+        for row in points::disks(&mut connection, id).await? {
+            let below = match &row.parent_id {
+                Some(parent) => points::disks(&mut connection, parent).await?,
+                None => Vec::new(),
+            };
+            let below = below.iter().find(|below| (below.disk_id, below.size_bytes) == (row.disk_id, row.size_bytes));
+            let below = below.and_then(|below| below.content_digest.as_deref()?.parse().ok());
+            disks.push(SubjectDisk { row, below });
+        }
+        let folder = paths(&repository, &row).published;
+        Ok(Some((Subject { id: id.clone(), folder, disks }, repository.path)))
+    }
+}
+
+fn failed(code: &'static str, detail: &str) -> Examined {
+    Examined { findings: vec![Finding::of_point(Severity::Failed, code, detail)], digests: Vec::new() }
+}
+
+/// Looks at a point in a repository that is there before and after: a folder that is unmounted meanwhile lost nothing.
+fn read(repository: &str, subject: &Subject, content: Content, reading: &Reading) -> Result<Examined, ExamineError> {
+    let gone = || failed("repository_unavailable", "the folder of the repository is not there");
+    if !inspect::repository_is_there(Path::new(repository)) {
+        return Ok(gone());
+    }
+    reading.expect(inspect::bytes(subject));
+    let examined = examine(subject, content, reading)?;
+    Ok(if inspect::repository_is_there(Path::new(repository)) { examined } else { gone() })
+}
