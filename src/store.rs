@@ -8,6 +8,7 @@ pub mod backups;
 mod column;
 mod error;
 pub mod events;
+pub mod idempotency;
 pub mod leases;
 mod page;
 pub mod points;

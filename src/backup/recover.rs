@@ -11,12 +11,13 @@ use super::commit;
 use super::ending::{End, Failed};
 use super::state::{FailureCode, JobState};
 use super::{Shared, sweep, undo};
+use crate::clock::UtcTime;
 use crate::repository::directory;
 use crate::repository::layout::BackupPaths;
 use crate::repository::manifest::{Manifest, ManifestError};
 use crate::store::backups::{self, BackupRow, ChangeError};
 use crate::store::repositories::{self, Repository};
-use crate::store::{StoreError, leases};
+use crate::store::{StoreError, idempotency, leases};
 
 /// Why the state of the last process could not be cleared up.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +42,7 @@ pub(super) async fn recover(shared: &Arc<Shared>) -> Result<(), RecoverError> {
     let mut transaction = shared.store.write().await?;
     let voided = leases::void_other_boots(&mut transaction, &shared.boot_id).await?;
     let unfinished = backups::unfinished(&mut transaction).await?;
+    idempotency::remove_expired(&mut transaction, UtcTime::now()).await?;
     transaction.commit().await?;
     if voided > 0 || !unfinished.is_empty() {
         tracing::warn!(leases = voided, jobs = unfinished.len(), "clearing up after the last run");

@@ -14,6 +14,7 @@ use tokio::time::Instant;
 
 use super::check::{Checked, check};
 use super::ending::{End, Failed, StartNews};
+use super::idempotency::IdempotencyKey;
 use super::job::{Job, JobDisk, JobFacts, JobHandle, NewJob};
 use super::plan::{self, PlanError};
 use super::registry::{Capacity, Claim, Refused, Slot};
@@ -26,6 +27,7 @@ use crate::repository::layout::{self, BackupPaths};
 use crate::secret::Secret;
 use crate::store::StoreError;
 use crate::store::backups::{self, BackupDiskRow, BackupRow};
+use crate::store::idempotency;
 use crate::store::leases::{self, LeaseKind};
 use crate::store::vms::Vm;
 
@@ -44,6 +46,8 @@ pub struct NewBackup {
     pub tags: BTreeMap<String, String>,
     /// What was found strange about the request.
     pub warnings: Vec<String>,
+    /// By which the caller may repeat the request; stored with the job.
+    pub idempotency_key: Option<IdempotencyKey>,
 }
 
 /// How a caller names a VM.
@@ -169,6 +173,16 @@ pub enum StartError {
     /// A task ended by a panic.
     #[error("starting the backup ended by a panic")]
     Panicked,
+}
+
+impl StartError {
+    /// The job that was made and is over; `None` when there never was one.
+    pub fn backup_id(&self) -> Option<&BackupId> {
+        match self {
+            Self::Failed { backup_id, .. } | Self::Cancelled(backup_id) => Some(backup_id),
+            _ => None,
+        }
+    }
 }
 
 /// A job and who hears what becomes of its start.
@@ -308,6 +322,11 @@ async fn record(
     };
     let (backup, rows) = rows(&facts, boot_id);
     backups::insert(&mut transaction, &backup, &rows).await?;
+    if let Some(IdempotencyKey { key, body_hash }) = &new.idempotency_key {
+        idempotency::remove_expired(&mut transaction, facts.created_at).await?;
+        let expires_at = facts.created_at.plus_seconds(shared.config.jobs.idempotency_ttl_s);
+        idempotency::insert(&mut transaction, key, body_hash, &facts.id, expires_at).await?;
+    }
     transaction.commit().await?;
     Ok((Arc::new(facts), username, password))
 }

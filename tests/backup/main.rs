@@ -12,6 +12,7 @@ mod client;
 mod complete;
 mod crash;
 mod foreign;
+mod idempotency;
 mod incremental;
 mod lists;
 mod metrics;

@@ -93,7 +93,7 @@ fn with_active(problem: Problem, active: &BackupId) -> Problem {
     problem.with("backup_id", active.as_str()).with_link("active", format!("/api/v1/backups/{active}"))
 }
 
-fn with_backup(problem: Problem, id: &BackupId) -> Problem {
+pub(super) fn with_backup(problem: Problem, id: &BackupId) -> Problem {
     problem.with("backup_id", id.as_str()).with_link("backup", format!("/api/v1/backups/{id}"))
 }
 
