@@ -44,6 +44,7 @@ use crate::node::{NodeClient, NodeClientError};
 use crate::repository::lock::RepositoryLocks;
 use crate::store::{Store, StoreError, backups};
 
+pub(crate) use commit::point_disk;
 pub use recover::RecoverError;
 pub use start::{NewBackup, StartError, Started, VmChoice};
 

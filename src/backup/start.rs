@@ -27,9 +27,9 @@ use crate::repository::layout::{self, BackupPaths};
 use crate::secret::Secret;
 use crate::store::StoreError;
 use crate::store::backups::{self, BackupDiskRow, BackupRow};
-use crate::store::idempotency;
 use crate::store::leases::{self, LeaseKind};
 use crate::store::vms::Vm;
+use crate::store::{idempotency, points};
 
 /// What a caller asks for.
 #[derive(Clone, Debug)]
@@ -293,16 +293,27 @@ async fn record(
     for parent in parents {
         leases::pin_chain(&mut transaction, parent, id.as_str(), boot_id).await?;
     }
+    let mut known_images = Vec::new();
+    for plan in &plans {
+        let known = points::newest_usable_image(&mut transaction, &vm.id, &repository.id, plan.disk_id).await?;
+        if let Some((point, _)) = &known
+            && plan.parent.as_ref().is_none_or(|parent| parent.point_id != *point)
+        {
+            leases::pin_chain(&mut transaction, point, id.as_str(), boot_id).await?;
+        }
+        known_images.push(known.map(|(_, image)| Path::new(&repository.path).join(image)));
+    }
     let backup_type = plan::job_type(&plans);
     let offset = shared.config.nbd.advertise_port_offset;
     let disks: Vec<JobDisk> = plans
         .into_iter()
         .zip(ports)
-        .map(|(plan, bound)| {
+        .zip(known_images)
+        .map(|((plan, bound), known_image)| {
             let port = bound.lease.port();
             // The configuration was refused if any port of the range could leave the numbers of TCP.
             let advertised_port = u16::try_from(i32::from(port) + offset).unwrap_or(port);
-            JobDisk { plan, port, advertised_port }
+            JobDisk { plan, port, advertised_port, known_image }
         })
         .collect();
     let facts = JobFacts {
@@ -384,6 +395,7 @@ fn rows(facts: &JobFacts, boot_id: &str) -> (BackupRow, Vec<BackupDiskRow>) {
         covered_bytes: 0,
         written_bytes: 0,
         zeroed_bytes: 0,
+        zeroed_over_data_bytes: 0,
         identical_bytes: 0,
         sealed_at: None,
     });

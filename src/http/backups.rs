@@ -1,6 +1,7 @@
 //! Backups: start, list, look, cancel. What the backup client itself calls is in `callbacks`.
 
 mod answer;
+mod overview;
 mod refusal;
 mod repeat;
 
@@ -36,6 +37,7 @@ pub(super) fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()
         .routes(routes!(list_backups, start_backup_alias))
         .routes(routes!(start_backup))
+        .merge(overview::routes())
         .routes(routes!(show_backup))
         .routes(routes!(cancel_backup))
 }

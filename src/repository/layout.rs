@@ -5,6 +5,7 @@
 //! <repository>/<vm-dir>/<id>.partial/disk-0.qcow2      while writing; never listed
 //! <repository>/<vm-dir>/<id>/disk-0.qcow2              published; never written again
 //! <repository>/<vm-dir>/<id>/manifest.json
+//! <repository>/<vm-dir>/<id>.failed/                   put aside for people to look at
 //! <repository>/<vm-dir>/<id>.merging/                  while a point is made anew without its parent
 //! <repository>/<vm-dir>/<id>.deleting/                 while a point is removed
 //! ```
@@ -12,6 +13,8 @@
 //! result is one path component and one NBD export name that the backup client can parse.
 
 use std::path::{Path, PathBuf};
+
+use crate::id::BackupId;
 
 /// The name of the manifest in a published directory.
 pub const MANIFEST: &str = "manifest.json";
@@ -74,6 +77,11 @@ pub fn vm_directory_names(vm_name: &str, vm_id: &str) -> impl Iterator<Item = St
 /// The image of a disk inside a staged or published directory.
 pub fn image_file_name(disk_id: u32) -> String {
     format!("disk-{disk_id}.qcow2")
+}
+
+/// What an overlay calls the image below it: from one backup's folder into the one beside it, whatever the repository is called.
+pub fn backing_name(parent: &BackupId, file: &str) -> String {
+    format!("../{parent}/{file}")
 }
 
 /// The directories of one backup.
