@@ -10,6 +10,7 @@ use std::sync::Arc;
 use super::commit;
 use super::ending::{End, Failed};
 use super::state::{FailureCode, JobState};
+use super::undo::Leftovers;
 use super::{Shared, sweep, undo};
 use crate::clock::UtcTime;
 use crate::repository::directory;
@@ -97,13 +98,14 @@ pub(super) async fn settle(shared: &Arc<Shared>, row: &BackupRow, failed: Failed
             commit::record(&shared.store, &manifest, &paths).await?;
         }
         None => {
+            let end = if row.state == JobState::Cancelling { End::Cancelled } else { End::Failed(failed) };
+            let leftovers = Leftovers::of(&end, shared.config.jobs.keep_failed);
             let staged = paths.clone();
-            let removed = tokio::task::spawn_blocking(move || directory::remove_staged(&staged)).await;
-            if let Err(error) = removed.map_err(|_| RecoverError::Panicked)? {
+            let cleared = tokio::task::spawn_blocking(move || leftovers.clear(&staged)).await;
+            if let Err(error) = cleared.map_err(|_| RecoverError::Panicked)? {
                 // The record must not wait for a file system that may be gone for good; the folder is never listed.
                 tracing::error!(job_id = %row.id, %error, "staged data of the last run could not be removed");
             }
-            let end = if row.state == JobState::Cancelling { End::Cancelled } else { End::Failed(failed) };
             undo::finish(&shared.store, &row.id, &end, &[]).await?;
             tracing::warn!(job_id = %row.id, state = %row.state, "a job of the last run has ended");
         }

@@ -153,6 +153,9 @@ pub enum StartError {
     /// Not enough ports.
     #[error(transparent)]
     NoPorts(#[from] PortError),
+    /// The file system of the database has no room for the record of a job.
+    #[error("the file system of the hub's state is full")]
+    StateFull,
     /// The service is stopping.
     #[error("the service is stopping")]
     Draining,
@@ -225,6 +228,9 @@ impl Backups {
 async fn accept(shared: &Arc<Shared>, new: NewBackup) -> Result<Accepted, StartError> {
     if shared.registry.is_closed() {
         return Err(StartError::Draining);
+    }
+    if !shared.store.has_room().await {
+        return Err(StartError::StateFull);
     }
     let checked = check(shared, &new).await?;
     let id = BackupId::new();

@@ -97,6 +97,8 @@ pub struct BackupPaths {
     pub published: PathBuf,
     /// `<vm>/<id>.merging`: the point's images made anew, then, after the exchange, the old ones.
     pub merging: PathBuf,
+    /// `<vm>/<id>.failed`: what a job staged that failed, where that is kept.
+    pub quarantined: PathBuf,
     /// `<vm>/<id>.deleting`: what is left of a point that is being deleted.
     pub deleting: PathBuf,
 }
@@ -109,6 +111,7 @@ impl BackupPaths {
             repository: repository.to_owned(),
             staged: vm.join(format!("{backup_id}{STAGED_SUFFIX}")),
             published: vm.join(backup_id),
+            quarantined: vm.join(format!("{backup_id}.{QUARANTINE_EXTENSION}")),
             merging: vm.join(format!("{backup_id}{MERGING_SUFFIX}")),
             deleting: vm.join(format!("{backup_id}{DELETING_SUFFIX}")),
             vm,
