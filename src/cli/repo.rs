@@ -1,6 +1,6 @@
 //! `blockyard repo`: the folders that backups go to.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
@@ -106,7 +106,7 @@ async fn of_folder(client: &Client, folder: &str) -> Result<String, CliError> {
     let path = std::path::absolute(folder).map_err(unreadable)?;
     let all = client.list("repositories", &[]).await?;
     let known = all["repositories"].as_array().into_iter().flatten();
-    let mut known = known.filter(|repository| PathBuf::from(text(&repository["path"])) == path);
+    let mut known = known.filter(|repository| path == Path::new(text(&repository["path"])));
     if let Some(repository) = known.next() {
         return Ok(text(&repository["id"]).to_owned());
     }

@@ -16,7 +16,7 @@ async fn a_failed_job_is_kept_when_that_is_configured_and_never_listed() {
     let failed = rig.back_up().await;
     assert_eq!((&failed["state"], &failed["code"]), (&json!("failed"), &json!("client_disconnected")), "{failed:#}");
     let kept = format!("{}.failed", id_of(&failed));
-    assert_eq!(rig::backup_directories(&rig.repository), [kept.clone()]);
+    assert_eq!(rig::backup_directories(&rig.repository), std::slice::from_ref(&kept));
     assert!(rig.points().await.is_empty());
     // It is in nobody's way: the next backup is a full one beside it, and an import does not look at it.
     rig.node.reconfigure(|config| config.faults = Faults::default());
