@@ -72,7 +72,8 @@ struct RepositoryAnswer {
     retention: Retention,
     #[serde(skip_serializing_if = "Option::is_none")]
     max_running: Option<u32>,
-    /// When its folders were last held against its records.
+    /// When its folders were last held against its records; left out until then.
+    #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>, format = DateTime)]
     last_check_at: Option<UtcTime>,
 }
