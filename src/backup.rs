@@ -10,6 +10,7 @@ mod check;
 mod commit;
 pub mod deadline;
 pub mod ending;
+pub mod idempotency;
 pub mod job;
 mod next_disk;
 pub mod plan;
@@ -30,6 +31,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 
 use ending::{CompleteError, Failed, Sealed};
+use idempotency::KeysInUse;
 use job::{Job, JobHandle, JobView, Order, Stop};
 use registry::Registry;
 use state::{DiskState, FailureCode, JobState};
@@ -42,6 +44,7 @@ use crate::node::{NodeClient, NodeClientError};
 use crate::repository::lock::RepositoryLocks;
 use crate::store::{Store, StoreError, backups};
 
+pub(crate) use commit::point_disk;
 pub use recover::RecoverError;
 pub use start::{NewBackup, StartError, Started, VmChoice};
 
@@ -63,6 +66,7 @@ struct Shared {
     /// Names this process start; leases of another one are void.
     boot_id: String,
     registry: Arc<Registry>,
+    keys: Arc<KeysInUse>,
     ports: PortPool,
     listeners: ListenerOptions,
     locks: Arc<RepositoryLocks>,
@@ -126,6 +130,7 @@ impl Backups {
             ports: PortPool::new(config.nbd.bind),
             listeners,
             registry: Arc::new(Registry::new()),
+            keys: Arc::default(),
             boot_id: boot_id.to_owned(),
             config,
             store,

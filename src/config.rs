@@ -224,10 +224,22 @@ pub struct Jobs {
     pub cancel_s: u64,
     /// Jobs at once.
     pub max_running: u32,
+    /// What becomes of the staged data of a job that failed.
+    pub keep_failed: KeepFailed,
     /// How long the answer to an `Idempotency-Key` is kept.
     pub idempotency_ttl_s: u64,
     /// Whether a client that asks for the change id of disk 0 is taken to mean the disk it copies next.
     pub predict_next_disk: bool,
+}
+
+/// What becomes of the staged data of a job that failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KeepFailed {
+    /// It is removed.
+    Remove,
+    /// It is put aside for people to look at.
+    Quarantine,
 }
 
 /// `[storage]`
@@ -377,6 +389,7 @@ impl Default for Jobs {
             seal_s: 600,
             cancel_s: 60,
             max_running: 50,
+            keep_failed: KeepFailed::Remove,
             idempotency_ttl_s: 86_400,
             predict_next_disk: true,
         }

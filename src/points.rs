@@ -4,10 +4,13 @@
 //! committed ([`leases::pin_chain`](crate::store::leases::pin_chain)); whoever removes files does so only to a point that, in
 //! one transaction, nobody pins and nothing builds upon. So no file goes under a reader, whatever runs side by side.
 
+pub mod check;
 pub mod compare;
 pub mod digests;
 pub mod files;
 pub mod finding;
+pub mod folder;
+pub mod import;
 pub mod inspect;
 pub mod leaves;
 pub mod pace;

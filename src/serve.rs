@@ -101,6 +101,7 @@ impl Service {
             );
         }
         let store = Store::open(&config.database_file()).await?;
+        store.has_room().await;
         let (listener, address) = bind(config.server.bind).await?;
         let callbacks = match config.server.callbacks_bind {
             Some(address) => Some(bind(address).await?),

@@ -5,9 +5,11 @@
 //! rules of a backup; it knows tables and says in types what they can answer.
 
 pub mod backups;
+mod ballast;
 mod column;
 mod error;
 pub mod events;
+pub mod idempotency;
 pub mod leases;
 mod page;
 pub mod points;
@@ -23,9 +25,10 @@ use std::time::Duration;
 
 use sqlx::pool::PoolConnection;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
-use sqlx::{ConnectOptions, Sqlite, SqlitePool, Transaction};
+use sqlx::{ConnectOptions, Connection as _, Sqlite, SqlitePool, Transaction};
 use tokio::sync::watch;
 
+use ballast::Ballast;
 pub use error::StoreError;
 pub use page::{Listing, Page};
 pub use schema::{SchemaError, migrations};
@@ -45,6 +48,7 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct Store {
     pool: SqlitePool,
     commits: Arc<watch::Sender<()>>,
+    ballast: Arc<Ballast>,
 }
 
 /// A transaction that owns the write lock. Dropped without [`Self::commit`] it is rolled back.
@@ -52,6 +56,22 @@ pub struct Store {
 pub struct WriteTransaction {
     transaction: Transaction<'static, Sqlite>,
     commits: Arc<watch::Sender<()>>,
+    relief: Relief,
+}
+
+/// Makes room, if that is what was missing, for the next transaction after one that was not committed.
+#[derive(Debug)]
+struct Relief {
+    ballast: Arc<Ballast>,
+    needed: bool,
+}
+
+impl Drop for Relief {
+    fn drop(&mut self) {
+        if self.needed {
+            self.ballast.relieve();
+        }
+    }
 }
 
 impl WriteTransaction {
@@ -59,8 +79,9 @@ impl WriteTransaction {
     ///
     /// # Errors
     /// The database's; whether it was committed is unknown then.
-    pub async fn commit(self) -> Result<(), StoreError> {
+    pub async fn commit(mut self) -> Result<(), StoreError> {
         self.transaction.commit().await?;
+        self.relief.needed = false;
         self.commits.send_replace(());
         Ok(())
     }
@@ -99,6 +120,14 @@ impl Store {
         let pool = SqlitePoolOptions::new()
             .max_connections(POOL_SIZE)
             .acquire_timeout(BUSY_TIMEOUT)
+            // SQLite itself rolls a transaction back that meets a full disk. The driver does not see that: it would take the
+            // connection to be inside of a transaction for ever.
+            .after_release(|connection, _| {
+                Box::pin(async move {
+                    connection.ping().await?;
+                    Ok(!connection.is_in_transaction())
+                })
+            })
             .connect_with(options)
             .await
             .map_err(|source| SchemaError::Open { source: source.into() })?;
@@ -106,7 +135,8 @@ impl Store {
             pool.close().await;
             return Err(error);
         }
-        Ok(Self { pool, commits: Arc::new(watch::Sender::new(())) })
+        let ballast = Ballast::new(path.parent().unwrap_or(Path::new(".")));
+        Ok(Self { pool, commits: Arc::new(watch::Sender::new(())), ballast: Arc::new(ballast) })
     }
 
     /// A connection for reading. Statements on it see each other's commits; several that must agree belong into one
@@ -122,8 +152,22 @@ impl Store {
     ///
     /// Once `commit` has returned, a crash or power cut loses nothing of it.
     pub async fn write(&self) -> Result<WriteTransaction, StoreError> {
+        let relief = Relief { ballast: Arc::clone(&self.ballast), needed: true };
         let transaction = self.pool.begin_with("BEGIN IMMEDIATE").await?;
-        Ok(WriteTransaction { transaction, commits: Arc::clone(&self.commits) })
+        Ok(WriteTransaction { transaction, commits: Arc::clone(&self.commits), relief })
+    }
+
+    /// Sets space aside for the moment at which the file system is full, if it is not set aside already. Says whether there is
+    /// room; while there is none, nothing new should begin.
+    pub async fn has_room(&self) -> bool {
+        let ballast = Arc::clone(&self.ballast);
+        // Nothing is refused for a task that panicked: the database itself will say what it lacks.
+        tokio::task::spawn_blocking(move || ballast.hold()).await.unwrap_or(true)
+    }
+
+    /// Whether the space that was set aside had to be given to the database.
+    pub fn is_out_of_room(&self) -> bool {
+        self.ballast.is_spent()
     }
 
     /// Tells when something was committed, for whoever looks for new events.

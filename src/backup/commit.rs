@@ -4,6 +4,8 @@
 use std::io;
 use std::time::Duration;
 
+use serde_json::json;
+
 use super::ending::{End, Failed};
 use super::job::{Job, RunningDisk};
 use super::prepare::storage;
@@ -14,7 +16,7 @@ use crate::repository::directory;
 use crate::repository::layout::{self, BackupPaths};
 use crate::repository::manifest::{FORMAT, Manifest, ManifestDisk, ManifestVm};
 use crate::store::backups::{self, Change, ChangeError};
-use crate::store::events::Actor;
+use crate::store::events::{self, Actor};
 use crate::store::points::{self, NewPoint, PointDiskRow};
 use crate::store::{Store, leases};
 
@@ -31,6 +33,7 @@ impl Job {
         if !findings.is_empty() {
             // Before the rename, so that a restart that rolls forward knows them too.
             self.add_warnings(&findings).await?;
+            self.alert_zeroes(&findings).await?;
         }
         self.advance(JobState::Committing, Actor::Service).await?;
         let manifest = Box::pin(self.manifest()).await?;
@@ -100,8 +103,28 @@ impl Job {
 
     /// What the operator must know about the restore point.
     fn findings(&self) -> Vec<String> {
-        let of_disks = self.disks.iter().filter_map(|running| running.sealed.as_ref()?.warning.clone());
+        let of_disks =
+            self.disks.iter().filter_map(|running| running.sealed.as_ref()).flat_map(|sealed| sealed.warnings.clone());
         of_disks.chain(same_heads(&self.disks)).collect()
+    }
+
+    /// The backup client may have erased data: a person must look before older points go.
+    async fn alert_zeroes(&self, findings: &[String]) -> Result<(), Failed> {
+        let suspect: Vec<&String> = findings.iter().filter(|finding| finding.starts_with(SUSPECT_ZEROES)).collect();
+        if suspect.is_empty() {
+            return Ok(());
+        }
+        let (id, vm) = (&self.facts.id, &self.facts.vm);
+        tracing::warn!(job_id = %id, ?suspect, "zeroes were sent for what was data");
+        let data = json!({
+            "alert": SUSPECT_ZEROES, "job_id": id, "vm_context_id": vm.id, "vm_name": vm.name, "found": suspect,
+            "detail": "The backup client judges large chunks by samples and may have sent zeroes for data. Compare the disk \
+                       with its last restore point before that goes.",
+        });
+        let mut transaction = self.shared.store.write().await?;
+        events::append(&mut transaction, "alert", id.as_str(), &data, Actor::Service, UtcTime::now()).await?;
+        transaction.commit().await?;
+        Ok(())
     }
 
     async fn manifest(&mut self) -> Result<Manifest, Failed> {
@@ -137,10 +160,12 @@ impl Job {
 }
 
 /// The beginnings of warnings that are about the restore point and not about the request.
-const FINDINGS: [&str; 2] = [COVERAGE_INCOMPLETE, SAME_FIRST_MIB];
+const FINDINGS: [&str; 3] = [COVERAGE_INCOMPLETE, SAME_FIRST_MIB, SUSPECT_ZEROES];
 /// A full image was committed without all of its bytes, as the configuration allows.
 pub(super) const COVERAGE_INCOMPLETE: &str = "coverage_incomplete";
 const SAME_FIRST_MIB: &str = "same_first_mib";
+/// A full copy sent zeroes for what was data before.
+pub(super) const SUSPECT_ZEROES: &str = "suspect_zeroes";
 
 fn manifest_disk(running: &RunningDisk, file_bytes: u64) -> Result<ManifestDisk, Failed> {
     let plan = &running.disk.plan;
@@ -165,6 +190,7 @@ fn manifest_disk(running: &RunningDisk, file_bytes: u64) -> Result<ManifestDisk,
         chain_depth: plan.chain_depth(),
         written_bytes: reading.written_bytes,
         zeroed_bytes: reading.zeroed_bytes,
+        zeroed_over_data_bytes: reading.zeroed_over_data_bytes,
         identical_bytes: reading.identical_bytes,
         coverage: running.export.meter().coverage().runs().collect(),
     })
@@ -237,7 +263,8 @@ pub(super) async fn record(store: &Store, manifest: &Manifest, paths: &BackupPat
     Ok(result)
 }
 
-fn point_disk(disk: &ManifestDisk) -> PointDiskRow {
+/// A disk of a point as the database keeps it.
+pub(crate) fn point_disk(disk: &ManifestDisk) -> PointDiskRow {
     PointDiskRow {
         disk_id: disk.disk_id,
         device_key: disk.device_key,

@@ -7,6 +7,7 @@
 //! The steps are in files of their own: `prepare`, `transfer`, `seal`, `commit`, `undo`.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -74,6 +75,8 @@ pub struct JobDisk {
     pub port: u16,
     /// The port that clients are told, which a tunnel may shift.
     pub advertised_port: u16,
+    /// The image of the disk in its newest usable point, which the job has pinned: what large zeroes are held against.
+    pub known_image: Option<PathBuf>,
 }
 
 /// Where a job is. Kept equal to the database, which is written first.
@@ -200,7 +203,7 @@ pub(super) struct SealedDisk {
     /// Digest of the first MiB, unless that is all zero.
     pub(super) head: Option<[u8; 32]>,
     /// What the operator must know.
-    pub(super) warning: Option<String>,
+    pub(super) warnings: Vec<String>,
 }
 
 /// What a new job is made of.

@@ -53,9 +53,9 @@ pub struct Parent {
 }
 
 impl Parent {
-    /// The name of the backing file: from one backup's folder into the one beside it, whatever the repository is called.
+    /// The name of the backing file.
     pub fn backing_name(&self) -> String {
-        format!("../{}/{}", self.point_id, self.file)
+        layout::backing_name(&self.point_id, &self.file)
     }
 }
 

@@ -2,6 +2,7 @@
 //! is about to be called.
 
 use std::io;
+use std::path::Path;
 use std::time::Duration;
 
 use blockyard_qcow2::{self as qcow2, AsyncImage, CreateOptions, OpenOptions};
@@ -16,6 +17,10 @@ use crate::listeners::live::ServedDisk;
 use crate::repository::directory;
 use crate::store::backups::{self, Change, DiskUpdate, NodeOutcome};
 use crate::store::events::Actor;
+
+/// Memory for the tables of an older state of a disk: one table of 64 KiB maps 512 MiB, and clients go through a disk in a few
+/// places at once.
+const KNOWN_CACHE_BYTES: usize = 1 << 20;
 
 impl Job {
     /// Brings the job from accepted to starting.
@@ -43,7 +48,7 @@ impl Job {
     }
 
     /// Creates and opens the images of all disks, several at once: each one waits for the disk more than it works.
-    async fn create_images(&mut self) -> Result<Vec<AsyncImage>, Failed> {
+    async fn create_images(&mut self) -> Result<Vec<Opened>, Failed> {
         let cluster_size = self.shared.config.storage.cluster_bytes;
         let drop_identical = self.shared.config.storage.drop_identical;
         let facts = std::sync::Arc::clone(&self.facts);
@@ -58,17 +63,20 @@ impl Job {
                 if backing.is_some() && drop_identical {
                     options.identical = qcow2::Identical::Skip;
                 }
+                let known = disk.known_image.clone();
                 let shape = CreateOptions { cluster_size, backing, ..CreateOptions::new(disk.plan.size_bytes) };
                 self.work.begin(move || {
                     qcow2::create(&path, &shape)?;
-                    qcow2::Image::open(&path, &options)
+                    Ok((qcow2::Image::open(&path, &options)?, known.and_then(|known| open_known(&known))))
                 })
             })
             .collect();
         let mut images = Vec::with_capacity(begun.len());
         for image in begun {
             match image.await {
-                Ok(Ok(image)) => images.push(AsyncImage::new(image)),
+                Ok(Ok((image, known))) => {
+                    images.push(Opened { image: AsyncImage::new(image), known: known.map(AsyncImage::new) });
+                }
                 Ok(Err(error)) => return Err(image_failure("an image could not be made", &error)),
                 Err(_) => return Err(Failed::new(FailureCode::ImageFailed, "making an image ended by a panic")),
             }
@@ -77,12 +85,13 @@ impl Job {
     }
 
     /// Gives each disk its listener. The ports are bound since the job was accepted; from here on they answer.
-    fn serve(&mut self, images: Vec<AsyncImage>) -> Result<(), Failed> {
+    fn serve(&mut self, images: Vec<Opened>) -> Result<(), Failed> {
         let ports = std::mem::take(&mut self.ports);
         let mut live = Vec::with_capacity(images.len());
-        for ((disk, image), port) in self.facts.disks.iter().zip(images).zip(ports) {
+        for ((disk, Opened { image, known }), port) in self.facts.disks.iter().zip(images).zip(ports) {
             let name = &disk.plan.export_name;
-            let export = ImageExport::new(name, image, qcow2::Access::ReadWrite, std::sync::Arc::clone(&self.signals));
+            let export = ImageExport::new(name, image, qcow2::Access::ReadWrite, std::sync::Arc::clone(&self.signals))
+                .comparing_zeroes(known);
             let served = ServedDisk { job_id: self.facts.id.clone(), disk_id: disk.plan.disk_id };
             let listener = DiskListener::serve(port, &export, served, &self.shared.listeners).map_err(|error| {
                 tracing::error!(%error, "a listener could not be made");
@@ -122,6 +131,23 @@ impl Job {
         self.show(JobState::Starting);
         Ok(())
     }
+}
+
+/// The image of a disk that is written, and an older state of it.
+struct Opened {
+    image: AsyncImage,
+    known: Option<AsyncImage>,
+}
+
+/// An older state of a disk, to be looked at. A backup does not fail for the lack of it.
+fn open_known(path: &Path) -> Option<qcow2::Image> {
+    let options = OpenOptions {
+        backing_root: path.parent().and_then(Path::parent).map(Path::to_owned),
+        cache_bytes: KNOWN_CACHE_BYTES,
+        ..OpenOptions::new(qcow2::Access::ReadOnly)
+    };
+    let opened = qcow2::Image::open(path, &options);
+    opened.inspect_err(|error| tracing::warn!(%error, "zeroes are not held against the last restore point")).ok()
 }
 
 /// What an overlay has below it. It is the same before and after the rename: both folders lie beside the parent's.

@@ -10,13 +10,15 @@ use std::sync::Arc;
 use super::commit;
 use super::ending::{End, Failed};
 use super::state::{FailureCode, JobState};
+use super::undo::Leftovers;
 use super::{Shared, sweep, undo};
+use crate::clock::UtcTime;
 use crate::repository::directory;
 use crate::repository::layout::BackupPaths;
 use crate::repository::manifest::{Manifest, ManifestError};
 use crate::store::backups::{self, BackupRow, ChangeError};
 use crate::store::repositories::{self, Repository};
-use crate::store::{StoreError, leases};
+use crate::store::{StoreError, idempotency, leases};
 
 /// Why the state of the last process could not be cleared up.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +43,7 @@ pub(super) async fn recover(shared: &Arc<Shared>) -> Result<(), RecoverError> {
     let mut transaction = shared.store.write().await?;
     let voided = leases::void_other_boots(&mut transaction, &shared.boot_id).await?;
     let unfinished = backups::unfinished(&mut transaction).await?;
+    idempotency::remove_expired(&mut transaction, UtcTime::now()).await?;
     transaction.commit().await?;
     if voided > 0 || !unfinished.is_empty() {
         tracing::warn!(leases = voided, jobs = unfinished.len(), "clearing up after the last run");
@@ -95,13 +98,14 @@ pub(super) async fn settle(shared: &Arc<Shared>, row: &BackupRow, failed: Failed
             commit::record(&shared.store, &manifest, &paths).await?;
         }
         None => {
+            let end = if row.state == JobState::Cancelling { End::Cancelled } else { End::Failed(failed) };
+            let leftovers = Leftovers::of(&end, shared.config.jobs.keep_failed);
             let staged = paths.clone();
-            let removed = tokio::task::spawn_blocking(move || directory::remove_staged(&staged)).await;
-            if let Err(error) = removed.map_err(|_| RecoverError::Panicked)? {
+            let cleared = tokio::task::spawn_blocking(move || leftovers.clear(&staged)).await;
+            if let Err(error) = cleared.map_err(|_| RecoverError::Panicked)? {
                 // The record must not wait for a file system that may be gone for good; the folder is never listed.
                 tracing::error!(job_id = %row.id, %error, "staged data of the last run could not be removed");
             }
-            let end = if row.state == JobState::Cancelling { End::Cancelled } else { End::Failed(failed) };
             undo::finish(&shared.store, &row.id, &end, &[]).await?;
             tracing::warn!(job_id = %row.id, state = %row.state, "a job of the last run has ended");
         }

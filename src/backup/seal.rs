@@ -9,7 +9,7 @@ use std::time::Duration;
 use blockyard_qcow2 as qcow2;
 use sha2::{Digest, Sha256};
 
-use super::commit::COVERAGE_INCOMPLETE;
+use super::commit::{COVERAGE_INCOMPLETE, SUSPECT_ZEROES};
 use super::ending::{End, Failed};
 use super::job::{Job, SealedDisk};
 use super::prepare::{backing, image_failure};
@@ -44,7 +44,8 @@ impl Job {
         export.drained().await;
         self.refuse_failed_disks()?;
 
-        let (effective_type, warning) = self.prove_coverage(index, change_id.as_deref())?;
+        let (effective_type, finding) = self.prove_coverage(index, change_id.as_deref())?;
+        let warnings = finding.into_iter().chain(self.suspect_zeroes(index, effective_type)).collect();
         let head = head(&export, disk_id).await?;
         let image = export.image();
         image.close().await.map_err(|error| image_failure("an image could not be made durable", &error))?;
@@ -52,7 +53,7 @@ impl Job {
         // A write that came while the image was being closed was refused, and means that the client was not done.
         self.refuse_failed_disks()?;
 
-        let sealed = SealedDisk { change_id, effective_type: effective_type.to_owned(), head, warning };
+        let sealed = SealedDisk { change_id, effective_type: effective_type.to_owned(), head, warnings };
         self.store_disk(index, DiskState::Sealed, Some(&sealed)).await?;
         if let Some(live) = self.handle.live().get(index) {
             live.sealed.store(true, Ordering::Release);
@@ -96,6 +97,16 @@ impl Job {
             CoverageFull::Require => Err(Failed::new(FailureCode::CoverageIncomplete, message).by(Actor::Client)),
             CoverageFull::Warn => Ok(("full", Some(format!("{COVERAGE_INCOMPLETE}: {message}")))),
         }
+    }
+
+    /// A full copy that zeroed what was data before: the guest may have erased it, or the client judged it by samples.
+    fn suspect_zeroes(&self, index: usize, effective_type: &str) -> Option<String> {
+        let running = &self.disks[index];
+        let bytes = running.export.meter().reading().zeroed_over_data_bytes;
+        (bytes > 0 && effective_type != "incremental").then(|| {
+            let disk_id = running.disk.plan.disk_id;
+            format!("{SUSPECT_ZEROES}: disk {disk_id}: {bytes} bytes that the last restore point has data for were sent as zeroes")
+        })
     }
 
     /// The image as it lies on disk now: no error, no leak, the right size, its parent below it and nothing else.

@@ -14,6 +14,7 @@ use tokio::time::Instant;
 
 use super::check::{Checked, check};
 use super::ending::{End, Failed, StartNews};
+use super::idempotency::IdempotencyKey;
 use super::job::{Job, JobDisk, JobFacts, JobHandle, NewJob};
 use super::plan::{self, PlanError};
 use super::registry::{Capacity, Claim, Refused, Slot};
@@ -28,6 +29,7 @@ use crate::store::StoreError;
 use crate::store::backups::{self, BackupDiskRow, BackupRow};
 use crate::store::leases::{self, LeaseKind};
 use crate::store::vms::Vm;
+use crate::store::{idempotency, points};
 
 /// What a caller asks for.
 #[derive(Clone, Debug)]
@@ -44,6 +46,8 @@ pub struct NewBackup {
     pub tags: BTreeMap<String, String>,
     /// What was found strange about the request.
     pub warnings: Vec<String>,
+    /// By which the caller may repeat the request; stored with the job.
+    pub idempotency_key: Option<IdempotencyKey>,
 }
 
 /// How a caller names a VM.
@@ -149,6 +153,9 @@ pub enum StartError {
     /// Not enough ports.
     #[error(transparent)]
     NoPorts(#[from] PortError),
+    /// The file system of the database has no room for the record of a job.
+    #[error("the file system of the hub's state is full")]
+    StateFull,
     /// The service is stopping.
     #[error("the service is stopping")]
     Draining,
@@ -169,6 +176,16 @@ pub enum StartError {
     /// A task ended by a panic.
     #[error("starting the backup ended by a panic")]
     Panicked,
+}
+
+impl StartError {
+    /// The job that was made and is over; `None` when there never was one.
+    pub fn backup_id(&self) -> Option<&BackupId> {
+        match self {
+            Self::Failed { backup_id, .. } | Self::Cancelled(backup_id) => Some(backup_id),
+            _ => None,
+        }
+    }
 }
 
 /// A job and who hears what becomes of its start.
@@ -211,6 +228,9 @@ impl Backups {
 async fn accept(shared: &Arc<Shared>, new: NewBackup) -> Result<Accepted, StartError> {
     if shared.registry.is_closed() {
         return Err(StartError::Draining);
+    }
+    if !shared.store.has_room().await {
+        return Err(StartError::StateFull);
     }
     let checked = check(shared, &new).await?;
     let id = BackupId::new();
@@ -279,16 +299,27 @@ async fn record(
     for parent in parents {
         leases::pin_chain(&mut transaction, parent, id.as_str(), boot_id).await?;
     }
+    let mut known_images = Vec::new();
+    for plan in &plans {
+        let known = points::newest_usable_image(&mut transaction, &vm.id, &repository.id, plan.disk_id).await?;
+        if let Some((point, _)) = &known
+            && plan.parent.as_ref().is_none_or(|parent| parent.point_id != *point)
+        {
+            leases::pin_chain(&mut transaction, point, id.as_str(), boot_id).await?;
+        }
+        known_images.push(known.map(|(_, image)| Path::new(&repository.path).join(image)));
+    }
     let backup_type = plan::job_type(&plans);
     let offset = shared.config.nbd.advertise_port_offset;
     let disks: Vec<JobDisk> = plans
         .into_iter()
         .zip(ports)
-        .map(|(plan, bound)| {
+        .zip(known_images)
+        .map(|((plan, bound), known_image)| {
             let port = bound.lease.port();
             // The configuration was refused if any port of the range could leave the numbers of TCP.
             let advertised_port = u16::try_from(i32::from(port) + offset).unwrap_or(port);
-            JobDisk { plan, port, advertised_port }
+            JobDisk { plan, port, advertised_port, known_image }
         })
         .collect();
     let facts = JobFacts {
@@ -308,6 +339,11 @@ async fn record(
     };
     let (backup, rows) = rows(&facts, boot_id);
     backups::insert(&mut transaction, &backup, &rows).await?;
+    if let Some(IdempotencyKey { key, body_hash }) = &new.idempotency_key {
+        idempotency::remove_expired(&mut transaction, facts.created_at).await?;
+        let expires_at = facts.created_at.plus_seconds(shared.config.jobs.idempotency_ttl_s);
+        idempotency::insert(&mut transaction, key, body_hash, &facts.id, expires_at).await?;
+    }
     transaction.commit().await?;
     Ok((Arc::new(facts), username, password))
 }
@@ -365,6 +401,7 @@ fn rows(facts: &JobFacts, boot_id: &str) -> (BackupRow, Vec<BackupDiskRow>) {
         covered_bytes: 0,
         written_bytes: 0,
         zeroed_bytes: 0,
+        zeroed_over_data_bytes: 0,
         identical_bytes: 0,
         sealed_at: None,
     });

@@ -1,5 +1,6 @@
-//! Holding a repository against its records when a process starts: what is there without a record, and what is recorded
-//! without being there. Nothing is deleted: a stray staged directory is put aside under another name for a person to see.
+//! Holding a repository against its records when a process starts: what is there without a record is imported, and what is
+//! recorded without being there is noted as missing. Nothing is deleted: a stray staged directory is put aside under another
+//! name for a person to see.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -9,28 +10,22 @@ use std::sync::Arc;
 
 use super::Shared;
 use super::recover::RecoverError;
-use crate::id::BackupId;
+use crate::points::folder::FolderError;
+use crate::points::import;
 use crate::points::state::PointState;
 use crate::repository::layout;
+use crate::repository::survey::{self, OtherKind, PointFolder, Survey};
 use crate::store::points;
 use crate::store::repositories::Repository;
-
-/// What a look into a repository found.
-#[derive(Debug, Default)]
-struct Found {
-    /// Published directories, by id.
-    published: BTreeSet<BackupId>,
-    /// Staged directories of jobs that no process runs.
-    strays: Vec<PathBuf>,
-}
 
 /// Sweeps one repository that this process owns.
 pub(super) async fn sweep(shared: &Arc<Shared>, repository: &Repository) -> Result<(), RecoverError> {
     let root = PathBuf::from(&repository.path);
     let looked = tokio::task::spawn_blocking(move || {
-        let found = look(&root)?;
-        found.strays.iter().for_each(|stray| put_aside(stray));
-        Ok::<Found, io::Error>(found)
+        let found = survey::survey(&root)?;
+        let strays = found.others.iter().filter(|other| other.kind == OtherKind::Staged);
+        strays.for_each(|stray| put_aside(&root.join(&stray.path)));
+        Ok::<Survey, io::Error>(found)
     });
     let found = match looked.await.map_err(|_| RecoverError::Panicked)? {
         Ok(found) => found,
@@ -39,45 +34,31 @@ pub(super) async fn sweep(shared: &Arc<Shared>, repository: &Repository) -> Resu
             return Ok(());
         }
     };
+    let there: BTreeSet<String> = found.points.iter().map(PointFolder::dir).collect();
     let mut transaction = shared.store.write().await?;
     let recorded = points::all_in(&mut transaction, &repository.id).await?;
     for point in &recorded {
-        let state = match (point.state, found.published.contains(&point.id)) {
+        let state = match (point.state, there.contains(&point.dir)) {
             (PointState::Committed, false) => PointState::Missing,
             (PointState::Missing, true) => PointState::Committed,
             _ => continue,
         };
         tracing::warn!(point = %point.id, repository = %repository.id, %state, "the directory of a restore point");
-        points::set_state(&mut transaction, &point.id, state).await?;
+        points::set_presence(&mut transaction, point, state).await?;
     }
     transaction.commit().await?;
-    let recorded: BTreeSet<&BackupId> = recorded.iter().map(|point| &point.id).collect();
-    for id in found.published.iter().filter(|id| !recorded.contains(id)) {
-        tracing::warn!(point = %id, repository = %repository.id, "a published directory has no record and is left alone");
-    }
-    Ok(())
-}
-
-/// Lists what jobs have made. A folder that cannot be read ends the look: half a look would call points missing.
-fn look(root: &Path) -> io::Result<Found> {
-    let mut found = Found::default();
-    for vm in fs::read_dir(root)? {
-        let vm = vm?;
-        if !vm.file_type()?.is_dir() {
-            continue;
+    match import::import(&shared.store, repository, found.points).await {
+        Ok(report) if !report.imported.is_empty() => {
+            tracing::warn!(repository = %repository.id, points = report.imported.len(), "restore points without a record");
+            Ok(())
         }
-        for entry in fs::read_dir(vm.path())? {
-            let entry = entry?;
-            let name = entry.file_name();
-            let Some(name) = name.to_str() else { continue };
-            if let Ok(id) = name.parse() {
-                found.published.insert(id);
-            } else if layout::staged_backup_id(name).is_some_and(|id| id.parse::<BackupId>().is_ok()) {
-                found.strays.push(entry.path());
-            }
+        Ok(_) => Ok(()),
+        Err(FolderError::Store(error)) => Err(error.into()),
+        Err(error) => {
+            tracing::warn!(repository = %repository.id, %error, "a repository cannot be imported from now");
+            Ok(())
         }
     }
-    Ok(found)
 }
 
 /// Jobs that were running have been ended before, with their staged data; whatever is left belongs to nobody.

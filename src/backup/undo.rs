@@ -12,9 +12,10 @@ use tokio::task::JoinSet;
 
 use super::ending::{CompleteError, End, StartNews};
 use super::job::{Job, Stop};
-use super::state::{DiskState, JobResult, JobState};
+use super::state::{DiskState, FailureCode, JobResult, JobState};
 use super::{blocking::Work, commit};
 use crate::clock::UtcTime;
+use crate::config::KeepFailed;
 use crate::id::{BackupId, VmId};
 use crate::repository::directory;
 use crate::repository::layout::BackupPaths;
@@ -49,7 +50,8 @@ impl Job {
         self.disks.clear();
         self.work.finished().await;
         let paths = self.facts.paths.clone();
-        let mut removed = remove(&mut self.work, &paths).await;
+        let leftovers = Leftovers::of(&end, self.shared.config.jobs.keep_failed);
+        let mut removed = clear(&mut self.work, &paths, leftovers).await;
         self.ports.clear();
         if let Err(error) = release(&store, &id).await {
             tracing::error!(job_id = %id, %error, "the leases of a backup could not be given back yet");
@@ -67,7 +69,7 @@ impl Job {
             // Whoever waits learns that it failed; the job stays visible as failing until nothing is left of it.
             self.answer(&end);
             commit::rest(&mut pause).await;
-            removed = removed || remove(&mut self.work, &paths).await;
+            removed = removed || clear(&mut self.work, &paths, leftovers).await;
         }
         self.view.send_modify(|view| {
             (view.state, view.result) = terminal(&end);
@@ -118,13 +120,45 @@ impl Job {
     }
 }
 
-async fn remove(work: &mut Work, paths: &BackupPaths) -> bool {
+/// Gets the staged data out of the way, as the configuration wants it.
+async fn clear(work: &mut Work, paths: &BackupPaths, leftovers: Leftovers) -> bool {
     let staged = paths.clone();
-    let removed = work.run(move || directory::remove_staged(&staged)).await;
-    if let Err::<(), io::Error>(error) = &removed {
+    let cleared = work.run(move || leftovers.clear(&staged)).await;
+    if let Err::<(), io::Error>(error) = &cleared {
         tracing::error!(path = %paths.staged.display(), %error, "staged data could not be removed yet");
     }
-    removed.is_ok()
+    cleared.is_ok()
+}
+
+/// What becomes of what a job staged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Leftovers {
+    Removed,
+    Kept,
+}
+
+impl Leftovers {
+    /// A failure is kept where the configuration says so, but never what is in the way of the next backup.
+    pub(super) fn of(end: &End, keep: KeepFailed) -> Self {
+        match (end, keep) {
+            (End::Failed(failed), KeepFailed::Quarantine) if failed.code != FailureCode::InsufficientStorage => {
+                Self::Kept
+            }
+            _ => Self::Removed,
+        }
+    }
+
+    /// Repeatable, whatever was done before.
+    pub(super) fn clear(self, paths: &BackupPaths) -> io::Result<()> {
+        match self {
+            Self::Removed => directory::remove_staged(paths),
+            Self::Kept => {
+                directory::quarantine_staged(paths)?;
+                tracing::warn!(path = %paths.quarantined.display(), "what a failed backup wrote is kept");
+                Ok(())
+            }
+        }
+    }
 }
 
 fn terminal(end: &End) -> (JobState, JobResult) {

@@ -1,6 +1,6 @@
 //! `blockyard repo`: the folders that backups go to.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
@@ -9,6 +9,8 @@ use super::client::Client;
 use super::size::readable;
 use super::vm::text;
 use super::{CliError, Exit, Output, table};
+use crate::id::RepositoryId;
+use crate::repository::lock::MARKER_FILE;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
@@ -18,6 +20,10 @@ pub(super) enum Command {
     List,
     /// Show a repository.
     Show(Show),
+    /// Hold a repository's folders against its records; exit code 3: something else is there, 6: a point is not intact.
+    Check(Show),
+    /// Record the restore points of a repository that are not known, from their manifests.
+    Import(Import),
 }
 
 #[derive(Debug, Args)]
@@ -38,6 +44,14 @@ pub(super) struct Show {
     id: String,
 }
 
+#[derive(Debug, Args)]
+pub(super) struct Import {
+    /// Id of the repository, or its folder on the machine of the service; a folder that is no repository yet becomes one, with the
+    /// id that it is marked with.
+    #[arg(value_name = "ID|PATH")]
+    repository: String,
+}
+
 pub(super) async fn run(command: Command, output: &Output) -> Result<Exit, CliError> {
     let client = Client::from_environment()?;
     match command {
@@ -50,15 +64,81 @@ pub(super) async fn run(command: Command, output: &Output) -> Result<Exit, CliEr
             render(rows)
         })?,
         Command::Show(Show { id }) => {
-            // An id is one step of a path; whatever else was written names no repository.
-            if id.parse::<crate::id::RepositoryId>().is_err() {
-                return Err(CliError::NotFound { noun: "repository", name: id });
-            }
+            let id = known_id(&id)?;
             let repository = client.get(&format!("/repositories/{id}"), &[]).await?;
             output.answer(&repository, |repository| render(std::slice::from_ref(repository)))?;
         }
+        Command::Check(Show { id }) => {
+            let report = client.post(&format!("/repositories/{}/check", known_id(&id)?), &json!({})).await?;
+            output.answer(&report, render_check)?;
+            return Ok(match report["result"].as_str() {
+                Some("clean") => Exit::Ok,
+                Some("warnings") => Exit::Warnings,
+                _ => Exit::Damaged,
+            });
+        }
+        Command::Import(Import { repository }) => {
+            let id = if repository.contains('/') {
+                of_folder(&client, &repository).await?
+            } else {
+                known_id(&repository)?.to_owned()
+            };
+            let report = client.post(&format!("/repositories/{id}/import"), &json!({})).await?;
+            output.answer(&report, render_import)?;
+            let skipped = report["skipped"].as_array().is_some_and(|skipped| !skipped.is_empty());
+            return Ok(if skipped { Exit::Warnings } else { Exit::Ok });
+        }
     }
     Ok(Exit::Ok)
+}
+
+/// An id is put into a path: what cannot be one names no repository.
+fn known_id(id: &str) -> Result<&str, CliError> {
+    match id.parse::<RepositoryId>() {
+        Ok(_) => Ok(id),
+        Err(_) => Err(CliError::NotFound { noun: "repository", name: id.to_owned() }),
+    }
+}
+
+/// The repository in a folder, which becomes one with the id of its marker when it is none yet.
+async fn of_folder(client: &Client, folder: &str) -> Result<String, CliError> {
+    let unreadable = |source| CliError::Unreadable { path: folder.into(), source };
+    let path = std::path::absolute(folder).map_err(unreadable)?;
+    let all = client.list("repositories", &[]).await?;
+    let known = all["repositories"].as_array().into_iter().flatten();
+    let mut known = known.filter(|repository| path == Path::new(text(&repository["path"])));
+    if let Some(repository) = known.next() {
+        return Ok(text(&repository["id"]).to_owned());
+    }
+    let marker = path.join(MARKER_FILE);
+    let marked: Value = match std::fs::read(&marker) {
+        Ok(bytes) => serde_json::from_slice(&bytes).map_err(|error| unreadable(error.into()))?,
+        Err(source) => return Err(CliError::Unreadable { path: marker, source }),
+    };
+    let add = Add { path, name: None, id: marked["id"].as_str().map(str::to_owned) };
+    let added = client.post("/repositories", &description(&add)?).await?;
+    Ok(text(&added["id"]).to_owned())
+}
+
+fn render_check(report: &Value) -> String {
+    let findings = report["findings"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let rows: Vec<Vec<String>> = findings
+        .iter()
+        .map(|finding| ["kind", "path", "detail"].map(|column| text(&finding[column]).to_owned()).to_vec())
+        .collect();
+    let sum = format!("{}: {} of {} points are intact", text(&report["result"]), report["intact"], report["points"]);
+    if rows.is_empty() { sum } else { format!("{}\n{sum}", table::render(&["kind", "path", "detail"], &rows)) }
+}
+
+fn render_import(report: &Value) -> String {
+    let skipped = report["skipped"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let imported = report["imported"].as_array().map_or(0, Vec::len);
+    let sum = format!("imported {imported}, known before {}, skipped {}", report["known"], skipped.len());
+    let rows: Vec<Vec<String>> = skipped
+        .iter()
+        .map(|skipped| ["path", "reason"].map(|column| text(&skipped[column]).to_owned()).to_vec())
+        .collect();
+    if rows.is_empty() { sum } else { format!("{}\n{sum}", table::render(&["path", "reason"], &rows)) }
 }
 
 fn description(add: &Add) -> Result<Value, CliError> {

@@ -29,6 +29,7 @@ pub struct Meter {
     late_change: AtomicBool,
     written_bytes: AtomicU64,
     zeroed_bytes: AtomicU64,
+    zeroed_over_data_bytes: AtomicU64,
     identical_bytes: AtomicU64,
     read_bytes: AtomicU64,
     /// None where nobody asks: it grows with every range that touches no other.
@@ -52,6 +53,8 @@ pub struct Reading {
     pub written_bytes: u64,
     /// Length of successful zero requests.
     pub zeroed_bytes: u64,
+    /// Of that, in requests of 4 MiB and more, what was data in the last usable restore point of the disk.
+    pub zeroed_over_data_bytes: u64,
     /// Of what was written or zeroed, what the image read the same already and therefore did not store.
     pub identical_bytes: u64,
     /// Payload of successful reads.
@@ -77,6 +80,7 @@ impl Meter {
             late_change: AtomicBool::new(false),
             written_bytes: AtomicU64::new(0),
             zeroed_bytes: AtomicU64::new(0),
+            zeroed_over_data_bytes: AtomicU64::new(0),
             identical_bytes: AtomicU64::new(0),
             read_bytes: AtomicU64::new(0),
             coverage: Some(Mutex::default()),
@@ -99,6 +103,7 @@ impl Meter {
             changed: self.changed.load(Ordering::Acquire),
             written_bytes: self.written_bytes.load(Ordering::Acquire),
             zeroed_bytes: self.zeroed_bytes.load(Ordering::Acquire),
+            zeroed_over_data_bytes: self.zeroed_over_data_bytes.load(Ordering::Acquire),
             identical_bytes: self.identical_bytes.load(Ordering::Acquire),
             read_bytes: self.read_bytes.load(Ordering::Acquire),
             covered_bytes: self.coverage.as_ref().map_or(0, |coverage| lock(coverage).covered_bytes()),
@@ -160,6 +165,10 @@ impl Meter {
     pub(super) fn zeroed(&self, offset: u64, length: u64) {
         self.zeroed_bytes.fetch_add(length, Ordering::AcqRel);
         self.covered(offset, length);
+    }
+
+    pub(super) fn zeroed_over_data(&self, length: u64) {
+        self.zeroed_over_data_bytes.fetch_add(length, Ordering::AcqRel);
     }
 
     pub(super) fn alive(&self) {

@@ -1,7 +1,9 @@
 //! Backups: start, list, look, cancel. What the backup client itself calls is in `callbacks`.
 
 mod answer;
+mod overview;
 mod refusal;
+mod repeat;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -35,6 +37,7 @@ pub(super) fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()
         .routes(routes!(list_backups, start_backup_alias))
         .routes(routes!(start_backup))
+        .merge(overview::routes())
         .routes(routes!(show_backup))
         .routes(routes!(cancel_backup))
 }
@@ -66,6 +69,16 @@ struct StartBody {
     #[serde(default)]
     #[schema(example = json!({"reason": "nightly"}))]
     tags: BTreeMap<String, String>,
+}
+
+/// Only for the description: the handlers read the header themselves.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Header)]
+#[allow(dead_code, reason = "read by the description")]
+struct StartHeaders {
+    /// At most 255 characters. The same key with the same body gets the first answer again, marked `Idempotency-Replayed: true`.
+    #[param(rename = "Idempotency-Key")]
+    idempotency_key: Option<String>,
 }
 
 #[derive(Serialize, ToSchema)]
@@ -112,21 +125,33 @@ struct WaitQuery {
 }
 
 /// Backs up all disks of a VM from one snapshot. Answered when the node has been asked to start, not when the copy is done.
-#[utoipa::path(post, path = "/backups/vm", tag = "backups", request_body = StartBody,
+#[utoipa::path(post, path = "/backups/vm", tag = "backups", request_body = StartBody, params(StartHeaders),
     responses((status = 200, body = StartAnswer)))]
-async fn start_backup(State(app): State<AppState>, body: JsonBytes) -> Result<Response, Problem> {
-    start(&app, &body).await
+async fn start_backup(State(app): State<AppState>, headers: HeaderMap, body: JsonBytes) -> Result<Response, Problem> {
+    start(&app, &headers, &body, "/api/v1/backups/vm").await
 }
 
 /// The same as `POST /backups/vm`.
-#[utoipa::path(post, path = "/backups", tag = "backups", request_body = StartBody,
+#[utoipa::path(post, path = "/backups", tag = "backups", request_body = StartBody, params(StartHeaders),
     responses((status = 200, body = StartAnswer)))]
-async fn start_backup_alias(State(app): State<AppState>, body: JsonBytes) -> Result<Response, Problem> {
-    start(&app, &body).await
+async fn start_backup_alias(
+    State(app): State<AppState>,
+    headers: HeaderMap,
+    body: JsonBytes,
+) -> Result<Response, Problem> {
+    start(&app, &headers, &body, "/api/v1/backups").await
 }
 
-async fn start(app: &AppState, JsonBytes(bytes): &JsonBytes) -> Result<Response, Problem> {
+async fn start(
+    app: &AppState,
+    headers: &HeaderMap,
+    JsonBytes(bytes): &JsonBytes,
+    instance: &'static str,
+) -> Result<Response, Problem> {
     let new = new_backup(bytes)?;
+    if let Some(key) = repeat::key(headers, bytes)? {
+        return repeat::start(app, new, key, instance).await;
+    }
     let started = app.backups.start(new).await.map_err(refusal::start_refused)?;
     let location = format!("/api/v1/backups/{}", started.facts.id);
     let answer = StartAnswer::new(&started, &app.config.nbd);
@@ -159,7 +184,15 @@ fn new_backup(bytes: &[u8]) -> Result<NewBackup, Problem> {
     if policy_id.as_ref().is_some_and(|policy| policy.chars().count() > TEXT_MAX) {
         return Err(Problem::invalid_field("/policy_id", format!("must have at most {TEXT_MAX} characters")));
     }
-    Ok(NewBackup { vm, repository_id, requested_type: body.backup_type, policy_id, tags: body.tags, warnings })
+    Ok(NewBackup {
+        vm,
+        repository_id,
+        requested_type: body.backup_type,
+        policy_id,
+        tags: body.tags,
+        warnings,
+        idempotency_key: None,
+    })
 }
 
 /// An empty text means the same as none.

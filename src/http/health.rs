@@ -59,6 +59,9 @@ async fn readyz(State(app): State<AppState>) -> Result<Json<Ready>, Problem> {
         Phase::Draining => reasons.push((Code::Draining, "the service is stopping".to_owned())),
         Phase::Ready => {}
     }
+    if app.store.is_out_of_room() && !app.store.has_room().await {
+        reasons.push((Code::DatabaseBusy, "the file system of the state folder is full".to_owned()));
+    }
     match enabled_repositories(&app).await {
         Err(_) => reasons.push((Code::DatabaseBusy, "the database does not answer".to_owned())),
         Ok(repositories) => {

@@ -28,7 +28,7 @@ pub(super) const QUIESCE: &str = "client_default";
 
 /// A restore point: all disks of a VM as they were in one snapshot.
 #[derive(Serialize, ToSchema)]
-struct PointAnswer {
+pub(super) struct PointAnswer {
     /// The id of the backup that made it.
     #[schema(value_type = String, example = "backup-01JD8Z3M6Q9V4T2R7XK5N0WCHB")]
     id: BackupId,
@@ -171,7 +171,7 @@ async fn show_point(
 }
 
 impl PointAnswer {
-    async fn load(connection: &mut Connection, row: PointRow) -> Result<Self, StoreError> {
+    pub(super) async fn load(connection: &mut Connection, row: PointRow) -> Result<Self, StoreError> {
         let disks = points::disks(connection, &row.id).await?;
         let repository = repositories::find(connection, &row.repository_id).await?;
         let backup = backups::find(connection, &row.id).await?;

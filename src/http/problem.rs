@@ -35,6 +35,10 @@ pub struct Problem {
     retry_after_s: Option<u64>,
 }
 
+/// Marks a response whose body is the problem document already: one that is repeated as it was sent.
+#[derive(Clone, Copy, Debug)]
+pub struct Finished;
+
 /// What is wrong with one field of the request.
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct FieldError {
@@ -196,13 +200,20 @@ impl IntoResponse for Problem {
 
 impl From<StoreError> for Problem {
     fn from(error: StoreError) -> Self {
-        match &error {
+        Self::from_store(&error)
+    }
+}
+
+impl Problem {
+    /// What a failure of the database means for the caller.
+    pub fn from_store(error: &StoreError) -> Self {
+        match error {
             StoreError::Busy(_) => Self::new(Code::DatabaseBusy, "The database is busy with another request."),
             StoreError::Full(_) => {
-                tracing::error!(error = %crate::telemetry::Chain(&error), "the database has no space");
+                tracing::error!(error = %crate::telemetry::Chain(error), "the database has no space");
                 Self::new(Code::InsufficientStorage, "The file system of the hub's state is full.")
             }
-            _ => Self::internal(&error),
+            _ => Self::internal(error),
         }
     }
 }
@@ -212,7 +223,8 @@ pub(super) async fn finish(request: Request, next: Next) -> Response {
     let instance = request.uri().path().to_owned();
     let request_id = request.extensions().get::<RequestId>().cloned();
     let mut response = next.run(request).await;
-    if !response.status().is_client_error() && !response.status().is_server_error() {
+    let finished = response.extensions().get::<Finished>().is_some();
+    if finished || !response.status().is_client_error() && !response.status().is_server_error() {
         return response;
     }
     let mut problem =

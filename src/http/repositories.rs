@@ -1,5 +1,7 @@
 //! Repositories: the folders that restore points go to.
 
+mod folder;
+
 use std::path::{Component, Path as FsPath, PathBuf};
 
 use axum::Json;
@@ -17,12 +19,13 @@ use super::problem::{Code, Problem};
 use super::vms::check_text;
 use super::{etag, listing, volume};
 use crate::app::AppState;
+use crate::clock::UtcTime;
 use crate::id::RepositoryId;
 use crate::store::repositories::{self, Repository, RepositoryDescription, Retention};
 use crate::store::{Connection, StoreError};
 
 pub(super) fn routes() -> OpenApiRouter<AppState> {
-    OpenApiRouter::new().routes(routes!(list_repositories, add_repository)).routes(routes!(
+    OpenApiRouter::new().merge(folder::routes()).routes(routes!(list_repositories, add_repository)).routes(routes!(
         show_repository,
         replace_repository,
         remove_repository
@@ -69,6 +72,10 @@ struct RepositoryAnswer {
     retention: Retention,
     #[serde(skip_serializing_if = "Option::is_none")]
     max_running: Option<u32>,
+    /// When its folders were last held against its records; left out until then.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, format = DateTime)]
+    last_check_at: Option<UtcTime>,
 }
 
 impl RepositoryAnswer {
@@ -83,6 +90,7 @@ impl RepositoryAnswer {
             total_bytes: space.map(|space| space.total_bytes),
             retention: repository.retention,
             max_running: repository.max_running,
+            last_check_at: repository.last_check_at,
         }
     }
 }

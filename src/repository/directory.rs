@@ -56,6 +56,18 @@ pub fn remove_staged(paths: &BackupPaths) -> io::Result<()> {
     Ok(())
 }
 
+/// Puts the staged directory aside for people to look at; nothing to do when it is gone already.
+///
+/// # Errors
+/// Any error of the file system but "not found".
+pub fn quarantine_staged(paths: &BackupPaths) -> io::Result<()> {
+    match fs::rename(&paths.staged, &paths.quarantined) {
+        Ok(()) => sync_directory(&paths.vm),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
 /// Sets the modes of the staged files, writes the manifest, and makes all of it durable under the staged name.
 ///
 /// # Errors

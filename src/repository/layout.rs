@@ -5,6 +5,7 @@
 //! <repository>/<vm-dir>/<id>.partial/disk-0.qcow2      while writing; never listed
 //! <repository>/<vm-dir>/<id>/disk-0.qcow2              published; never written again
 //! <repository>/<vm-dir>/<id>/manifest.json
+//! <repository>/<vm-dir>/<id>.failed/                   put aside for people to look at
 //! <repository>/<vm-dir>/<id>.merging/                  while a point is made anew without its parent
 //! <repository>/<vm-dir>/<id>.deleting/                 while a point is removed
 //! ```
@@ -12,6 +13,8 @@
 //! result is one path component and one NBD export name that the backup client can parse.
 
 use std::path::{Path, PathBuf};
+
+use crate::id::BackupId;
 
 /// The name of the manifest in a published directory.
 pub const MANIFEST: &str = "manifest.json";
@@ -76,6 +79,11 @@ pub fn image_file_name(disk_id: u32) -> String {
     format!("disk-{disk_id}.qcow2")
 }
 
+/// What an overlay calls the image below it: from one backup's folder into the one beside it, whatever the repository is called.
+pub fn backing_name(parent: &BackupId, file: &str) -> String {
+    format!("../{parent}/{file}")
+}
+
 /// The directories of one backup.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackupPaths {
@@ -89,6 +97,8 @@ pub struct BackupPaths {
     pub published: PathBuf,
     /// `<vm>/<id>.merging`: the point's images made anew, then, after the exchange, the old ones.
     pub merging: PathBuf,
+    /// `<vm>/<id>.failed`: what a job staged that failed, where that is kept.
+    pub quarantined: PathBuf,
     /// `<vm>/<id>.deleting`: what is left of a point that is being deleted.
     pub deleting: PathBuf,
 }
@@ -101,6 +111,7 @@ impl BackupPaths {
             repository: repository.to_owned(),
             staged: vm.join(format!("{backup_id}{STAGED_SUFFIX}")),
             published: vm.join(backup_id),
+            quarantined: vm.join(format!("{backup_id}.{QUARANTINE_EXTENSION}")),
             merging: vm.join(format!("{backup_id}{MERGING_SUFFIX}")),
             deleting: vm.join(format!("{backup_id}{DELETING_SUFFIX}")),
             vm,

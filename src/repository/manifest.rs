@@ -92,6 +92,9 @@ pub struct ManifestDisk {
     pub written_bytes: u64,
     /// Bytes that were zeroed.
     pub zeroed_bytes: u64,
+    /// Of that, in requests of 4 MiB and more, what was data in the last usable point; older versions did not count it.
+    #[serde(default)]
+    pub zeroed_over_data_bytes: u64,
     /// Bytes that were received and not stored, being equal to the parent's.
     pub identical_bytes: u64,
     /// The ranges that were written or zeroed: `[offset, length]` in ascending order.
@@ -179,6 +182,7 @@ mod tests {
             chain_depth: 1,
             written_bytes: 512,
             zeroed_bytes: 512,
+            zeroed_over_data_bytes: 0,
             identical_bytes: 0,
             coverage: vec![(0, 1024)],
         }];

@@ -115,6 +115,64 @@ pub async fn insert(
     Ok(())
 }
 
+/// Stores a job that was committed by another database, with its disks. Its point tells of it.
+///
+/// # Errors
+/// The database's.
+pub async fn insert_committed(
+    connection: &mut Connection,
+    backup: &BackupRow,
+    disks: &[BackupDiskRow],
+) -> Result<(), StoreError> {
+    sqlx::query(
+        "INSERT INTO backups (id, vm_id, repository_id, vm_name, requested_type, backup_type, state, result, boot_id, \
+         tags, warnings, created_at, completed_at) VALUES (?, ?, ?, ?, ?, ?, 'committed', ?, ?, ?, ?, ?, ?)",
+    )
+    .bind(&backup.id)
+    .bind(&backup.vm_id)
+    .bind(&backup.repository_id)
+    .bind(&backup.vm_name)
+    .bind(backup.requested_type)
+    .bind(backup.backup_type)
+    .bind(backup.result)
+    .bind(&backup.boot_id)
+    .bind(row::json_text(&backup.tags)?)
+    .bind(row::json_text(&backup.warnings)?)
+    .bind(backup.created_at)
+    .bind(backup.completed_at)
+    .execute(&mut *connection)
+    .await?;
+    for disk in disks {
+        sqlx::query(
+            "INSERT INTO backup_disks (backup_id, disk_id, device_key, vmdk_uuid, vmdk_path, size_bytes, backup_type, \
+             effective_type, reason, parent_id, from_change_id, change_id, state, covered_bytes, written_bytes, \
+             zeroed_bytes, zeroed_over_data_bytes, identical_bytes, sealed_at) \
+             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'sealed', ?, ?, ?, ?, ?, ?)",
+        )
+        .bind(&backup.id)
+        .bind(disk.disk_id)
+        .bind(disk.device_key)
+        .bind(&disk.vmdk_uuid)
+        .bind(&disk.vmdk_path)
+        .bind(signed(disk.size_bytes)?)
+        .bind(disk.backup_type)
+        .bind(&disk.effective_type)
+        .bind(disk.reason)
+        .bind(&disk.parent_id)
+        .bind(&disk.from_change_id)
+        .bind(&disk.change_id)
+        .bind(signed(disk.covered_bytes)?)
+        .bind(signed(disk.written_bytes)?)
+        .bind(signed(disk.zeroed_bytes)?)
+        .bind(signed(disk.zeroed_over_data_bytes)?)
+        .bind(signed(disk.identical_bytes)?)
+        .bind(disk.sealed_at)
+        .execute(&mut *connection)
+        .await?;
+    }
+    Ok(())
+}
+
 /// Takes a folder name for a VM, unless it has one or another VM has this one; returns the name the VM has then.
 ///
 /// # Errors
@@ -230,6 +288,7 @@ pub async fn update_disk(connection: &mut Connection, id: &BackupId, disk: &Disk
     sqlx::query(
         "UPDATE backup_disks SET state = ?, covered_bytes = COALESCE(?, covered_bytes), \
          written_bytes = COALESCE(?, written_bytes), zeroed_bytes = COALESCE(?, zeroed_bytes), \
+         zeroed_over_data_bytes = COALESCE(?, zeroed_over_data_bytes), \
          identical_bytes = COALESCE(?, identical_bytes), effective_type = COALESCE(?, effective_type), \
          change_id = COALESCE(?, change_id), \
          error_message = COALESCE(?, error_message), sealed_at = COALESCE(?, sealed_at) \
@@ -239,6 +298,7 @@ pub async fn update_disk(connection: &mut Connection, id: &BackupId, disk: &Disk
     .bind(measured(|reading| reading.covered_bytes)?)
     .bind(measured(|reading| reading.written_bytes)?)
     .bind(measured(|reading| reading.zeroed_bytes)?)
+    .bind(measured(|reading| reading.zeroed_over_data_bytes)?)
     .bind(measured(|reading| reading.identical_bytes)?)
     .bind(disk.effective_type)
     .bind(disk.change_id)

@@ -1,5 +1,7 @@
 //! The tables `restore_points` and `point_disks`: what committed jobs left, in the order of their commits.
 
+use std::path::{Path, PathBuf};
+
 use serde_json::json;
 use sqlx::sqlite::SqliteRow;
 use sqlx::{FromRow, QueryBuilder, Row};
@@ -237,6 +239,30 @@ pub async fn newest(
     .await?)
 }
 
+/// The newest point of a VM in a repository that has this disk and is not known to be amiss, and the disk's image in it, relative
+/// to the repository.
+///
+/// # Errors
+/// The database's.
+pub async fn newest_usable_image(
+    connection: &mut Connection,
+    vm: &VmId,
+    repository: &RepositoryId,
+    disk_id: u32,
+) -> Result<Option<(BackupId, PathBuf)>, StoreError> {
+    let found: Option<(BackupId, String, String)> = sqlx::query_as(
+        "SELECT id, dir, file FROM restore_points JOIN point_disks ON point_id = id \
+         WHERE vm_id = ? AND repository_id = ? AND disk_id = ? AND state = 'committed' \
+         AND trust NOT IN ('suspect', 'corrupt') ORDER BY sequence DESC LIMIT 1",
+    )
+    .bind(vm)
+    .bind(repository)
+    .bind(disk_id)
+    .fetch_optional(connection)
+    .await?;
+    Ok(found.map(|(point, dir, file)| (point, Path::new(&dir).join(file))))
+}
+
 /// One point.
 ///
 /// # Errors
@@ -318,6 +344,68 @@ pub async fn all_in(connection: &mut Connection, repository: &RepositoryId) -> R
         .await?)
 }
 
+/// The points, short of deleted ones, of VMs that had exactly this name when they were backed up, oldest first.
+///
+/// # Errors
+/// The database's.
+pub async fn of_name(connection: &mut Connection, vm_name: &str) -> Result<Vec<PointRow>, StoreError> {
+    Ok(sqlx::query_as(
+        "SELECT restore_points.* FROM restore_points JOIN backups ON backups.id = restore_points.id \
+         WHERE vm_name = ? AND restore_points.state <> 'deleted' ORDER BY sequence",
+    )
+    .bind(vm_name)
+    .fetch_all(connection)
+    .await?)
+}
+
+/// What there is, summed up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stats {
+    /// Points that are not deleted.
+    pub points: u64,
+    /// The length of their images together.
+    pub bytes: u64,
+    /// When the newest was committed.
+    pub last_committed_at: Option<UtcTime>,
+}
+
+/// Sums up the points of VMs that had this name, in this repository; of all without.
+///
+/// # Errors
+/// The database's.
+pub async fn stats(
+    connection: &mut Connection,
+    vm_name: Option<&str>,
+    repository: Option<&RepositoryId>,
+) -> Result<Stats, StoreError> {
+    let (points, bytes, last_committed_at): (i64, i64, Option<UtcTime>) = sqlx::query_as(
+        "SELECT count(*), COALESCE(sum((SELECT sum(file_bytes) FROM point_disks WHERE point_id = restore_points.id)), 0), \
+         max(committed_at) FROM restore_points JOIN backups ON backups.id = restore_points.id \
+         WHERE restore_points.state <> 'deleted' AND (?1 IS NULL OR vm_name = ?1) \
+         AND (?2 IS NULL OR restore_points.repository_id = ?2)",
+    )
+    .bind(vm_name)
+    .bind(repository)
+    .fetch_one(connection)
+    .await?;
+    Ok(Stats { points: points.unsigned_abs(), bytes: bytes.unsigned_abs(), last_committed_at })
+}
+
+/// Notes that the folder of a point is gone or back, and tells.
+///
+/// # Errors
+/// The database's.
+pub async fn set_presence(connection: &mut Connection, point: &PointRow, state: PointState) -> Result<(), StoreError> {
+    set_state(connection, &point.id, state).await?;
+    let alert = if state == PointState::Missing { "point_missing" } else { "point_back" };
+    let data = json!({
+        "alert": alert, "point_id": point.id, "repository_id": point.repository_id, "vm_context_id": point.vm_id,
+        "from": point.state, "state": state, "path": point.dir,
+    });
+    events::append(connection, "alert", point.id.as_str(), &data, Actor::Service, UtcTime::now()).await?;
+    Ok(())
+}
+
 /// Notes whether the files of a point are there.
 ///
 /// # Errors
@@ -325,6 +413,20 @@ pub async fn all_in(connection: &mut Connection, repository: &RepositoryId) -> R
 pub async fn set_state(connection: &mut Connection, id: &BackupId, state: PointState) -> Result<(), StoreError> {
     sqlx::query("UPDATE restore_points SET state = ? WHERE id = ?").bind(state).bind(id).execute(connection).await?;
     Ok(())
+}
+
+/// Whether the files of a point are being removed or made anew: a task holds it, or it is recorded as deleting.
+///
+/// # Errors
+/// The database's.
+pub async fn is_worked_on(connection: &mut Connection, id: &BackupId) -> Result<bool, StoreError> {
+    Ok(sqlx::query_scalar(
+        "SELECT EXISTS (SELECT 1 FROM restore_points WHERE id = ?1 AND state = 'deleting') \
+         OR EXISTS (SELECT 1 FROM leases WHERE kind = 'pin' AND key = ?1 AND owner LIKE 'task-%')",
+    )
+    .bind(id)
+    .fetch_one(connection)
+    .await?)
 }
 
 /// Which points; all that are not deleted by default.

@@ -27,6 +27,8 @@ pub struct Repository {
     pub retention: Retention,
     /// Jobs at once into it; `None` means no limit of its own.
     pub max_running: Option<u32>,
+    /// When its folders were last held against its records.
+    pub last_check_at: Option<UtcTime>,
     /// Grows with every replacement.
     pub revision: i64,
     /// When it was added.
@@ -114,6 +116,7 @@ impl FromRow<'_, SqliteRow> for Repository {
             retention: serde_json::from_str(retention)
                 .map_err(|source| sqlx::Error::ColumnDecode { index: "retention".to_owned(), source: source.into() })?,
             max_running: row.try_get("max_running")?,
+            last_check_at: row.try_get("last_check_at")?,
             revision: row.try_get("revision")?,
             created_at: row.try_get("created_at")?,
         })
@@ -221,6 +224,15 @@ pub async fn list(
         created_at: repository.created_at,
         id: repository.id.clone(),
     }))
+}
+
+/// Notes that its folders were held against its records.
+///
+/// # Errors
+/// The database's.
+pub async fn set_checked(connection: &mut Connection, id: &RepositoryId, at: UtcTime) -> Result<(), StoreError> {
+    sqlx::query("UPDATE repositories SET last_check_at = ? WHERE id = ?").bind(at).bind(id).execute(connection).await?;
+    Ok(())
 }
 
 /// How many restore points it holds, whatever their state short of deleted.

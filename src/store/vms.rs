@@ -325,3 +325,64 @@ pub async fn fix_dir(connection: &mut Connection, id: &VmId, name: &str) -> Resu
     let dir = sqlx::query_scalar("UPDATE vms SET dir = COALESCE(dir, ?2) WHERE id = ?1 RETURNING dir");
     Ok(dir.bind(id).bind(name).fetch_one(connection).await?)
 }
+
+/// A VM and its disks as a restore point knew them.
+#[derive(Clone, Debug)]
+pub struct RememberedVm<'a> {
+    /// See [`Vm::id`].
+    pub id: &'a VmId,
+    /// See [`Vm::name`].
+    pub name: &'a str,
+    /// See [`Vm::vcenter`].
+    pub vcenter: &'a str,
+    /// See [`Vm::path`].
+    pub path: &'a str,
+    /// See [`Vm::uuid`].
+    pub uuid: Option<&'a str>,
+    /// See [`Vm::dir`].
+    pub dir: &'a str,
+    /// Its disks; whether they are present is not looked at.
+    pub disks: &'a [VmDisk],
+}
+
+/// Makes sure that a VM of which there are restore points is known: one that is not is added as one that was removed from the
+/// inventory, with its folder and the numbers of its disks, so that adding it again joins the two. Disks that the VM has now
+/// stay as they are. Answers with the folder that the VM has.
+///
+/// # Errors
+/// [`StoreError::Exists`] when another VM has the folder.
+pub async fn remember(connection: &mut Connection, vm: &RememberedVm<'_>) -> Result<String, StoreError> {
+    let now = UtcTime::now();
+    sqlx::query(
+        "INSERT INTO vms (id, name, vcenter, path, uuid, node, dir, revision, created_at, removed_at) \
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, 1, ?8, ?8) \
+         ON CONFLICT (id) DO UPDATE SET dir = COALESCE(dir, excluded.dir)",
+    )
+    .bind(vm.id)
+    .bind(vm.name)
+    .bind(vm.vcenter)
+    .bind(vm.path)
+    .bind(vm.uuid)
+    .bind(crate::config::DEFAULT_NODE)
+    .bind(vm.dir)
+    .bind(now)
+    .execute(&mut *connection)
+    .await?;
+    for disk in vm.disks {
+        sqlx::query(
+            "INSERT INTO vm_disks (vm_id, disk_id, device_key, vmdk_uuid, vmdk_path, size_bytes, present) \
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, 0) \
+             ON CONFLICT (vm_id, disk_id) DO UPDATE SET device_key = excluded.device_key, vmdk_uuid = excluded.vmdk_uuid, \
+             vmdk_path = excluded.vmdk_path, size_bytes = excluded.size_bytes WHERE present = 0",
+        )
+        .bind(vm.id)
+        .bind(disk.disk_id)
+        .bind(disk.device_key)
+        .bind(&disk.vmdk_uuid)
+        .bind(&disk.vmdk_path)
+        .bind(signed(disk.size_bytes)?)
+        .execute(&mut *connection)
+        .await?;
+    }
+    Ok(sqlx::query_scalar("SELECT dir FROM vms WHERE id = ?1").bind(vm.id).fetch_one(connection).await?)
+}

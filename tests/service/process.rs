@@ -95,7 +95,11 @@ async fn sigterm_and_sigint_end_the_service_in_order_with_exit_code_zero() {
         assert!(ServeProcess::log(folder.path()).contains("stopped"), "{signal}");
         let files: BTreeSet<_> =
             std::fs::read_dir(folder.path().join("state")).unwrap().map(|f| f.unwrap().file_name()).collect();
-        assert_eq!(files, ["blockyard.db", "lock", "token"].map(Into::into).into(), "the journal is written back");
+        assert_eq!(
+            files,
+            ["ballast", "blockyard.db", "lock", "token"].map(Into::into).into(),
+            "the journal is written back"
+        );
     }
 }
 

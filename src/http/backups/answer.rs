@@ -191,6 +191,8 @@ struct DiskAnswer {
     covered_bytes: u64,
     written_bytes: u64,
     zeroed_bytes: u64,
+    /// Zeroes in requests of 4 MiB and more over what is data in the last usable restore point of the disk.
+    zeroed_over_data_bytes: u64,
     /// Bytes written or zeroed that read the same from the parent and were not stored.
     identical_bytes: u64,
     /// Connections open now.
@@ -310,6 +312,7 @@ impl DiskAnswer {
             covered_bytes: disk.covered_bytes,
             written_bytes: disk.written_bytes,
             zeroed_bytes: disk.zeroed_bytes,
+            zeroed_over_data_bytes: disk.zeroed_over_data_bytes,
             identical_bytes: disk.identical_bytes,
             connections: 0,
             parent_id: disk.parent_id.clone(),
@@ -323,6 +326,7 @@ impl DiskAnswer {
             answer.covered_bytes = reading.covered_bytes;
             answer.written_bytes = reading.written_bytes;
             answer.zeroed_bytes = reading.zeroed_bytes;
+            answer.zeroed_over_data_bytes = reading.zeroed_over_data_bytes;
             answer.identical_bytes = reading.identical_bytes;
             answer.connections = reading.connections;
         }

@@ -35,6 +35,7 @@ pub(super) fn start_refused(error: StartError) -> Problem {
         StartError::NameBusy { active, .. } => with_active(Problem::new(Code::VmNameBusy, detail), &active),
         StartError::TooManyJobs { .. } => Problem::new(Code::TooManyJobs, detail),
         StartError::NoPorts(_) => Problem::new(Code::NoPorts, detail),
+        StartError::StateFull => Problem::new(Code::InsufficientStorage, detail),
         StartError::Draining => Problem::new(Code::Draining, detail),
         StartError::Store(error) => error.into(),
         StartError::Failed { backup_id, failed } => with_backup(failure(&failed), &backup_id),
@@ -93,7 +94,7 @@ fn with_active(problem: Problem, active: &BackupId) -> Problem {
     problem.with("backup_id", active.as_str()).with_link("active", format!("/api/v1/backups/{active}"))
 }
 
-fn with_backup(problem: Problem, id: &BackupId) -> Problem {
+pub(super) fn with_backup(problem: Problem, id: &BackupId) -> Problem {
     problem.with("backup_id", id.as_str()).with_link("backup", format!("/api/v1/backups/{id}"))
 }
 

@@ -19,6 +19,8 @@ pub struct Faults {
     pub delta_instead_of_full: bool,
     /// The client copies the whole of each disk, whatever change id it is told.
     pub full_instead_of_delta: bool,
+    /// The client judges chunks of 4 MiB and more by five samples, and sends zeroes where all of them are zero.
+    pub sampled_zeroes: bool,
     /// How `/complete` goes wrong.
     pub complete: CompleteFault,
     /// One connection per disk stays open until the node is dropped.

@@ -144,6 +144,8 @@ pub struct BackupDiskRow {
     pub written_bytes: u64,
     /// Bytes zeroed.
     pub zeroed_bytes: u64,
+    /// Of that, in large requests, what was data in the last usable point.
+    pub zeroed_over_data_bytes: u64,
     /// Bytes equal to the parent's and not stored.
     pub identical_bytes: u64,
     /// When it was sealed.
@@ -196,6 +198,7 @@ impl FromRow<'_, SqliteRow> for BackupDiskRow {
             covered_bytes: unsigned(row, "covered_bytes")?,
             written_bytes: unsigned(row, "written_bytes")?,
             zeroed_bytes: unsigned(row, "zeroed_bytes")?,
+            zeroed_over_data_bytes: unsigned(row, "zeroed_over_data_bytes")?,
             identical_bytes: unsigned(row, "identical_bytes")?,
             sealed_at: row.try_get("sealed_at")?,
         })

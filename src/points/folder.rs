@@ -1,0 +1,59 @@
+//! A repository as work on all of it begins: it is this hub's, and what blocks for its file system runs where it may.
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::Points;
+use crate::id::RepositoryId;
+use crate::store::StoreError;
+use crate::store::repositories::{self, Repository};
+
+/// Why the folders of a repository were not looked at to the end.
+#[derive(Debug, thiserror::Error)]
+pub enum FolderError {
+    /// There is none of this id.
+    #[error("there is no repository {0}")]
+    NotFound(RepositoryId),
+    /// It cannot be used or looked at.
+    #[error("repository {id} cannot be used: {reason}")]
+    Unavailable {
+        /// Which one.
+        id: RepositoryId,
+        /// Why, without paths.
+        reason: String,
+    },
+    /// The database failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// Looking ended by a panic.
+    #[error("looking at a repository ended by a panic")]
+    Panicked,
+}
+
+impl Points {
+    /// The repository, which this process owns from now on.
+    pub(super) async fn own(&self, id: &RepositoryId) -> Result<Repository, FolderError> {
+        let found = repositories::find(&mut *self.shared.store.read().await?, id).await?;
+        let repository = found.ok_or_else(|| FolderError::NotFound(id.clone()))?;
+        let (locks, path) = (Arc::clone(&self.shared.locks), repository.path.clone());
+        let name = id.to_string();
+        let locked = tokio::task::spawn_blocking(move || locks.acquire(&name, Path::new(&path))).await;
+        match locked.map_err(|_| FolderError::Panicked)? {
+            Ok(()) => Ok(repository),
+            Err(error) => Err(FolderError::Unavailable { id: id.clone(), reason: error.public() }),
+        }
+    }
+}
+
+/// Runs what blocks for the file system of a repository.
+pub(super) async fn on_disk<T: Send + 'static>(
+    repository: &Repository,
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> Result<T, FolderError> {
+    let done = tokio::task::spawn_blocking(work).await.map_err(|_| FolderError::Panicked)?;
+    done.map_err(|error| {
+        tracing::warn!(repository = %repository.id, %error, "a repository cannot be looked at");
+        FolderError::Unavailable { id: repository.id.clone(), reason: error.kind().to_string() }
+    })
+}
