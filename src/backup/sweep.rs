@@ -10,6 +10,7 @@ use std::sync::Arc;
 use super::Shared;
 use super::recover::RecoverError;
 use crate::id::BackupId;
+use crate::points::merge;
 use crate::points::state::PointState;
 use crate::repository::layout;
 use crate::store::points;
@@ -26,6 +27,7 @@ struct Found {
 
 /// Sweeps one repository that this process owns.
 pub(super) async fn sweep(shared: &Arc<Shared>, repository: &Repository) -> Result<(), RecoverError> {
+    merge::recover(&shared.store, repository).await?;
     let root = PathBuf::from(&repository.path);
     let looked = tokio::task::spawn_blocking(move || {
         let found = look(&root)?;
