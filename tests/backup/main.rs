@@ -14,6 +14,8 @@ mod crash;
 mod foreign;
 mod incremental;
 mod lists;
+mod merge;
+mod merge_crash;
 mod metrics;
 mod names;
 mod nbd;
