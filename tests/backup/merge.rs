@@ -456,7 +456,58 @@ async fn a_record_that_fails_after_the_exchange_is_tried_again_until_it_succeeds
     // The old record with the new files restores as well: the files decide.
     expect_image_equals(&published(&rig, history[2].0.as_str()).await.join("disk-0.qcow2"), &history[2].1[0].1);
     assert!(!merging.is_finished());
+    // Nothing of the chain, as it was and as it is, may go before the end.
+    let app = rig.service.service.app();
+    for (id, _) in &history[..2] {
+        let holders = leases::holders(&mut app.store.read().await.unwrap(), id).await.unwrap();
+        assert!(matches!(&holders[..], [task] if task.starts_with("task-")), "{id}: {holders:?}");
+    }
     sqlite(&database, "DROP TRIGGER refuse").await;
     merging.await.unwrap().unwrap();
     expect_whole(&rig, &history).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn merges_take_turns() {
+    let mut rig = rig().await;
+    let history = chain(&mut rig, 5).await;
+    let (one, other) = tokio::join!(merge(&rig, &history[1].0), merge(&rig, &history[3].0));
+    assert_eq!((one.unwrap().generation, other.unwrap().generation), (1, 1));
+    expect_whole(&rig, &history).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_result_that_reads_differently_is_thrown_away_with_an_alert() {
+    let mut rig = with(|plan| plan.disks = vec![(FIRST, content(1, 64 * MIB))]).await;
+    let full = commit(&rig).await;
+    rig.write(&[(FIRST, 0, content(2, MIB))]);
+    let child = commit(&rig).await;
+    let folder = published(&rig, child.as_str()).await;
+    // The last cluster of the full, where the file has it.
+    let image = published(&rig, full.as_str()).await.join("disk-0.qcow2");
+    let (bytes, wanted) = (std::fs::read(&image).unwrap(), &rig.disks[0].1[64 * MIB - 65536..]);
+    let at = bytes.chunks(65536).position(|cluster| cluster == wanted).unwrap() as u64 * 65536;
+    std::fs::set_permissions(&image, PermissionsExt::from_mode(0o640)).unwrap();
+    let file = std::fs::OpenOptions::new().write(true).open(&image).unwrap();
+    let made = folder.with_extension("merging").join("disk-0.qcow2");
+    let damage = std::thread::spawn(move || {
+        // It has this name when everything is copied; comparing comes to the end of the disk last.
+        let deadline = std::time::Instant::now() + rig::DEADLINE;
+        while !made.exists() {
+            assert!(std::time::Instant::now() < deadline, "nothing was copied");
+            std::thread::yield_now();
+        }
+        file.write_all_at(&[!bytes[at as usize]], at).unwrap();
+    });
+    let before = std::fs::metadata(&folder).unwrap().ino();
+    let failed = merge(&rig, &child).await;
+    damage.join().unwrap();
+    let offset = 64 * MIB as u64 - 65536;
+    assert!(matches!(&failed, Err(MergeError::Unequal { disk_id: 0, offset: at }) if *at == offset), "{failed:?}");
+    assert_eq!(std::fs::metadata(&folder).unwrap().ino(), before);
+    assert!(!folder.with_extension("merging").exists());
+    let mut connection = rig.service.service.app().store.read().await.unwrap();
+    let told = events::about(&mut connection, child.as_str()).await.unwrap();
+    assert!(told.iter().any(|(kind, data)| kind == "alert" && data["alert"] == "merge_unequal"), "{told:?}");
+    assert_eq!(points::find(&mut connection, &child).await.unwrap().unwrap().trust.as_str(), "unverified");
 }
