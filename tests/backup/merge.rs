@@ -70,7 +70,7 @@ async fn merge(rig: &Rig, id: &BackupId) -> Result<Merged, MergeError> {
 
 /// Holds that every point restores, by QEMU through its chain, that records, manifests and images tell the same, and that
 /// nothing is left beside the points.
-pub async fn expect_whole(rig: &Rig, history: &[(BackupId, Disks)]) {
+pub async fn expect_whole(rig: &Rig, history: &[(BackupId, Disks)], what: &str) {
     let app = rig.service.service.app();
     let mut connection = app.store.read().await.unwrap();
     for (id, disks) in history {
@@ -81,23 +81,23 @@ pub async fn expect_whole(rig: &Rig, history: &[(BackupId, Disks)]) {
             let image = folder.join(&row.file);
             expect_image_equals(&image, bytes);
             let parent = row.parent_id.as_ref().map(ToString::to_string);
-            assert_eq!(json!(parent), said["parent_id"], "{id}");
+            assert_eq!(json!(parent), said["parent_id"], "{what} {id}");
             assert_eq!(
                 (json!(row.file_bytes), json!(row.change_id)),
                 (said["file_bytes"].clone(), said["change_id"].clone())
             );
-            assert_eq!(json!(row.from_change_id), said["from_change_id"], "{id}");
-            assert_eq!(std::fs::metadata(&image).unwrap().len(), row.file_bytes, "{id}");
+            assert_eq!(json!(row.from_change_id), said["from_change_id"], "{what} {id}");
+            assert_eq!(std::fs::metadata(&image).unwrap().len(), row.file_bytes, "{what} {id}");
             assert_eq!(std::fs::metadata(&image).unwrap().permissions().mode() & 0o7777, 0o440);
             let chain = backing_chain(&image);
-            assert_eq!(chain.len(), row.chain_depth as usize, "{id}: {chain:?}");
+            assert_eq!(chain.len(), row.chain_depth as usize, "{what} {id}: {chain:?}");
             let below = parent.map(|parent| format!("../{parent}/{}", row.file));
-            assert_eq!(chain[0]["backing-filename"].as_str().map(str::to_owned), below, "{id}");
+            assert_eq!(chain[0]["backing-filename"].as_str().map(str::to_owned), below, "{what} {id}");
         }
     }
     let folders = rig::backup_directories(&rig.repository);
-    assert_eq!(folders, history.iter().map(|(id, _)| id.to_string()).collect::<Vec<_>>());
-    assert_eq!(leases::count(&mut connection).await.unwrap(), 0, "pins are left");
+    assert_eq!(folders, history.iter().map(|(id, _)| id.to_string()).collect::<Vec<_>>(), "{what}");
+    assert_eq!(leases::count(&mut connection).await.unwrap(), 0, "{what}: pins are left");
 }
 
 fn backing_chain(image: &Path) -> Vec<Value> {
@@ -129,7 +129,7 @@ async fn a_full_and_its_incremental_become_a_full_of_the_same_identity_and_conte
     let before = manifest(&rig, child.as_str()).await;
     let done = merge(&rig, child).await.unwrap();
     assert_eq!((&done.point, &done.absorbed, done.generation), (child, &vec![full.clone()], 1));
-    expect_whole(&rig, &history).await;
+    expect_whole(&rig, &history, "").await;
     let after = manifest(&rig, child.as_str()).await;
     assert_eq!((&after["generation"], &after["merged"]), (&json!(1), &json!([full])));
     assert_eq!((&after["backup_id"], &after["committed_at"]), (&before["backup_id"], &before["committed_at"]));
@@ -167,16 +167,16 @@ async fn a_point_in_the_middle_of_a_chain_moves_onto_its_grandparent_and_all_abo
         assert_eq!((&disk["parent_id"], &disk["chain_depth"]), (&json!(history[0].0), &json!(2)));
         assert_eq!(disk["from_change_id"], absorbed["from_change_id"]);
     }
-    expect_whole(&rig, &history).await;
+    expect_whole(&rig, &history, "").await;
     // Again, now onto nothing; what was absorbed is remembered.
     let done = merge(&rig, &history[2].0).await.unwrap();
     assert_eq!((done.generation, done.absorbed), (2, vec![history[0].0.clone()]));
     let after = manifest(&rig, history[2].0.as_str()).await;
     assert_eq!(after["merged"], json!([history[0].0, history[1].0]));
-    expect_whole(&rig, &history).await;
+    expect_whole(&rig, &history, "").await;
     write_everywhere(&mut rig, 4);
     history.push((commit(&rig).await, rig.disks.clone()));
-    expect_whole(&rig, &history).await;
+    expect_whole(&rig, &history, "").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -213,10 +213,10 @@ async fn disks_without_a_parent_are_carried_over_as_the_same_file_and_new_ones_t
     let point = points::find(&mut connection, &child).await.unwrap().unwrap();
     assert_eq!((point.trust.as_str(), point.verified_at), ("unverified", None));
     drop(connection);
-    expect_whole(&rig, &history).await;
+    expect_whole(&rig, &history, "").await;
     write_everywhere(&mut rig, 2);
     history.push((commit(&rig).await, rig.disks.clone()));
-    expect_whole(&rig, &history).await;
+    expect_whole(&rig, &history, "").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -278,10 +278,10 @@ async fn a_running_backup_upon_a_point_that_is_merged_commits_and_restores() {
     rig.node.reconfigure(|config| config.faults = Faults::default());
     history.push((id_of(&backup).parse().unwrap(), rig.disks.clone()));
     // Its chain is as deep as it is now, not as it was when it began.
-    expect_whole(&rig, &history).await;
+    expect_whole(&rig, &history, "").await;
     write_everywhere(&mut rig, 4);
     history.push((commit(&rig).await, rig.disks.clone()));
-    expect_whole(&rig, &history).await;
+    expect_whole(&rig, &history, "").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -297,7 +297,7 @@ async fn the_next_incremental_begins_at_the_change_id_of_the_merged_point() {
         assert_eq!((&disk["parent_id"], &disk["from_change_id"]), (&json!(history[1].0), &below["change_id"]));
         assert_eq!((&disk["effective_type"], &disk["chain_depth"]), (&json!("incremental"), &json!(2)));
     }
-    expect_whole(&rig, &history).await;
+    expect_whole(&rig, &history, "").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -343,9 +343,9 @@ async fn a_merge_of_what_may_be_wrong_or_is_in_use_by_a_task_is_refused_and_chan
     sqlite(&database, &format!("UPDATE point_disks SET parent_id = '{}' WHERE point_id = '{child}'", history[1].0))
         .await;
     assert!(everything(&rig.repository) == before, "something was changed");
-    expect_whole(&rig, &history).await;
+    expect_whole(&rig, &history, "").await;
     merge(&rig, child).await.unwrap();
-    expect_whole(&rig, &history).await;
+    expect_whole(&rig, &history, "").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -374,7 +374,7 @@ async fn a_parent_that_cannot_be_read_ends_the_merge_and_nothing_changes() {
     file.write_all_at(&sound.to_be_bytes(), entry).unwrap();
     std::fs::set_permissions(&image, PermissionsExt::from_mode(0o440)).unwrap();
     merge(&rig, &history[1].0).await.unwrap();
-    expect_whole(&rig, &history).await;
+    expect_whole(&rig, &history, "").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -464,7 +464,7 @@ async fn a_record_that_fails_after_the_exchange_is_tried_again_until_it_succeeds
     }
     sqlite(&database, "DROP TRIGGER refuse").await;
     merging.await.unwrap().unwrap();
-    expect_whole(&rig, &history).await;
+    expect_whole(&rig, &history, "").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -473,7 +473,7 @@ async fn merges_take_turns() {
     let history = chain(&mut rig, 5).await;
     let (one, other) = tokio::join!(merge(&rig, &history[1].0), merge(&rig, &history[3].0));
     assert_eq!((one.unwrap().generation, other.unwrap().generation), (1, 1));
-    expect_whole(&rig, &history).await;
+    expect_whole(&rig, &history, "").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -82,9 +82,8 @@ impl Stopped {
     /// Starts the hub on what is there, holds that every point is whole and an incremental works, and stops it again.
     /// Says how often the merged point was made anew.
     async fn expect_recovers(&mut self, what: &str) -> u64 {
-        println!("{what}");
         let mut rig = start(self.folder.take().unwrap(), self.rest.take().unwrap()).await;
-        expect_whole(&rig, &self.history).await;
+        expect_whole(&rig, &self.history, what).await;
         let generation = rig::manifest(&rig, self.merged().as_str()).await["generation"].as_u64().unwrap_or(0);
         write_everywhere(&mut rig, 5);
         let next = commit(&rig).await;
@@ -201,7 +200,6 @@ async fn a_merge_that_is_killed_at_any_step_leaves_the_old_or_the_new_point_and_
         }
         assert!(killed >= 1, "{step} is never called");
     }
-    println!("{old} before the exchange, {new} after it");
     assert!(old >= 10 && new >= 4, "{old} before the exchange, {new} after it");
 }
 
@@ -218,6 +216,9 @@ async fn a_file_system_that_cannot_exchange_folders_refuses_a_merge_before_any_w
         assert_eq!(stopped.expect_recovers(error).await, 0);
     }
 }
+
+/// Makes something of the folders of a hub that is stopped.
+type Prepare = Box<dyn Fn(&Stopped)>;
 
 /// The states that a power cut leaves of the removal of one folder, or of its making: any of its files may be missing.
 async fn any_part_of(stopped: &mut Stopped, what: &str, generation: u64) {
@@ -263,7 +264,7 @@ async fn what_is_not_proven_to_be_the_rest_of_a_merge_is_left_alone() {
     let mut stopped = Stopped::new().await;
     let vm = stopped.published().parent().unwrap().to_owned();
     let unknown = vm.join(format!("{}.merging", BackupId::new()));
-    let cases: [(&str, Box<dyn Fn(&Stopped)>, PathBuf); 3] = [
+    let cases: [(&str, Prepare, PathBuf); 3] = [
         ("of an unknown point", Box::new(|_| ()), unknown),
         (
             "of a point whose folder is broken",
