@@ -13,6 +13,7 @@ pub mod folder;
 pub mod import;
 pub mod inspect;
 pub mod leaves;
+pub mod merge;
 pub mod pace;
 pub mod scrub;
 mod settle;
@@ -47,13 +48,15 @@ struct Shared {
     boot_id: String,
     verifications: verify::Verifications,
     passed: scrub::Passed,
+    merges: merge::Merges,
 }
 
 impl Points {
     /// The points that `store` has records of.
     pub fn new(config: Arc<Config>, store: Store, locks: Arc<RepositoryLocks>, boot_id: &str) -> Self {
         let (verifications, passed) = (verify::Verifications::new(), scrub::Passed::default());
-        Self { shared: Arc::new(Shared { config, store, locks, boot_id: boot_id.to_owned(), verifications, passed }) }
+        let (boot_id, merges) = (boot_id.to_owned(), merge::Merges::default());
+        Self { shared: Arc::new(Shared { config, store, locks, boot_id, verifications, passed, merges }) }
     }
 }
 

@@ -150,7 +150,7 @@ impl Service {
         tracing::info!("stopping");
         self.app.advance(Phase::Draining);
         self.app.points.stop_verifications().await;
-        self.app.backups.drain(self.drain).await;
+        tokio::join!(self.app.backups.drain(self.drain), self.app.points.drain_merges());
         self.close_sockets.send_replace(true);
         let answered =
             tokio::time::timeout(HTTP_DRAIN, async { while self.servers.join_next().await.is_some() {} }).await;
@@ -168,6 +168,7 @@ impl Drop for Service {
         // After a stop there is none left.
         self.app.points.abandon_verifications();
         self.app.backups.abandon();
+        self.app.points.abandon_merges();
     }
 }
 

@@ -154,6 +154,8 @@ impl Job {
             backup_type: facts.backup_type,
             tags: facts.tags.clone(),
             service_version: env!("CARGO_PKG_VERSION").to_owned(),
+            generation: 0,
+            merged: Vec::new(),
             disks,
         })
     }

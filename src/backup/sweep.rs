@@ -11,7 +11,7 @@ use std::sync::Arc;
 use super::Shared;
 use super::recover::RecoverError;
 use crate::points::folder::FolderError;
-use crate::points::import;
+use crate::points::{import, merge};
 use crate::points::state::PointState;
 use crate::repository::layout;
 use crate::repository::survey::{self, OtherKind, PointFolder, Survey};
@@ -20,6 +20,7 @@ use crate::store::repositories::Repository;
 
 /// Sweeps one repository that this process owns.
 pub(super) async fn sweep(shared: &Arc<Shared>, repository: &Repository) -> Result<(), RecoverError> {
+    merge::recover(&shared.store, repository).await?;
     let root = PathBuf::from(&repository.path);
     let looked = tokio::task::spawn_blocking(move || {
         let found = survey::survey(&root)?;

@@ -129,6 +129,11 @@ impl BackupPaths {
     }
 }
 
+/// The backup id of the name of a folder in which a point is made anew.
+pub fn merging_backup_id(directory_name: &str) -> Option<&str> {
+    directory_name.strip_suffix(MERGING_SUFFIX)
+}
+
 /// The backup id of a staged directory's name.
 pub fn staged_backup_id(directory_name: &str) -> Option<&str> {
     directory_name.strip_suffix(STAGED_SUFFIX)

@@ -17,6 +17,8 @@ mod idempotency;
 mod import;
 mod incremental;
 mod lists;
+mod merge;
+mod merge_crash;
 mod metrics;
 mod names;
 mod nbd;
