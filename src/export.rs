@@ -12,6 +12,7 @@ use blockyard_nbd as nbd;
 use blockyard_qcow2::{self as qcow2, AsyncImage, ExtentKind, ZeroMode};
 pub use blockyard_qcow2::{Access, Caching, OpenOptions};
 
+pub mod busy;
 pub mod coverage;
 pub mod gate;
 pub mod meter;
@@ -59,6 +60,11 @@ impl ImageExport {
     /// What was seen so far.
     pub fn meter(&self) -> &Arc<Meter> {
         &self.meter
+    }
+
+    /// Its door, which knows how long requests were inside.
+    pub fn gate(&self) -> &Arc<Gate> {
+        &self.gate
     }
 
     /// The image behind the name.
@@ -181,12 +187,12 @@ impl nbd::Device for ImageDevice {
     }
 
     async fn write(&self, offset: u64, buffer: nbd::Buffer, durability: nbd::Durability) -> Result<(), nbd::Error> {
-        let _pass = self.enter_change()?;
+        let mut pass = self.enter_change()?;
         let length = (*buffer).as_ref().len() as u64;
         let written = self.image.write(offset, Lent(buffer), durability_of(durability)).await;
         written.map_err(|error| self.change_failed(&error))?;
         self.meter.identical(self.image.identical_bytes());
-        self.meter.written(offset, length);
+        pass.ended_at(self.meter.written(offset, length));
         Ok(())
     }
 
@@ -197,7 +203,7 @@ impl nbd::Device for ImageDevice {
         space: nbd::Space,
         durability: nbd::Durability,
     ) -> Result<(), nbd::Error> {
-        let _pass = self.enter_change()?;
+        let mut pass = self.enter_change()?;
         let mode = match space {
             nbd::Space::Keep => ZeroMode::Keep,
             nbd::Space::Release => ZeroMode::Unmap,
@@ -205,7 +211,7 @@ impl nbd::Device for ImageDevice {
         let zeroed = self.image.zero(offset, length, mode, durability_of(durability)).await;
         zeroed.map_err(|error| self.change_failed(&error))?;
         self.meter.identical(self.image.identical_bytes());
-        self.meter.zeroed(offset, length);
+        pass.ended_at(self.meter.zeroed(offset, length));
         Ok(())
     }
 
