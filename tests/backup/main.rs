@@ -28,3 +28,5 @@ mod sse;
 mod start;
 mod tls;
 mod verify;
+mod watch;
+mod webhooks;
