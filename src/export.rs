@@ -179,10 +179,10 @@ impl nbd::Device for ImageDevice {
     }
 
     async fn read(&self, offset: u64, buffer: nbd::Buffer) -> Result<nbd::Content, nbd::Error> {
-        let _pass = self.enter()?;
+        let mut pass = self.enter()?;
         let read = self.image.read_sparse(offset, Lent(buffer)).await;
         let (Lent(buffer), holes) = read.map_err(|error| request_error(&error))?;
-        self.meter.read((*buffer).as_ref().len() as u64);
+        pass.ended_at(self.meter.read((*buffer).as_ref().len() as u64));
         Ok(nbd::Content { buffer, holes })
     }
 

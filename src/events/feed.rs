@@ -125,14 +125,13 @@ impl Feed {
         }
         let (oldest, newest) = events::bounds(&mut connection).await?;
         drop(connection);
-        let beginning = if matches!(about, About::Backup(_)) { 0 } else { newest };
+        let (beginning, first) = if matches!(about, About::Backup(_)) { (0, oldest) } else { (newest, newest + 1) };
         let mut ready = VecDeque::new();
         let read = match after {
             None => beginning,
             // Numbers that were never given: of another database.
             Some(after) if after > newest => {
-                let next = if beginning == 0 { oldest } else { newest + 1 };
-                ready.push_back(Told::Gap { after, next });
+                ready.push_back(Told::Gap { after, next: first });
                 beginning
             }
             Some(after) => {

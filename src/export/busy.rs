@@ -51,8 +51,7 @@ impl Busy {
     /// The first request is in flight.
     pub(super) fn begin(&mut self, now: Instant) {
         let marks = [Duration::ZERO; MARKS];
-        let seen =
-            self.seen.get_or_insert_with(|| Seen { born: now, now, in_flight: false, sum: Duration::ZERO, marks });
+        let seen = self.seen.get_or_insert(Seen { born: now, now, in_flight: false, sum: Duration::ZERO, marks });
         seen.reach(now);
         seen.in_flight = true;
     }

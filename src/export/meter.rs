@@ -154,12 +154,15 @@ impl Meter {
         ConnectionCount { meter: Arc::clone(self) }
     }
 
-    pub(super) fn read(&self, length: u64) {
+    /// A read is done; says when, so that nobody has to look at the clock again.
+    pub(super) fn read(&self, length: u64) -> Instant {
+        let now = Instant::now();
         self.read_bytes.fetch_add(length, Ordering::AcqRel);
-        self.signals.life();
+        self.signals.life_at(now);
+        now
     }
 
-    /// A write of this range is done; says when, so that nobody has to look at the clock again.
+    /// A write of this range is done; says when.
     pub(super) fn written(&self, offset: u64, length: u64) -> Instant {
         let now = Instant::now();
         self.written_bytes.fetch_add(length, Ordering::AcqRel);

@@ -274,6 +274,18 @@ async fn a_reader_that_does_not_read_costs_nothing_and_is_told_everything_later(
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn silence_is_broken_by_a_comment_and_nothing_is_lost_after_it() {
+    let rig = Rig::new().await;
+    let mut stream = Stream::open(&rig, "/events", None).await;
+    stream.comment().await;
+    // A commit that nobody told of is found by the next look.
+    let statement =
+        "INSERT INTO events (at, kind, subject, data) VALUES ('2026-01-01T00:00:00.000Z', 'alert', 'x', '{}')";
+    sqlite(&rig.service.folder.path().join("state/blockyard.db"), statement).await;
+    assert_eq!(stream.next().await.unwrap().event, "alert");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_warning_is_an_event_too() {
     let disks = vec![(2000, content(1, 2 << 20)), (2016, content(1, 2 << 20))];
     let rig = Rig::with(Plan { disks, ..Plan::default() }).await;

@@ -54,6 +54,20 @@ impl Stream {
         }
     }
 
+    /// Waits for a comment where no message comes.
+    pub async fn comment(&mut self) {
+        let before = self.comments;
+        while self.comments == before {
+            let chunk = tokio::time::timeout(DEADLINE, self.response.chunk()).await.expect("silence").unwrap();
+            self.text.push_str(std::str::from_utf8(&chunk.expect("the stream ended")).unwrap());
+            while let Some((block, rest)) = self.text.split_once("\n\n") {
+                let (block, rest) = (block.to_owned(), rest.to_owned());
+                self.text = rest;
+                assert_eq!(self.message(&block), None);
+            }
+        }
+    }
+
     fn message(&mut self, block: &str) -> Option<Message> {
         let (mut id, mut event, mut data) = (None, None, None);
         for line in block.lines() {
