@@ -1,6 +1,7 @@
 //! What is told of a backup while it runs and afterwards, and how readers come and go.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use blockyard::clock::UtcTime;
@@ -224,6 +225,7 @@ async fn open_streams_end_with_the_service_and_do_not_hold_it_up() {
     // Readers that never read: what the system keeps for them is all they get.
     let idle = Stream::open(&rig, "/events?last_event_id=0", None).await;
     rig.paused().await;
+    let app = Arc::clone(rig.service.service.app());
     let stop = tokio::spawn(rig.service.stop());
     let told = backup.rest().await;
     let end = told.last().unwrap();
@@ -231,7 +233,38 @@ async fn open_streams_end_with_the_service_and_do_not_hold_it_up() {
     let everything = everything.rest().await;
     assert_eq!(ids(&everything).last(), ids(&told).last(), "the ends of jobs are told before the service goes");
     tokio::time::timeout(rig::DEADLINE, stop).await.expect("the stop ends").unwrap();
+    assert_eq!(Arc::strong_count(&app), 1, "a stream has outlived the service");
     drop(idle);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_coming_and_going_of_a_client_is_told_while_it_happens() {
+    let rig = Rig::faulty(Faults { pause: Some(PausePoint::BeforeConnect(0)), ..Faults::default() }).await;
+    let started = rig.start().await;
+    let path = format!("/backups/{}/events?kind=disk.state", id_of(&started));
+    let mut stream = Stream::open(&rig, &path, None).await;
+    let uri = format!("nbd://127.0.0.1:{}/db-server-disk1", started["disk_results"][1]["nbd_port"]);
+    let mut steps = Vec::new();
+    let mut next = async |expected: &str| {
+        let message = stream.until(|message| message.data["disk_id"] == 1, &mut Vec::new()).await;
+        assert_eq!(message.data["state"], expected, "{message:?}");
+        steps.push(message.data);
+    };
+    next("listening").await;
+    let mut link = rig::Nbd::connect(&uri);
+    next("connected").await;
+    link.write(0, &[1; 512]).unwrap();
+    next("writing").await;
+    drop(link);
+    next("disconnected").await;
+    let _link = rig::Nbd::connect(&uri);
+    next("writing").await;
+    rig.cancel(id_of(&started)).await;
+    rig.end_of(id_of(&started)).await;
+    for pair in steps.windows(2) {
+        assert_eq!(pair[0]["state"], pair[1]["from"]);
+    }
+    assert!(steps[1..].iter().all(|step| step["by"] == "client"), "{steps:#?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
