@@ -48,6 +48,8 @@ pub enum Phase {
     Ready,
     /// Running jobs end, new ones are refused.
     Draining,
+    /// No job runs any more; open streams end.
+    Closing,
 }
 
 impl App {

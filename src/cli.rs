@@ -18,9 +18,11 @@ mod point;
 mod repo;
 mod serve;
 mod size;
+mod stream;
 mod table;
 mod tls;
 mod vm;
+mod watch;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -34,7 +36,7 @@ pub use output::{Format, Output};
 #[derive(Debug, Parser)]
 #[command(name = "blockyard", version, propagate_version = true, after_help = error::EXIT_CODES)]
 struct Cli {
-    /// Form of what is printed: text for people, json for programs (one document).
+    /// Form of what is printed: text for people, json for programs (one document; of watch, one line per event).
     #[arg(long, global = true, value_enum, default_value_t = Format::Text)]
     output: Format,
     /// Print nothing but what was asked for, and errors.

@@ -40,6 +40,8 @@ pub struct Config {
     pub jobs: Jobs,
     /// Images and space.
     pub storage: Storage,
+    /// Receivers of events by name.
+    pub webhooks: BTreeMap<String, Webhook>,
     /// What can be seen of the service.
     pub observability: Observability,
 }
@@ -274,12 +276,26 @@ pub enum CoverageFull {
     Warn,
 }
 
+/// `[webhooks.<name>]`: where events are delivered.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Webhook {
+    /// Address that events are POSTed to.
+    pub url: String,
+    /// File that holds the secret that they are signed with.
+    pub secret_file: PathBuf,
+    /// Kinds of events; all when empty.
+    #[serde(default)]
+    pub events: Vec<String>,
+}
+
 /// `[observability]`
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Observability {
     /// Whether `/metrics` is served without a token.
     pub metrics_public: bool,
+    /// Days after which events are removed; 0 keeps them for ever.
+    pub events_keep_days: u64,
 }
 
 /// Name of the node that exists without being written.
@@ -393,6 +409,12 @@ impl Default for Jobs {
             idempotency_ttl_s: 86_400,
             predict_next_disk: true,
         }
+    }
+}
+
+impl Default for Observability {
+    fn default() -> Self {
+        Self { metrics_public: false, events_keep_days: 30 }
     }
 }
 

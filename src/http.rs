@@ -13,6 +13,8 @@ pub mod codes;
 mod describe;
 mod disks;
 pub mod etag;
+#[allow(unused_qualifications, reason = "the macro of utoipa repeats the type of a query")]
+mod events;
 pub mod extract;
 mod health;
 pub mod listing;
@@ -51,6 +53,7 @@ fn api() -> OpenApiRouter<AppState> {
         .merge(backups::routes())
         .merge(points::routes())
         .merge(verification::routes())
+        .merge(events::routes())
         .merge(ports::routes())
         .merge(nbd_exports::routes())
 }

@@ -2,7 +2,7 @@
 //!
 //! The service as a library, so that the binary, the demo and the tests run the very same thing. Layers from the outside
 //! in: `cli` and `http` parse and answer, `serve` owns the process, `backup` is the job, `points` is what becomes of it, `repository` knows
-//! its files, `listeners` and `export` join the two engines, `node` calls the appliance, `store` holds all SQL; `config`, `clock` and
+//! its files, `listeners` and `export` join the two engines, `node` calls the appliance, `store` holds all SQL, `events` and `webhooks` tell what is in it; `config`, `clock` and
 //! `id` are plain values that every layer may name.
 #![forbid(unsafe_code)]
 
@@ -11,6 +11,7 @@ pub mod backup;
 pub mod cli;
 pub mod clock;
 pub mod config;
+pub mod events;
 pub mod export;
 pub mod http;
 pub mod id;
@@ -23,3 +24,4 @@ pub mod secret;
 pub mod serve;
 pub mod store;
 pub mod telemetry;
+pub mod webhooks;

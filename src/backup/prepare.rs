@@ -9,6 +9,7 @@ use blockyard_qcow2::{self as qcow2, AsyncImage, CreateOptions, OpenOptions};
 
 use super::ending::{End, Failed};
 use super::job::{Job, LiveDisk, RunningDisk};
+use super::noted::Noted;
 use super::plan::Parent;
 use super::state::{DiskState, FailureCode, JobResult, JobState};
 use crate::export::ImageExport;
@@ -98,9 +99,17 @@ impl Job {
                 Failed::new(FailureCode::ImageFailed, format!("disk {} cannot be served", disk.plan.disk_id))
             })?;
             let figures = listener.figures();
-            let (meter, sealed) = (export.meter().clone(), std::sync::Arc::default());
-            live.push(LiveDisk { disk_id: disk.plan.disk_id, meter, figures, sealed });
-            self.disks.push(RunningDisk { disk: disk.clone(), export, listener: Some(listener), sealed: None });
+            live.push(LiveDisk {
+                disk_id: disk.plan.disk_id,
+                size_bytes: disk.plan.size_bytes,
+                backup_type: disk.plan.backup_type(),
+                meter: export.meter().clone(),
+                gate: export.gate().clone(),
+                figures,
+                sealed: std::sync::Arc::default(),
+            });
+            let (disk, noted) = (disk.clone(), Noted::listening());
+            self.disks.push(RunningDisk { disk, export, listener: Some(listener), noted, sealed: None });
         }
         // Set once per job: this is the only place, and it runs once.
         let _ = self.handle.live.set(live);

@@ -5,7 +5,8 @@ use std::net::IpAddr;
 use blockyard_nbd::tls::Subject;
 
 use super::load::ConfigError;
-use super::{AuthMode, Config, Node, PortRange, TlsMode};
+use super::{AuthMode, Config, Node, PortRange, TlsMode, Webhook};
+use crate::store::events::{KINDS, PROGRESS};
 
 /// Cluster sizes that a qcow2 image can have: `1 << 9` to `1 << 21` bytes.
 /// What the engine opens.
@@ -20,6 +21,9 @@ const SCRUB_DAYS_MAX: u32 = 3650;
 const CONNECTIONS_MIN: u32 = 2;
 /// Longest time that a limit in seconds may name: 30 days. A guess; more is a unit mistaken for milliseconds.
 const SECONDS_MAX: u64 = 30 * 86_400;
+
+/// Longest time in days: a hundred years.
+const DAYS_MAX: u64 = 36_500;
 
 fn invalid(key: impl Into<String>, rule: impl Into<String>) -> ConfigError {
     ConfigError::Invalid { key: key.into(), rule: rule.into() }
@@ -36,7 +40,14 @@ impl Config {
         self.validate_port_ranges()?;
         self.validate_credentials()?;
         self.validate_jobs()?;
-        self.validate_storage()
+        self.validate_storage()?;
+        for (name, webhook) in &self.webhooks {
+            validate_webhook(name, webhook)?;
+        }
+        if self.observability.events_keep_days > DAYS_MAX {
+            return Err(invalid("observability.events_keep_days", format!("must be 0 to {DAYS_MAX}")));
+        }
+        Ok(())
     }
 
     /// The API is plain HTTP, and exports have no password: both stay on this machine, exports unless they are encrypted.
@@ -226,6 +237,26 @@ impl Config {
         }
         Ok(())
     }
+}
+
+fn validate_webhook(name: &str, webhook: &Webhook) -> Result<(), ConfigError> {
+    let key = |key: &str| format!("webhooks.{name}.{key}");
+    let url = reqwest::Url::parse(&webhook.url).map_err(|error| invalid(key("url"), format!("is no URL: {error}")))?;
+    if url.scheme() != "http" || url.host().is_none() {
+        return Err(invalid(key("url"), "must start with http:// and name a host: put a proxy in front of https"));
+    }
+    if !url.username().is_empty() || url.password().is_some() || url.fragment().is_some() {
+        return Err(invalid(key("url"), "must hold no login or fragment"));
+    }
+    if webhook.secret_file.as_os_str().is_empty() {
+        return Err(invalid(key("secret_file"), "must not be empty"));
+    }
+    let stored = || KINDS.into_iter().filter(|kind| *kind != PROGRESS);
+    if let Some(kind) = webhook.events.iter().find(|kind| !stored().any(|stored| stored == kind.as_str())) {
+        let stored: Vec<_> = stored().collect();
+        return Err(invalid(key("events"), format!("holds {kind:?}, which is none of {}", stored.join(", "))));
+    }
+    Ok(())
 }
 
 fn validate_node(name: &str, node: &Node) -> Result<(), ConfigError> {

@@ -118,6 +118,14 @@ fn values_that_break_a_rule_name_the_rule() {
         ("[nodes.a]\nurl = \"http://x/\"", "`nodes.a.url` must not end with a slash"),
         ("[nodes.a]\n[nodes.b]", "`nodes.b.port_range` 10100-10200 overlaps that of node a"),
         ("[nodes.a]\nconnect_timeout_s = 0", "`nodes.a.connect_timeout_s` must be"),
+        ("[webhooks.a]\nurl = \"https://x\"\nsecret_file = \"s\"", "`webhooks.a.url` must start with http://"),
+        ("[webhooks.a]\nurl = \"http://u:p@x\"\nsecret_file = \"s\"", "`webhooks.a.url` must hold no login"),
+        ("[webhooks.a]\nurl = \"http://x\"\nsecret_file = \"\"", "`webhooks.a.secret_file` must not be empty"),
+        (
+            "[webhooks.a]\nurl = \"http://x\"\nsecret_file = \"s\"\nevents = [\"disk.progress\"]",
+            "`webhooks.a.events` holds \"disk.progress\", which is none of job.state",
+        ),
+        ("[observability]\nevents_keep_days = 36501", "`observability.events_keep_days` must be"),
         (&format!("[credentials.a]\n{credential}"), "`credentials.a.username` must not be empty"),
     ];
     for (toml, message) in rows {
@@ -205,7 +213,8 @@ fn every_key_is_documented_with_its_default() {
     let wanted: Vec<(String, String)> = Config::reference()
         .into_iter()
         .map(|(key, default)| {
-            let required = key.starts_with("credentials.");
+            let required =
+                key.starts_with("credentials.") || (key.starts_with("webhooks.") && !key.ends_with(".events"));
             (key, if required { "required".to_owned() } else { format!("`{default}`") })
         })
         .collect();
