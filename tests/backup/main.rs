@@ -17,6 +17,7 @@ mod full_state;
 mod idempotency;
 mod import;
 mod incremental;
+mod kills;
 mod lists;
 mod merge;
 mod merge_crash;

@@ -18,8 +18,11 @@ pub struct Child {
 
 impl Child {
     pub async fn new(faults: Faults) -> Self {
+        Self::with_disks(vec![(2000, content(1, 8 << 20)), (2016, content(2, (2 << 20) + 512))], faults).await
+    }
+
+    pub async fn with_disks(disks: Vec<(u32, Vec<u8>)>, faults: Faults) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let disks = vec![(2000, content(1, 8 << 20)), (2016, content(2, (2 << 20) + 512))];
         let fake = disks
             .iter()
             .map(|(key, bytes)| {
@@ -49,6 +52,11 @@ impl Child {
         let token = std::fs::read_to_string(self.folder.path().join("state/token")).unwrap();
         let http = reqwest::Client::builder().no_proxy().build().unwrap();
         Running { process, token: token.trim().to_owned(), http }
+    }
+
+    /// The next state of the VM, as [`rig::write`].
+    pub fn write(&mut self, writes: &[(u32, usize, Vec<u8>)]) {
+        rig::write(&self.node, &mut self.disks, writes);
     }
 
     pub fn repository(&self) -> PathBuf {
@@ -126,4 +134,14 @@ pub async fn sqlite(database: &Path, statements: &str) {
     let mut connection = options.connect().await.unwrap();
     connection.execute(sqlx::raw_sql(sqlx::AssertSqlSafe(statements.to_owned()))).await.unwrap();
     connection.close().await.unwrap();
+}
+
+/// Asks the database for one number behind the service's back.
+pub async fn sqlite_number(database: &Path, query: &str) -> i64 {
+    use sqlx::{ConnectOptions, Connection};
+    let options = sqlx::sqlite::SqliteConnectOptions::new().filename(database).busy_timeout(rig::DEADLINE);
+    let mut connection = options.connect().await.unwrap();
+    let number = sqlx::query_scalar(sqlx::AssertSqlSafe(query.to_owned())).fetch_one(&mut connection).await.unwrap();
+    connection.close().await.unwrap();
+    number
 }

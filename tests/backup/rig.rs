@@ -125,23 +125,7 @@ impl Rig {
 
     /// The next state of the VM: these bytes are written (device key, offset, data), and change tracking knows where.
     pub fn write(&mut self, writes: &[(u32, usize, Vec<u8>)]) {
-        for (key, offset, data) in writes {
-            let (_, bytes) = self.disks.iter_mut().find(|(known, _)| known == key).unwrap();
-            bytes[*offset..offset + data.len()].copy_from_slice(data);
-        }
-        let disks = &self.disks;
-        self.node.reconfigure(|config| {
-            for (key, bytes) in disks {
-                let disk = config.disks.get_mut(key).unwrap();
-                disk.source = Source::Bytes(Arc::from(bytes.as_slice()));
-                let now = next_change_id(&disk.change_id);
-                disk.changes.insert(std::mem::replace(&mut disk.change_id, now), Vec::new());
-                for (_, offset, data) in writes.iter().filter(|(written, ..)| written == key) {
-                    let range = (*offset as u64, data.len() as u64);
-                    disk.changes.values_mut().for_each(|ranges| ranges.push(range));
-                }
-            }
-        });
+        write(&self.node, &mut self.disks, writes);
     }
 
     /// Gives the VM these disks, in the inventory and in the snapshot. What it had before keeps its past.
@@ -297,6 +281,26 @@ impl Rig {
             expect_image_equals(&image, bytes);
         }
     }
+}
+
+/// Brings disks to their next state, and the node's change tracking with them.
+pub fn write(node: &FakeNode, disks: &mut [(u32, Vec<u8>)], writes: &[(u32, usize, Vec<u8>)]) {
+    for (key, offset, data) in writes {
+        let (_, bytes) = disks.iter_mut().find(|(known, _)| known == key).unwrap();
+        bytes[*offset..offset + data.len()].copy_from_slice(data);
+    }
+    node.reconfigure(|config| {
+        for (key, bytes) in disks {
+            let disk = config.disks.get_mut(key).unwrap();
+            disk.source = Source::Bytes(Arc::from(bytes.as_slice()));
+            let now = next_change_id(&disk.change_id);
+            disk.changes.insert(std::mem::replace(&mut disk.change_id, now), Vec::new());
+            for (_, offset, data) in writes.iter().filter(|(written, ..)| written == key) {
+                let range = (*offset as u64, data.len() as u64);
+                disk.changes.values_mut().for_each(|ranges| ranges.push(range));
+            }
+        }
+    });
 }
 
 /// The configuration of a rig's hub. Points are not verified by themselves: most tests want quiet after a commit.

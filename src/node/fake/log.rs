@@ -123,11 +123,21 @@ impl Log {
         calls.collect()
     }
 
+    /// How many events there are so far.
+    pub fn count(&self) -> usize {
+        self.events.borrow().len()
+    }
+
     /// Waits until an event matches, and returns the first that does. The caller brings its own deadline.
-    pub async fn first<T>(&self, mut matches: impl FnMut(&Event) -> Option<T>) -> T {
+    pub async fn first<T>(&self, matches: impl FnMut(&Event) -> Option<T>) -> T {
+        self.first_after(0, matches).await
+    }
+
+    /// The same among those behind the first `seen` ones.
+    pub async fn first_after<T>(&self, seen: usize, mut matches: impl FnMut(&Event) -> Option<T>) -> T {
         let mut events = self.events.subscribe();
         loop {
-            if let Some(found) = events.borrow_and_update().iter().find_map(&mut matches) {
+            if let Some(found) = events.borrow_and_update().iter().skip(seen).find_map(&mut matches) {
                 return found;
             }
             if events.changed().await.is_err() {
