@@ -7,12 +7,15 @@
 //!
 //! One `POST /api/v1/backup/start` starts one client task (`client`) over the disks the fake was given ([`Source`]).
 
+mod callback;
 mod client;
 mod faults;
+mod link;
 mod log;
 mod server;
 mod socket;
 mod source;
+mod step;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -24,9 +27,10 @@ use tokio::net::TcpListener;
 use tokio::sync::Notify;
 use tokio::task::{JoinHandle, JoinSet};
 
-pub use faults::{CompleteFault, Faults, PausePoint, StartFault};
+pub use faults::{CompleteFault, Faults, PausePoint, StartFault, StatusFault};
 pub use log::{Event, Log, StartCall};
 pub use source::Source;
+pub use step::{Part, Step, StepFault};
 
 /// One disk of the pretended VM.
 #[derive(Clone, Debug)]

@@ -148,7 +148,8 @@ async fn a_status_of_the_node_proves_the_launch_and_gives_the_client_its_time() 
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_unreadable_acceptance_is_an_acceptance_with_a_warning() {
-    let rig = Rig::faulty(Faults { start: StartFault::Unreadable, ..Faults::default() }).await;
+    let unreadable = StartFault::Body { body: "started, somehow".to_owned(), launch: true };
+    let rig = Rig::faulty(Faults { start: unreadable, ..Faults::default() }).await;
     let started = rig.start().await;
     assert_eq!(started["status"], "started");
     let warning = started["warnings"][0].as_str().unwrap();

@@ -7,37 +7,32 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
 
+use blockyard_nbd::Durability;
 use blockyard_nbd::client::{Client as NbdClient, Uri};
-use blockyard_nbd::{Durability, ZeroFlags};
-use bytes::Bytes;
-use serde_json::json;
 
 use super::faults::{CompleteFault, PausePoint};
+use super::link::{Link, part};
 use super::log::{Event, StartCall};
+use super::step::{Step, StepFault};
 use super::{FakeConfig, FakeDisk, Shared, lock};
 
 /// The regions of a disk that a copy hops between.
 const REGIONS: u64 = 3;
-/// How often a failed request is sent on the same socket, and the pauses in between: 1, 2 and 4 of these.
-const ATTEMPTS: u32 = 4;
-const RETRY_PAUSE: Duration = Duration::from_millis(10);
-
 /// Where one disk goes.
-struct Target {
+pub(super) struct Target {
     device_key: u32,
-    uri: Uri,
-    disk_id: u32,
+    pub(super) uri: Uri,
+    pub(super) disk_id: u32,
 }
 
 /// One run of the client.
-struct Client {
-    shared: Arc<Shared>,
-    config: FakeConfig,
-    call: StartCall,
+pub(super) struct Client {
+    pub(super) shared: Arc<Shared>,
+    pub(super) config: FakeConfig,
+    pub(super) call: StartCall,
     /// Bytes of the VM that were sent.
-    sent_bytes: u64,
+    pub(super) sent_bytes: u64,
     paused: bool,
 }
 
@@ -63,7 +58,7 @@ impl Client {
         // The order of the virtual hardware.
         targets.sort_by_key(|target| target.device_key);
         if self.config.faults.lie_in_telemetry {
-            self.telemetry("completed").await?;
+            self.telemetry(Step::Telemetry(0), "completed").await?;
         }
         for (index, target) in targets.iter().enumerate() {
             let disk = self.config.disks.get(&target.device_key).cloned().ok_or_else(|| {
@@ -83,29 +78,32 @@ impl Client {
 
     async fn copy_disk(&mut self, index: usize, target: &Target, disk: &FakeDisk) -> io::Result<()> {
         // Is there one at all, and is its epoch that of this disk's snapshot? Both times the real client says disk 0.
-        let known = self.change_id(0).await?;
-        let compared = self.change_id(0).await?;
+        let known = self.change_id(Step::ChangeId(index, 1), 0).await?;
+        let compared = self.change_id(Step::ChangeId(index, 2), 0).await?;
         let incremental = !known.is_empty() && epoch(&compared) == epoch(&disk.change_id);
         self.pause_at(PausePoint::BeforeConnect(index)).await;
+        let completion = Step::Complete(index);
         if self.config.faults.complete == CompleteFault::BeforeConnect {
-            self.complete(target.disk_id, &disk.change_id).await?;
+            self.complete(completion, target.disk_id, &disk.change_id).await?;
         }
-        let link = NbdClient::connect(&target.uri).await.map_err(io::Error::other)?;
-        let idle = NbdClient::connect(&target.uri).await.map_err(io::Error::other)?;
+        let mut link = self.connect(index, target).await?;
         self.shared.log.push(Event::Connected { disk_id: target.disk_id });
-        let from = if incremental { self.change_id(target.disk_id).await? } else { String::new() };
+        let from = match incremental {
+            true => self.change_id(Step::ChangeId(index, 3), target.disk_id).await?,
+            false => String::new(),
+        };
         self.pause_at(PausePoint::Connected(index)).await;
         if self.config.faults.complete == CompleteFault::Early {
-            self.complete(target.disk_id, &disk.change_id).await?;
+            self.complete(completion, target.disk_id, &disk.change_id).await?;
         }
         let ranges = self.ranges(disk, &from);
-        let bytes = self.copy(&link, target, disk, ranges).await?;
+        let bytes = self.copy(index, &mut link, target, disk, ranges).await?;
         self.shared.log.push(Event::Copied { disk_id: target.disk_id, bytes });
-        self.telemetry("completed").await?;
+        self.telemetry(Step::Telemetry(index), "completed").await?;
         self.pause_at(PausePoint::BeforeComplete(index)).await;
-        self.complete_as_told(target, disk).await?;
+        self.complete_as_told(completion, target, disk).await?;
         if self.config.faults.leak_connection {
-            lock(&self.shared.leaked).push(idle);
+            lock(&self.shared.leaked).push(link.idle);
         }
         Ok(())
     }
@@ -130,11 +128,13 @@ impl Client {
     /// A part of each range in turn, until all are copied.
     async fn copy(
         &mut self,
-        link: &NbdClient,
+        index: usize,
+        link: &mut Link,
         target: &Target,
         disk: &FakeDisk,
         mut positions: Vec<(u64, u64)>,
     ) -> io::Result<u64> {
+        let total = positions.iter().map(|(position, end)| end - position).sum();
         let mut copied = 0;
         while positions.iter().any(|(position, end)| position < end) {
             for (position, end) in &mut positions {
@@ -142,7 +142,8 @@ impl Client {
                 if length == 0 {
                     continue;
                 }
-                self.send(link, target, disk, *position, length).await?;
+                let step = part(copied, length, total).map(|part| Step::Write(index, part));
+                self.send(link, target, disk, (*position, length), step).await?;
                 *position += length;
                 copied += length;
             }
@@ -150,103 +151,31 @@ impl Client {
         Ok(copied)
     }
 
-    async fn send(
-        &mut self,
-        link: &NbdClient,
-        target: &Target,
-        disk: &FakeDisk,
-        offset: u64,
-        length: u64,
-    ) -> io::Result<()> {
-        if let Some(PausePoint::AfterBytes(bytes)) = self.config.faults.pause
-            && self.sent_bytes >= bytes
-        {
-            self.pause().await;
-        }
-        if self.config.faults.die_after_bytes.is_some_and(|bytes| self.sent_bytes >= bytes) {
-            return Err(io::Error::other("the client died"));
-        }
-        let request = u32::try_from(length).map_err(io::Error::other)?;
-        let data = Bytes::from(disk.source.read(offset, request as usize).await?);
-        let zero = if self.config.faults.sampled_zeroes { sampled_zero(&data) } else { is_zero(&data) };
-        let mut pause = RETRY_PAUSE;
-        for attempt in 1..=ATTEMPTS {
-            let sent = if zero {
-                link.zero(offset, length, ZeroFlags::default(), Durability::OnFlush).await
-            } else {
-                link.write(offset, data.clone(), Durability::OnFlush).await
-            };
-            match sent {
-                Ok(()) => break,
-                Err(error) => {
-                    let failed = Event::WriteFailed { disk_id: target.disk_id, error: error.to_string() };
-                    self.shared.log.push(failed);
-                    if attempt == ATTEMPTS {
-                        return Err(io::Error::other(error));
-                    }
-                    tokio::time::sleep(pause).await;
-                    pause *= 2;
-                }
-            }
-        }
-        self.sent_bytes += length;
-        Ok(())
-    }
-
-    async fn complete_as_told(&mut self, target: &Target, disk: &FakeDisk) -> io::Result<()> {
+    async fn complete_as_told(&mut self, step: Step, target: &Target, disk: &FakeDisk) -> io::Result<()> {
         match self.config.faults.complete {
             CompleteFault::Never => return Ok(()),
-            CompleteFault::Disk(disk_id) => return self.complete(disk_id, &disk.change_id).await,
+            CompleteFault::Disk(disk_id) => return self.complete(step, disk_id, &disk.change_id).await,
             CompleteFault::None | CompleteFault::Early | CompleteFault::BeforeConnect => {
-                self.complete(target.disk_id, &disk.change_id).await?;
+                self.complete(step, target.disk_id, &disk.change_id).await?;
             }
             CompleteFault::Twice => {
-                self.complete(target.disk_id, &disk.change_id).await?;
-                self.complete(target.disk_id, &disk.change_id).await?;
+                self.complete(step, target.disk_id, &disk.change_id).await?;
+                self.complete(step, target.disk_id, &disk.change_id).await?;
             }
             CompleteFault::OtherChangeId => {
-                self.complete(target.disk_id, &disk.change_id).await?;
-                self.complete(target.disk_id, "00 00/0").await?;
+                self.complete(step, target.disk_id, &disk.change_id).await?;
+                self.complete(step, target.disk_id, "00 00/0").await?;
             }
         }
         Ok(())
     }
 
-    async fn change_id(&self, disk_id: u32) -> io::Result<String> {
-        let url = format!("{}/api/v1/backups/changeid", self.config.hub_url);
-        let name = self.call.vm_path.rsplit('/').next().unwrap_or_default();
-        let request = self.shared.http.get(url).query(&[("vm_name", name), ("disk_id", &disk_id.to_string())]);
-        let answer = request.send().await.map_err(io::Error::other)?;
-        // Anything but 200 and one flat object of strings means that there is none.
-        let flat = answer.json::<std::collections::BTreeMap<String, String>>().await.unwrap_or_default();
-        let change_id = flat.get("change_id").cloned().unwrap_or_default();
-        self.shared.log.push(Event::ChangeId { disk_id, change_id: change_id.clone() });
-        Ok(change_id)
-    }
-
-    /// Any status but 200 ends the client's work.
-    async fn complete(&self, disk_id: u32, change_id: &str) -> io::Result<()> {
-        let url = format!("{}/api/v1/backups/{}/complete", self.config.hub_url, self.call.job_id);
-        let body = json!({"change_id": change_id, "disk_id": disk_id, "bytes_transferred": 0});
-        let answer = self.shared.http.post(url).json(&body).send().await.map_err(io::Error::other)?;
-        let status = answer.status().as_u16();
-        let body = answer.text().await.map_err(io::Error::other)?;
-        self.shared.log.push(Event::Completed { disk_id, status, body });
-        if status == 200 { Ok(()) } else { Err(io::Error::other(format!("/complete was answered {status}"))) }
-    }
-
-    async fn telemetry(&self, word: &str) -> io::Result<()> {
-        let url = format!("{}/api/v1/telemetry/backup/{}", self.config.hub_url, self.call.job_id);
-        let total: u64 = self.config.disks.values().map(|disk| disk.source.size_bytes()).sum();
-        let body = json!({
-            "job_id": self.call.job_id, "job_type": "backup", "status": word, "current_phase": "transferring",
-            "bytes_transferred": self.sent_bytes, "total_bytes": total, "transfer_speed_bps": 0, "eta_seconds": 0,
-            "progress_percent": 100.0, "disks": [], "timestamp": crate::clock::UtcTime::now(),
-        });
-        let answer = self.shared.http.post(url).json(&body).send().await.map_err(io::Error::other)?;
-        let status = answer.status().as_u16();
-        self.shared.log.push(Event::Telemetry { sent: word.to_owned(), status });
-        Ok(())
+    /// What goes wrong at this step: once.
+    pub(super) fn fault_at(&mut self, step: Step) -> Option<StepFault> {
+        let found = self.config.faults.step.filter(|(at, _)| *at == step)?;
+        self.config.faults.step = None;
+        self.shared.log.push(Event::WentWrong { step });
+        Some(found.1)
     }
 
     async fn pause_at(&mut self, point: PausePoint) {
@@ -256,27 +185,12 @@ impl Client {
     }
 
     /// Waits once; a client that was resumed goes on to its end.
-    async fn pause(&mut self) {
+    pub(super) async fn pause(&mut self) {
         if !std::mem::replace(&mut self.paused, true) {
             self.shared.log.push(Event::Paused);
             self.shared.resume.notified().await;
         }
     }
-}
-
-fn is_zero(data: &[u8]) -> bool {
-    data.iter().all(|&byte| byte == 0)
-}
-
-/// A large chunk judged by its beginning, its quarters and its end.
-fn sampled_zero(data: &[u8]) -> bool {
-    const SAMPLED: usize = 4 << 20;
-    const SAMPLE: usize = 8 << 10;
-    if data.len() < SAMPLED {
-        return is_zero(data);
-    }
-    let last = data.len() - SAMPLE;
-    (0..=4).all(|quarter| data.get(last / 4 * quarter..).is_some_and(|rest| is_zero(&rest[..SAMPLE.min(rest.len())])))
 }
 
 /// The part of a change id that names the history it belongs to.

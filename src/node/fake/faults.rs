@@ -2,11 +2,17 @@
 
 use std::time::Duration;
 
+use super::step::{Step, StepFault};
+
 /// What goes wrong; nothing by default.
 #[derive(Clone, Debug, Default)]
 pub struct Faults {
     /// How the start call is answered.
     pub start: StartFault,
+    /// How the question whether a job is known is answered.
+    pub status: StatusFault,
+    /// A step of the client's conversation that goes wrong.
+    pub step: Option<(Step, StepFault)>,
     /// Where the client waits until it is told to go on.
     pub pause: Option<PausePoint>,
     /// The client is launched and never connects nor calls.
@@ -54,12 +60,44 @@ pub enum StartFault {
         /// Whether a client starts.
         launch: bool,
     },
-    /// 200 with a body that is no JSON; the client is launched.
-    Unreadable,
+    /// 200 with this body instead of the right one.
+    Body {
+        /// What is sent.
+        body: String,
+        /// Whether a client starts.
+        launch: bool,
+    },
+    /// 200 with a body that breaks off.
+    Truncated {
+        /// Whether a client starts.
+        launch: bool,
+    },
+    /// As it should be, but two clients are launched.
+    LaunchTwice,
     /// 200 that says `"status": "failed"`; no client.
     StatusFailed,
     /// 307 to another address; no client.
     Redirect(String),
+}
+
+/// How the question whether a job is known is answered.
+#[derive(Clone, Debug, Default)]
+pub enum StatusFault {
+    /// As it should be: 404 before the launch, `running` for ever after.
+    #[default]
+    None,
+    /// With this status and a plain text.
+    Status(u16),
+    /// With 200 and this body.
+    Body(String),
+    /// Never, while the connection stays open.
+    Hang,
+    /// By closing the connection without a byte.
+    Reset,
+    /// With 200 and a body that breaks off.
+    Truncated,
+    /// Rightly, but after this time.
+    Late(Duration),
 }
 
 /// Where a client waits for [`super::FakeNode::resume`].

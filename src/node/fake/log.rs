@@ -2,6 +2,8 @@
 
 use tokio::sync::watch;
 
+use super::step::Step;
+
 /// The body of a start call, as the node reads it.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -38,6 +40,11 @@ pub enum Event {
         /// For this job.
         job_id: String,
     },
+    /// The node was asked whether it knows a job.
+    StatusAsked {
+        /// The job.
+        job_id: String,
+    },
     /// The hub told a change id.
     ChangeId {
         /// The number that was asked for.
@@ -58,6 +65,11 @@ pub enum Event {
         disk_id: u32,
         /// How many bytes were written or zeroed.
         bytes: u64,
+    },
+    /// A step of the client went wrong, as it was told to.
+    WentWrong {
+        /// Which one.
+        step: Step,
     },
     /// A write was refused.
     WriteFailed {

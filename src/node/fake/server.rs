@@ -12,11 +12,14 @@ use serde_json::json;
 use tokio::net::TcpListener;
 
 use super::client;
-use super::faults::StartFault;
+use super::faults::{StartFault, StatusFault};
 use super::log::{Event, StartCall};
 use super::socket::{Cut, CuttableListener};
 use super::{Shared, lock};
 use crate::clock::UtcTime;
+
+/// How many bytes of an answer leave before it breaks off: more than its headers have.
+const BROKEN_OFF_AT: usize = 1000;
 
 pub(super) async fn serve(listener: TcpListener, shared: Arc<Shared>) {
     let router = Router::new()
@@ -56,12 +59,20 @@ async fn start(State(shared): State<Arc<Shared>>, ConnectInfo(cut): ConnectInfo<
         }
         StartFault::Reset { launch } => {
             launch_if(launch, &shared, &call);
-            cut.now();
+            cut.after(0);
             StatusCode::OK.into_response()
         }
-        StartFault::Unreadable => {
+        StartFault::Body { body, launch } => {
+            launch_if(launch, &shared, &call);
+            body.into_response()
+        }
+        StartFault::Truncated { launch } => {
+            launch_if(launch, &shared, &call);
+            broken_off(&cut)
+        }
+        StartFault::LaunchTwice => {
             launch_if(true, &shared, &call);
-            "started, somehow".into_response()
+            started(&shared, &call)
         }
         StartFault::StatusFailed => {
             Json(json!({"job_id": call.job_id, "status": "failed", "message": "VDDK is not installed"})).into_response()
@@ -88,9 +99,45 @@ fn launch_if(launch: bool, shared: &Arc<Shared>, call: &StartCall) {
     }
 }
 
+/// An answer that is long enough to break off within its body.
+fn broken_off(cut: &Cut) -> Response {
+    cut.after(BROKEN_OFF_AT);
+    Json(json!({"status": "started", "message": "x".repeat(4 * BROKEN_OFF_AT)})).into_response()
+}
+
 /// 404 before the launch, `running` for ever after.
-async fn status(State(shared): State<Arc<Shared>>, Path(job_id): Path<String>) -> Response {
-    let launched = |event: &Event| matches!(event, Event::Launched { job_id: launched } if *launched == job_id);
+async fn status(
+    State(shared): State<Arc<Shared>>,
+    ConnectInfo(cut): ConnectInfo<Cut>,
+    Path(job_id): Path<String>,
+) -> Response {
+    shared.log.push(Event::StatusAsked { job_id: job_id.clone() });
+    let fault = lock(&shared.config).faults.status.clone();
+    match fault {
+        StatusFault::None => known(&shared, &job_id),
+        StatusFault::Status(status) => {
+            let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+            (status, "not this time").into_response()
+        }
+        StatusFault::Body(body) => body.into_response(),
+        StatusFault::Hang => {
+            tokio::time::sleep(Duration::MAX).await;
+            StatusCode::OK.into_response()
+        }
+        StatusFault::Reset => {
+            cut.after(0);
+            StatusCode::OK.into_response()
+        }
+        StatusFault::Truncated => broken_off(&cut),
+        StatusFault::Late(pause) => {
+            tokio::time::sleep(pause).await;
+            known(&shared, &job_id)
+        }
+    }
+}
+
+fn known(shared: &Shared, job_id: &str) -> Response {
+    let launched = |event: &Event| matches!(event, Event::Launched { job_id: launched } if launched == job_id);
     if shared.log.events().iter().any(launched) {
         Json(json!({"job_id": job_id, "status": "running"})).into_response()
     } else {

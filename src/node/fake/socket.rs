@@ -4,7 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 
 use axum::extract::connect_info::Connected;
@@ -21,17 +21,34 @@ pub(super) struct CuttableStream {
     cut: Cut,
 }
 
-/// Cuts one connection: whatever is written after that does not leave, and the connection closes.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Cut(Arc<AtomicBool>);
+/// Cuts one connection: so many more bytes leave, and then it closes.
+#[derive(Clone, Debug)]
+pub(super) struct Cut(Arc<AtomicUsize>);
+
+impl Default for Cut {
+    fn default() -> Self {
+        Self(Arc::new(AtomicUsize::new(usize::MAX)))
+    }
+}
 
 impl Cut {
-    pub(super) fn now(&self) {
-        self.0.store(true, Ordering::Release);
+    pub(super) fn after(&self, bytes: usize) {
+        self.0.store(bytes, Ordering::Release);
     }
 
-    fn check(&self) -> io::Result<()> {
-        if self.0.load(Ordering::Acquire) { Err(io::ErrorKind::ConnectionReset.into()) } else { Ok(()) }
+    /// How many bytes may leave now.
+    fn room(&self) -> io::Result<usize> {
+        match self.0.load(Ordering::Acquire) {
+            0 => Err(io::ErrorKind::ConnectionReset.into()),
+            room => Ok(room),
+        }
+    }
+
+    fn left(&self, bytes: usize) {
+        let room = self.0.load(Ordering::Acquire);
+        if room != usize::MAX {
+            self.0.store(room.saturating_sub(bytes), Ordering::Release);
+        }
     }
 }
 
@@ -67,12 +84,17 @@ impl AsyncRead for CuttableStream {
 
 impl AsyncWrite for CuttableStream {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.cut.check()?;
-        Pin::new(&mut self.stream).poll_write(context, bytes)
+        let room = self.cut.room()?;
+        let bytes = bytes.get(..room).unwrap_or(bytes);
+        let written = Pin::new(&mut self.stream).poll_write(context, bytes);
+        if let Poll::Ready(Ok(bytes)) = written {
+            self.cut.left(bytes);
+        }
+        written
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.cut.check()?;
+        self.cut.room()?;
         Pin::new(&mut self.stream).poll_flush(context)
     }
 
