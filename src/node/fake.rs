@@ -55,8 +55,10 @@ impl FakeDisk {
 pub struct FakeConfig {
     /// Where the client finds the hub: `http://host:port`.
     pub hub_url: String,
-    /// The disks in the snapshot, by device key. Every VM has the same ones.
+    /// The disks in the snapshot, by device key. Every VM has the same ones, unless it has its own.
     pub disks: BTreeMap<u32, FakeDisk>,
+    /// The disks of single VMs, by the name of the VM.
+    pub vms: BTreeMap<String, BTreeMap<u32, FakeDisk>>,
     /// The largest request the client sends. The real one reads up to 32 MiB at a time.
     pub request_bytes: usize,
     /// Folder of the certificates by which the client reaches targets in TLS, under the names that libnbd uses.
@@ -69,7 +71,8 @@ impl FakeConfig {
     /// A node that does everything right.
     pub fn new(hub_url: impl Into<String>, disks: BTreeMap<u32, FakeDisk>) -> Self {
         let hub_url = hub_url.into();
-        Self { hub_url, disks, request_bytes: 32 << 20, certificates: None, faults: Faults::default() }
+        let vms = BTreeMap::new();
+        Self { hub_url, disks, vms, request_bytes: 32 << 20, certificates: None, faults: Faults::default() }
     }
 }
 

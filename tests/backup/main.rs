@@ -22,6 +22,7 @@ mod kills;
 mod lists;
 mod merge;
 mod merge_crash;
+mod many;
 mod metrics;
 mod names;
 mod nbd;

@@ -1,5 +1,6 @@
 //! The real binary as the hub, with one VM and a fake node beside it: for tests that end the process.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use blockyard::node::fake::{Event, FakeConfig, FakeDisk, FakeNode, Faults, Source};
@@ -22,20 +23,22 @@ impl Child {
     }
 
     pub async fn with_disks(disks: Vec<(u32, Vec<u8>)>, faults: Faults) -> Self {
+        Self::configured(disks, faults, rig::free_ports(), "").await
+    }
+
+    /// With more configuration, and these ports.
+    pub async fn configured(
+        disks: Vec<(u32, Vec<u8>)>,
+        faults: Faults,
+        ports: std::ops::RangeInclusive<u16>,
+        more: &str,
+    ) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let fake = disks
-            .iter()
-            .map(|(key, bytes)| {
-                let source = Source::Bytes(bytes.as_slice().into());
-                (*key, FakeDisk::new(source, change_id(*key)))
-            })
-            .collect();
-        let mut config = FakeConfig::new("http://127.0.0.1:1", fake);
+        let mut config = FakeConfig::new("http://127.0.0.1:1", fake_disks(&disks));
         config.request_bytes = 256 << 10;
         config.faults = faults;
         let node = FakeNode::start(config).await.unwrap();
-        let ports = rig::free_ports();
-        let toml = rig::configuration(&node.url(), folder.path(), &ports, "");
+        let toml = rig::configuration(&node.url(), folder.path(), &ports, more);
         let toml = toml.replace("{folder}", folder.path().to_str().unwrap());
         std::fs::write(folder.path().join("blockyard.toml"), toml).unwrap();
         std::fs::create_dir(folder.path().join("main")).unwrap();
@@ -66,11 +69,7 @@ impl Child {
     /// Makes the VM and the repository and returns the VM's id.
     pub async fn furnish(&self, running: &Running) -> String {
         running.post("/repositories", &json!({"id": "main", "name": "main", "path": self.repository()})).await;
-        let mut vm = crate::support::vm_body("db-server");
-        vm["credential"] = "main".into();
-        vm["disks"] =
-            rig::sizes(&self.disks).iter().map(|(key, size)| json!({"device_key": key, "size_bytes": size})).collect();
-        running.post("/vms", &vm).await["id"].as_str().unwrap().to_owned()
+        running.add_vm("db-server", &self.disks).await
     }
 
     pub async fn paused(&self) {
@@ -84,6 +83,13 @@ impl Child {
             assert!(connected.is_err(), "something listens on {port}");
         }
     }
+}
+
+/// The same disks as the node has them, without a past.
+pub fn fake_disks(disks: &[(u32, Vec<u8>)]) -> BTreeMap<u32, FakeDisk> {
+    let fake =
+        |(key, bytes): &(u32, Vec<u8>)| (*key, FakeDisk::new(Source::Bytes(bytes.as_slice().into()), change_id(*key)));
+    disks.iter().map(fake).collect()
 }
 
 pub struct Running {
@@ -107,6 +113,14 @@ impl Running {
         let text = answer.text().await.unwrap();
         assert!(status.is_success(), "{path}: {status} {text}");
         serde_json::from_str(&text).unwrap()
+    }
+
+    pub async fn add_vm(&self, name: &str, disks: &[(u32, Vec<u8>)]) -> String {
+        let mut vm = crate::support::vm_body(name);
+        vm["credential"] = "main".into();
+        vm["disks"] =
+            rig::sizes(disks).iter().map(|(key, size)| json!({"device_key": key, "size_bytes": size})).collect();
+        self.post("/vms", &vm).await["id"].as_str().unwrap().to_owned()
     }
 
     pub async fn back_up(&self, vm: &str) -> Value {

@@ -38,7 +38,10 @@ pub(super) struct Client {
 
 /// Copies the VM of one start call.
 pub(super) async fn run(shared: Arc<Shared>, call: StartCall) {
-    let config = lock(&shared.config).clone();
+    let mut config = lock(&shared.config).clone();
+    if let Some(own) = config.vms.remove(&call.vm_name) {
+        config.disks = own;
+    }
     let job_id = call.job_id.clone();
     let log_to = Arc::clone(&shared);
     let mut client = Client { shared, config, call, sent_bytes: 0, paused: false };
