@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::time::Duration;
 
 use blockyard::node::fake::{Event, Faults, PausePoint};
@@ -17,6 +17,7 @@ use sha2::{Digest, Sha256};
 use crate::crash::kill_at;
 use crate::process::{Child, Running, sqlite_number};
 use crate::rig::{self, content, id_of, tool};
+use crate::support::process::blockyard_under;
 
 const KILLS: usize = 60;
 /// Every such start is itself killed once before it may end.
@@ -227,9 +228,9 @@ impl Campaign {
         let inject = format!("inject={call}:signal=SIGKILL:when={}", self.random.usize(1..30));
         let folder = self.child.folder.path();
         // The tracer is a grandchild: the child is the service.
-        let mut child = Command::new("strace")
-            .args(["-D", "-f", "-qq", "-o", "/dev/null", "-e", &format!("trace={call}"), "-e", &inject])
-            .arg(env!("CARGO_BIN_EXE_blockyard"))
+        let trace = format!("trace={call}");
+        let tracer = ["-D", "-f", "-qq", "-o", "/dev/null", "-e", &trace, "-e", &inject];
+        let mut child = blockyard_under("strace", &tracer)
             .args(["serve", "--config"])
             .arg(folder.join("blockyard.toml"))
             .env("BLOCKYARD__SERVER__BIND", "127.0.0.1:0")

@@ -12,6 +12,7 @@ mod client;
 mod complete;
 mod crash;
 mod events;
+mod durable_order;
 mod enospc;
 mod foreign;
 mod full_state;

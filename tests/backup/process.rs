@@ -7,7 +7,7 @@ use blockyard::node::fake::{Event, FakeConfig, FakeDisk, FakeNode, Faults, Sourc
 use serde_json::{Value, json};
 
 use crate::rig::{self, change_id, content};
-use crate::support::process::ServeProcess;
+use crate::support::process::{ServeProcess, blockyard};
 
 /// The real binary with one VM and a fake node beside it.
 pub struct Child {
@@ -46,8 +46,12 @@ impl Child {
     }
 
     pub fn start(&self) -> Running {
+        self.start_as(blockyard())
+    }
+
+    pub fn start_as(&self, command: std::process::Command) -> Running {
         let config = self.folder.path().join("blockyard.toml");
-        let process = ServeProcess::start(self.folder.path(), |command| {
+        let process = ServeProcess::start_as(command, self.folder.path(), |command| {
             command.arg("--config").arg(&config);
         });
         let hub_url = process.url.clone();

@@ -17,7 +17,17 @@ pub struct ServeProcess {
 
 /// The binary of this build, with an environment that no shell of the developer reaches.
 pub fn blockyard() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_blockyard"));
+    undisturbed(Command::new(env!("CARGO_BIN_EXE_blockyard")))
+}
+
+/// The same under a program that is given these arguments before it.
+pub fn blockyard_under(program: &str, arguments: &[&str]) -> Command {
+    let mut command = Command::new(program);
+    command.args(arguments).arg(env!("CARGO_BIN_EXE_blockyard"));
+    undisturbed(command)
+}
+
+fn undisturbed(mut command: Command) -> Command {
     for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("BLOCKYARD")) {
         command.env_remove(name);
     }
@@ -27,7 +37,11 @@ pub fn blockyard() -> Command {
 impl ServeProcess {
     /// Starts the service on a free port with its state in `folder` and waits for its ready line.
     pub fn start(folder: &Path, configure: impl FnOnce(&mut Command)) -> Self {
-        let mut command = blockyard();
+        Self::start_as(blockyard(), folder, configure)
+    }
+
+    /// The same by this command, which is the binary or becomes it.
+    pub fn start_as(mut command: Command, folder: &Path, configure: impl FnOnce(&mut Command)) -> Self {
         command
             .arg("serve")
             .env("BLOCKYARD__SERVER__BIND", "127.0.0.1:0")
