@@ -1,10 +1,15 @@
 //! A text that must never be printed.
 
 use std::fmt;
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
+
+/// The longest file that is taken for a secret.
+const MAX_BYTES: u64 = 64 << 10;
 
 /// A password or token. Prints as `[secret]`; only [`Secret::expose`] gives it away.
 #[derive(Clone)]
@@ -19,7 +24,7 @@ pub enum SecretError {
         /// The file.
         path: PathBuf,
         /// What the system said.
-        source: std::io::Error,
+        source: io::Error,
     },
     /// There is nothing in it.
     #[error("{} is empty", path.display())]
@@ -31,14 +36,34 @@ pub enum SecretError {
 
 impl Secret {
     /// The content of a file without the line end that editors add.
+    ///
+    /// # Errors
+    /// It cannot be read as text, is empty, or has more than 64 KiB.
     pub fn read(path: &Path) -> Result<Self, SecretError> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| SecretError::Unreadable { path: path.to_owned(), source })?;
+        let unreadable = |source| SecretError::Unreadable { path: path.to_owned(), source };
+        let mut text = String::new();
+        let file = File::open(path).map_err(unreadable)?;
+        file.take(MAX_BYTES + 1).read_to_string(&mut text).map_err(unreadable)?;
+        if text.len() as u64 > MAX_BYTES {
+            return Err(unreadable(io::ErrorKind::FileTooLarge.into()));
+        }
         let text = text.trim_end_matches(['\r', '\n']);
         if text.is_empty() {
             return Err(SecretError::Empty { path: path.to_owned() });
         }
         Ok(Self(text.to_owned()))
+    }
+
+    /// The same of a regular file and nothing else: whoever reads a pipe waits for as long as it likes.
+    ///
+    /// # Errors
+    /// Those of [`Secret::read`], and that it is no regular file.
+    pub fn read_regular(path: &Path) -> Result<Self, SecretError> {
+        let unreadable = |source| SecretError::Unreadable { path: path.to_owned(), source };
+        if !std::fs::metadata(path).map_err(unreadable)?.is_file() {
+            return Err(unreadable(io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file")));
+        }
+        Self::read(path)
     }
 
     /// The text itself. Keep what is made of it out of logs, errors and the database.

@@ -216,7 +216,8 @@ async fn credential(shared: &Shared, vm: &Vm) -> Result<(String, Secret), StartE
         .get(name)
         .ok_or_else(|| missing(format!("credentials.{name} is not in the configuration")))?;
     let file = credential.password_file.clone();
-    let password = tokio::task::spawn_blocking(move || Secret::read(&file)).await.map_err(|_| StartError::Panicked)?;
+    let password = tokio::task::spawn_blocking(move || Secret::read_regular(&file)).await;
+    let password = password.map_err(|_| StartError::Panicked)?;
     match password {
         Ok(password) => Ok((credential.username.clone(), password)),
         Err(error) => {

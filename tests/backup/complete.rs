@@ -50,6 +50,29 @@ async fn vm_with_one_unsealed_disk_has_no_new_point_and_no_new_change_id() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn missing_disk_in_the_inventory_answer_fails_the_job() {
+    // The snapshot has a disk that nobody told the hub of, or lacks one: whatever was copied of the others is no backup of
+    // the VM. (Where the unknown disk comes last, the others are complete when the client finds it: the inventory is all
+    // that the hub has to tell by, and what it did copy is true.)
+    for (unknown, code) in [(Some(100), "no_client"), (Some(2001), "stalled"), (None, "stalled")] {
+        let toml = "[jobs]\nfirst_contact_s = 1\nidle_s = 1\nstalled_s = 1\n".to_owned();
+        let rig = Rig::with(Plan { toml, ..Plan::default() }).await;
+        rig.node.reconfigure(|config| {
+            match unknown {
+                Some(key) => config.disks.insert(key, config.disks[&2016].clone()),
+                None => config.disks.remove(&2016),
+            };
+        });
+        let backup = rig.back_up().await;
+        assert_eq!((&backup["state"], &backup["code"]), (&json!("failed"), &json!(code)), "{unknown:?}: {backup:#}");
+        assert_eq!(backup["facets"]["snapshot_cleanup"], "alert");
+        assert_eq!(rig.client_ended().await.is_some(), unknown.is_some());
+        assert!(rig.points().await.is_empty());
+        rig.expect_nothing_left(0).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn telemetry_completed_changes_nothing_but_the_hint() {
     let faults = Faults { lie_in_telemetry: true, pause: Some(PausePoint::BeforeConnect(0)), ..Faults::default() };
     let rig = Rig::faulty(faults).await;

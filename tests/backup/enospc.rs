@@ -7,7 +7,7 @@ use blockyard::node::fake::{Event, Faults};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::privileged::Mounted;
+use crate::privileged::{Mounted, privileged};
 use crate::rig::{self, Plan, Rig, content, id_of};
 
 /// What file systems in memory count in.
@@ -27,12 +27,12 @@ struct Tally {
 }
 
 /// Backs up at this size and one page more each time, until a backup commits.
-async fn grow_until_committed(rig: &Rig, mounted: &Mounted, small: &Path, mut size: u64) -> (Value, Tally) {
+async fn grow_until_committed(rig: &Rig, small: &Path, mut size: u64) -> (Value, Tally) {
     let mut tally = Tally::default();
     let before = digests(small);
     let published = rig::backup_directories(small).iter().filter(|name| !name.ends_with('/')).count();
     loop {
-        mounted.resize(size);
+        resize(small, size);
         let start = json!({"vm_context_id": rig.vm, "repository_id": "small", "backup_type": "auto"});
         let calls = rig.node.log().calls().len();
         let answer = rig.service.post("/api/v1/backups/vm", &start).await;
@@ -68,6 +68,13 @@ async fn grow_until_committed(rig: &Rig, mounted: &Mounted, small: &Path, mut si
         size += PAGE;
         assert!(size < 4 << 20, "no size is enough");
     }
+}
+
+/// Gives a file system in memory another size in bytes.
+fn resize(folder: &Path, bytes: u64) {
+    let options = format!("remount,size={bytes}");
+    let status = privileged("mount").args(["-o", &options]).arg(folder).status().unwrap();
+    assert!(status.success(), "mount -o {options}");
 }
 
 /// How often an event of this kind holds this word.
@@ -125,7 +132,7 @@ async fn enospc_at_every_write_of_a_backup_fails_it_cleanly_or_not_at_all() {
     let plan = Plan { disks, toml: CONFIGURATION.to_owned(), request_bytes: 8 << 10, ..Plan::default() };
     let mut rig = Rig::with(plan).await;
     let small = rig.service.folder.path().join("small");
-    let mounted = Mounted::small(&small, "64k");
+    let _mounted = Mounted::small(&small, "64k");
     let body = json!({"id": "small", "name": "small", "path": small});
     rig.service.post("/api/v1/repositories", &body).await.expect_status(201);
 
@@ -135,18 +142,18 @@ async fn enospc_at_every_write_of_a_backup_fails_it_cleanly_or_not_at_all() {
     assert_eq!(rig.end_of(id_of(&started)).await["code"], "insufficient_storage");
     client_ended(&rig).await;
 
-    let (full, fulls) = grow_until_committed(&rig, &mounted, &small, used(&small)).await;
+    let (full, fulls) = grow_until_committed(&rig, &small, used(&small)).await;
     assert_eq!(full["backup_type"], "full");
     rig.write(&[
         (FIRST, 0, content(3, 40 << 10)),
         (FIRST, 80 << 10, vec![0; 8 << 10]),
         (SECOND, 4096, content(4, 30 << 10)),
     ]);
-    let (incremental, incrementals) = grow_until_committed(&rig, &mounted, &small, used(&small)).await;
+    let (incremental, incrementals) = grow_until_committed(&rig, &small, used(&small)).await;
     assert_eq!(incremental["backup_type"], "incremental");
     // On top of that one, and now everything is in the way of nobody.
     rig.write(&[(SECOND, 0, content(5, 20 << 10))]);
-    mounted.resize(16 << 20);
+    resize(&small, 16 << 20);
     let start = json!({"vm_context_id": rig.vm, "repository_id": "small", "backup_type": "incremental"});
     let started = rig.service.post("/api/v1/backups/vm", &start).await.expect_status(200).json();
     let last = rig.end_of(id_of(&started)).await;

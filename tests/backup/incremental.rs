@@ -128,6 +128,30 @@ async fn each_incremental_is_backed_by_the_point_whose_change_id_it_started_from
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn first_incremental_of_a_new_vm_finds_its_full() {
+    // By whatever name it is asked for, and although another VM has points already.
+    let mut rig = rig("").await;
+    commit(&rig).await;
+    let vm = crate::rig::add_vm(&rig.service, "new-vm", &crate::rig::sizes(&rig.disks)).await;
+    let by_name = json!({"vm_name": "new-vm", "repository_id": "main", "backup_type": "full"});
+    let started = rig.service.post("/api/v1/backups/vm", &by_name).await.expect_status(200).json();
+    let full = rig.end_of(id_of(&started)).await;
+    assert_eq!(full["state"], "committed", "{full:#}");
+    let mut below = id_of(&full).to_owned();
+    for (round, field, value) in [(1, "vm_context_id", vm.as_str()), (2, "vm_name", "new-vm")] {
+        write_everywhere(&mut rig, round);
+        let body = json!({field: value, "repository_id": "main", "backup_type": "incremental"});
+        let started = rig.service.post("/api/v1/backups/vm", &body).await.expect_status(200).json();
+        let backup = rig.end_of(id_of(&started)).await;
+        assert_eq!((&backup["state"], &backup["vm_context_id"]), (&json!("committed"), &json!(vm)), "{backup:#}");
+        assert_eq!(values(&backup, "parent_id"), vec![below; 3]);
+        assert_eq!(values(&backup, "effective_type"), ["incremental"; 3]);
+        expect_restores(&published(&rig, id_of(&backup)).await, &rig.disks);
+        below = id_of(&backup).to_owned();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn second_repository_starts_with_a_full_although_the_first_has_points() {
     let mut rig = rig("").await;
     let first = commit(&rig).await;

@@ -2,6 +2,7 @@
 //! and libnbd's tools as clients and judges.
 #![allow(unreachable_pub, reason = "the files of one binary share what they need")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+#![allow(clippy::print_stdout, reason = "seeds and counts are for whoever repeats a run")]
 
 #[path = "../support/mod.rs"]
 mod support;
@@ -18,8 +19,10 @@ mod foreign;
 mod full_state;
 mod idempotency;
 mod import;
+mod idle;
 mod incremental;
 mod kills;
+mod limits;
 mod lists;
 mod merge;
 mod merge_crash;

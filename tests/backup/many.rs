@@ -1,14 +1,15 @@
-//! Many VMs at once on one hub: as many jobs as may run, each with its own disks, within the memory that was set.
+//! Many VMs at once on one hub, each with its own disks: as many jobs as may run, within the memory that was set; and two
+//! nodes at once.
 
 use std::path::Path;
 
-use blockyard::node::fake::{Event, Faults, PausePoint};
+use blockyard::node::fake::{Event, FakeConfig, FakeNode, Faults, PausePoint};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tokio::task::JoinSet;
 
 use crate::process::{Child, Running, fake_disks};
-use crate::rig::{self, id_of, tool};
+use crate::rig::{self, Plan, Rig, id_of, tool};
 
 const VMS: usize = 50;
 const MIB: usize = 1 << 20;
@@ -139,4 +140,57 @@ async fn fifty_vms_of_two_disks_are_backed_up_at_once() {
     child.node.reconfigure(|config| config.faults = Faults::default());
     let started = running.back_up(&vms[VMS]).await;
     expect_content(&running.end_of(id_of(&started)).await, &disks(VMS));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_nodes_with_their_own_ranges_run_at_once() {
+    let pause = || Faults { pause: Some(PausePoint::Connected(0)), ..Faults::default() };
+    let mut config = FakeConfig::new("http://127.0.0.1:1", fake_disks(&disks(1)));
+    config.faults = pause();
+    let other = FakeNode::start(config).await.unwrap();
+    let own = rig::many_free_ports(2);
+    let (first, last) = (own.start(), own.end());
+    let toml = format!("[nodes.other]\nurl = \"{}\"\nport_range = \"{first}-{last}\"\n", other.url());
+    let rig = Rig::with(Plan { disks: disks(0), toml, faults: pause(), ..Plan::default() }).await;
+    let hub_url = rig.service.service.url();
+    other.reconfigure(|config| config.hub_url = hub_url);
+    let mut vm = crate::support::vm_body("elsewhere");
+    vm["credential"] = "main".into();
+    vm["node"] = "other".into();
+    vm["disks"] = SIZES.map(|(key, size)| json!({"device_key": key, "size_bytes": size})).to_vec().into();
+    let vm = rig.service.post("/api/v1/vms", &vm).await.expect_status(201).json();
+
+    let here = rig.start().await;
+    let body = json!({"vm_context_id": vm["id"], "repository_id": "main", "backup_type": "auto"});
+    let there = rig.service.post("/api/v1/backups/vm", &body).await.expect_status(200).json();
+    // Both clients are connected: neither waits for the other.
+    for node in [&rig.node, &other] {
+        let paused = node.log().first(|event| (*event == Event::Paused).then_some(()));
+        tokio::time::timeout(rig::DEADLINE, paused).await.expect("no client came");
+        assert_eq!(node.log().calls().len(), 1);
+    }
+    let ports = |started: &Value| -> Vec<u64> {
+        let disks = started["disk_results"].as_array().unwrap();
+        disks.iter().map(|disk| disk["nbd_port"].as_u64().unwrap()).collect()
+    };
+    assert_eq!(ports(&there), own.clone().map(u64::from).collect::<Vec<_>>());
+    assert!(ports(&here).iter().all(|port| rig.ports.contains(&u16::try_from(*port).unwrap())));
+    // The range of a node is all that it has.
+    let third = rig::add_vm(&rig.service, "third", &[(2000, 512)]).await;
+    let path = format!("/api/v1/vms/{third}");
+    let etag = rig.service.get(&path).await.header("etag").to_owned();
+    let mut third_body = crate::support::vm_body("third");
+    third_body["credential"] = "main".into();
+    third_body["node"] = "other".into();
+    third_body["disks"] = json!([{"device_key": 2000, "size_bytes": 512}]);
+    rig.service.put(&path, &etag, &third_body).await.expect_status(200);
+    let body = json!({"vm_context_id": third, "repository_id": "main", "backup_type": "auto"});
+    rig.service.post("/api/v1/backups/vm", &body).await.expect_problem(503, "no_ports");
+
+    rig.node.resume();
+    other.resume();
+    for (started, vm) in [(&here, 0), (&there, 1)] {
+        expect_content(&rig.end_of(id_of(started)).await, &disks(vm));
+    }
+    rig.expect_nothing_left(2).await;
 }

@@ -78,9 +78,14 @@ impl Nbd {
         }
     }
 
-    /// Announces a write, sends a part of its payload, and is gone.
-    pub fn break_off_in_a_write(mut self, offset: u64, announced: usize, sent: usize) {
+    /// Announces a write, sends a part of its payload, and no more.
+    pub fn stop_in_a_write(&mut self, offset: u64, announced: usize, sent: usize) {
         self.send_header(WRITE, offset, announced).unwrap();
         self.stream.write_all(&vec![7; sent]).unwrap();
+    }
+
+    /// Announces a write, sends a part of its payload, and is gone.
+    pub fn break_off_in_a_write(mut self, offset: u64, announced: usize, sent: usize) {
+        self.stop_in_a_write(offset, announced, sent);
     }
 }

@@ -29,11 +29,6 @@ impl Mounted {
         mounted
     }
 
-    /// Gives one in memory another size in bytes.
-    pub fn resize(&self, bytes: u64) {
-        run(&["-o", &format!("remount,size={bytes}"), self.0.to_str().unwrap()]);
-    }
-
     /// A folder that can only be read.
     pub fn read_only(folder: &Path) -> Self {
         std::fs::create_dir(folder).unwrap();

@@ -131,6 +131,38 @@ async fn missing_credential_is_422_before_any_port_is_taken() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn unreadable_secret_file_refuses_to_start_the_job() {
+    let rig = Rig::new().await;
+    let password = rig.service.folder.path().join("password");
+    let make: [(&str, &dyn Fn()); 6] = [
+        ("a folder", &|| std::fs::create_dir(&password).unwrap()),
+        ("a link to nothing", &|| std::os::unix::fs::symlink("nowhere", &password).unwrap()),
+        ("a link to itself", &|| std::os::unix::fs::symlink("password", &password).unwrap()),
+        ("no text", &|| std::fs::write(&password, [0xff, 0xfe, b'x']).unwrap()),
+        // What never ends, and what never begins: neither may hold the caller or the service.
+        ("an endless device", &|| std::os::unix::fs::symlink("/dev/zero", &password).unwrap()),
+        ("a pipe", &|| {
+            rig::tool("coreutils", "mkfifo", &[password.to_str().unwrap()]);
+        }),
+    ];
+    std::fs::remove_file(&password).unwrap();
+    for (what, make) in make {
+        make();
+        let answer = tokio::time::timeout(rig::DEADLINE, rig.try_start()).await;
+        let problem = answer.unwrap_or_else(|_| panic!("{what}: no answer")).expect_problem(422, "credential_missing");
+        assert!(!problem.to_string().contains(password.to_str().unwrap()), "{what}: {problem}");
+        expect_untouched(&rig).await;
+        if what == "a folder" { std::fs::remove_dir(&password) } else { std::fs::remove_file(&password) }.unwrap();
+    }
+    // One that is far too long is none either.
+    std::fs::write(&password, "x".repeat(1 << 20)).unwrap();
+    rig.try_start().await.expect_problem(422, "credential_missing");
+    expect_untouched(&rig).await;
+    std::fs::write(&password, "secret-of-the-vcenter").unwrap();
+    assert_eq!(rig.back_up().await["state"], "committed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_repository_that_cannot_be_used_is_503() {
     let rig = Rig::new().await;
     let moved = rig.repository.with_extension("moved");

@@ -10,6 +10,7 @@ mod auth;
 mod cli;
 mod configuration;
 mod inventory;
+mod keys;
 mod listing;
 mod problems;
 mod process;

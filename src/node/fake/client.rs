@@ -58,19 +58,14 @@ impl Client {
         for tls in targets.iter_mut().filter_map(|target| target.uri.tls.as_mut()) {
             tls.certificates.clone_from(&self.config.certificates);
         }
-        // The order of the virtual hardware.
-        targets.sort_by_key(|target| target.device_key);
         if self.config.faults.lie_in_telemetry {
             self.telemetry(Step::Telemetry(0), "completed").await?;
         }
-        for (index, target) in targets.iter().enumerate() {
-            let disk = self.config.disks.get(&target.device_key).cloned().ok_or_else(|| {
-                io::Error::other(format!("disk {} of the targets is not in the snapshot", target.device_key))
-            })?;
-            self.copy_disk(index, target, &disk).await?;
-        }
-        if self.config.disks.len() != targets.len() {
-            return Err(io::Error::other("a disk of the snapshot has no target"));
+        // In the order of the virtual hardware. A target that is no disk of the VM is never looked at.
+        for (index, (key, disk)) in self.config.disks.clone().iter().enumerate() {
+            let target = targets.iter().find(|target| target.device_key == *key);
+            let target = target.ok_or_else(|| io::Error::other(format!("disk {key} of the snapshot has no target")))?;
+            self.copy_disk(index, target, disk).await?;
         }
         if let (true, Some(first)) = (self.config.faults.write_after_complete, targets.first()) {
             let link = NbdClient::connect(&first.uri).await.map_err(io::Error::other)?;
