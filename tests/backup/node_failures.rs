@@ -289,8 +289,11 @@ fn manners() -> Vec<Case> {
     cases
 }
 
+/// Device key and content of each disk of a VM.
+type Disks = Vec<(u32, Vec<u8>)>;
+
 /// The disks at the beginning.
-fn disks() -> Vec<(u32, Vec<u8>)> {
+fn disks() -> Disks {
     SIZES.iter().map(|&(key, size)| (key, content(key as u8, size))).collect()
 }
 
@@ -402,7 +405,7 @@ fn expect_end(case: &Case, backup: &Value) {
 }
 
 /// Exactly these are listed, each with all disks.
-async fn expect_points(rig: &Rig, expected: &[(String, Vec<(u32, Vec<u8>)>)]) {
+async fn expect_points(rig: &Rig, expected: &[(String, Disks)]) {
     let points = rig.points().await;
     let mut found: Vec<&str> = points.iter().map(|point| point["id"].as_str().unwrap()).collect();
     found.reverse();
