@@ -32,7 +32,8 @@ pub fn inject(pid: u32, step: &str, path: Option<&Path>, what: &str) -> std::pro
     let traced = || {
         std::fs::read_dir(&threads).unwrap().all(|thread| {
             let status = std::fs::read_to_string(thread.unwrap().path().join("status")).unwrap_or_default();
-            !status.contains("TracerPid:\t0\n")
+            // One that is busy may have been ended by what it was to be watched for.
+            !status.contains("TracerPid:\t0\n") || status.contains("State:\tZ")
         })
     };
     let deadline = std::time::Instant::now() + rig::DEADLINE;
