@@ -10,8 +10,8 @@ use serde_json::Value;
 use crate::rig::{Plan, Rig, change_id, content, id_of};
 
 const MIB: u64 = 1 << 20;
-/// Just below `jobs.idle_s`.
-const NEARLY_IDLE: Duration = Duration::from_secs(290);
+/// Below `jobs.idle_s`, by more than a busy machine may lose between two steps.
+const NEARLY_IDLE: Duration = Duration::from_secs(200);
 const HOURS: u32 = 5;
 
 /// Lets time pass. Only while nothing is on its way: a clock that stands still does not wait for sockets.
@@ -49,12 +49,8 @@ async fn export_idle_for_hours_before_and_during_the_copy_stays_served() {
         write(&busy, &disks[0].1, index * step, step).await;
         pass(NEARLY_IDLE).await;
     }
-    let backup = rig.backup(id_of(&started)).await;
-    assert_eq!(
-        (&backup["state"], &backup["disks"][0]["connections"]),
-        (&"transferring".into(), &2.into()),
-        "{backup:#}"
-    );
+    let backup = rig.when_in(id_of(&started), "transferring").await;
+    assert_eq!(backup["disks"][0]["connections"], 2, "{backup:#}");
     assert_eq!(backup["disks"][1]["state"], "listening");
 
     // The connection on which nothing was ever said is as good as the other, and so is the export nobody came to.
