@@ -16,6 +16,7 @@ mod nbd;
 mod output;
 mod point;
 mod repo;
+mod retention;
 mod serve;
 mod size;
 mod table;

@@ -25,6 +25,8 @@ pub mod problem;
 #[allow(unused_qualifications, reason = "the macro of utoipa repeats the type of a query")]
 mod repositories;
 pub mod request_id;
+#[allow(unused_qualifications, reason = "the macro of utoipa repeats the type of a query")]
+mod retention;
 mod token;
 #[allow(unused_qualifications, reason = "the macro of utoipa repeats the type of a query")]
 mod verification;
@@ -51,6 +53,7 @@ fn api() -> OpenApiRouter<AppState> {
         .merge(backups::routes())
         .merge(points::routes())
         .merge(verification::routes())
+        .merge(retention::routes())
         .merge(ports::routes())
         .merge(nbd_exports::routes())
 }

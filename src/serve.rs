@@ -118,6 +118,7 @@ impl Service {
             servers.spawn(serve(listener, http::callbacks_router(&app), close_sockets.subscribe()));
         }
         app.backups.recover().await?;
+        servers.spawn(app.points.clone().prune_after_commits());
         app.advance(Phase::Ready);
         let backups = app.backups.clone();
         app.points.verify_in_background(move || !backups.running().is_empty());
@@ -150,6 +151,7 @@ impl Service {
         tracing::info!("stopping");
         self.app.advance(Phase::Draining);
         self.app.points.stop_verifications().await;
+        self.app.points.stop();
         self.app.backups.drain(self.drain).await;
         self.close_sockets.send_replace(true);
         let answered =
@@ -168,6 +170,7 @@ impl Drop for Service {
         // After a stop there is none left.
         self.app.points.abandon_verifications();
         self.app.backups.abandon();
+        self.app.points.stop();
     }
 }
 

@@ -105,9 +105,9 @@ codes! {
     IdempotencyInProgress "idempotency_in_progress" 409 RETRY "The first request with this key is still running"
         "Repeat it later to get the answer of the first one.";
     PointHasDependents "point_has_dependents" 409 FINAL "Other restore points build on this one"
-        "Delete the points that are named first.";
+        "`dependents` names those directly upon it: delete them first.";
     PointInUse "point_in_use" 409 RETRY "The restore point is in use"
-        "It is exported, pinned by a running job, or another task works on it.";
+        "It is exported, or pinned by a job or a task that `holders` names; or what a backup would build upon is just going.";
     RepositoryNotEmpty "repository_not_empty" 409 FINAL "The repository holds restore points"
         "Delete or expire its points first.";
     VmExists "vm_exists" 409 FINAL "The VM exists already"
@@ -134,7 +134,7 @@ codes! {
     IdempotencyKeyReused "idempotency_key_reused" 422 FINAL "The key was used for another request"
         "An `Idempotency-Key` belongs to one body.";
     PointProtected "point_protected" 423 FINAL "The restore point is protected"
-        "It cannot be deleted, nor its protection shortened, before the date in the detail.";
+        "It cannot be deleted before `protected_until`, nor its protection be shortened without `force`.";
     EtagRequired "etag_required" 428 FINAL "If-Match is required"
         "Send the `ETag` of the version that is to be replaced as `If-Match`.";
     Internal "internal" 500 RETRY "The service failed"

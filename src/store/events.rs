@@ -1,9 +1,12 @@
 //! The `events` table: what happened, in one growing sequence that is never re-used. Written in the transaction of the
 //! change it tells of, so that there is no event without its change and no change without its event.
 
+use std::str::FromStr;
+
 use serde_json::Value;
 
 use super::{Connection, StoreError};
+use crate::backup::state::UnknownWord;
 use crate::clock::UtcTime;
 
 /// Who caused a change.
@@ -31,6 +34,17 @@ impl Actor {
             Self::Client => "client",
             Self::Policy => "policy",
         }
+    }
+}
+
+impl FromStr for Actor {
+    type Err = UnknownWord;
+
+    fn from_str(word: &str) -> Result<Self, UnknownWord> {
+        [Self::User, Self::Service, Self::Clock, Self::Client, Self::Policy]
+            .into_iter()
+            .find(|actor| actor.as_str() == word)
+            .ok_or_else(|| UnknownWord { kind: "Actor", word: word.to_owned() })
     }
 }
 
@@ -71,6 +85,37 @@ pub async fn about(connection: &mut Connection, subject: &str) -> Result<Vec<(St
         .map(|(kind, data)| {
             let data = serde_json::from_str(&data).map_err(|error| sqlx::Error::Decode(error.into()))?;
             Ok((kind, data))
+        })
+        .collect()
+}
+
+/// The number of the last event.
+///
+/// # Errors
+/// The database's.
+pub async fn last_sequence(connection: &mut Connection) -> Result<i64, StoreError> {
+    Ok(sqlx::query_scalar("SELECT COALESCE(max(sequence), 0) FROM events").fetch_one(connection).await?)
+}
+
+/// The events of one kind after a number, oldest first: number, subject and data.
+///
+/// # Errors
+/// The database's.
+pub async fn of_kind_after(
+    connection: &mut Connection,
+    kind: &str,
+    after: i64,
+) -> Result<Vec<(i64, String, Value)>, StoreError> {
+    let rows: Vec<(i64, String, String)> =
+        sqlx::query_as("SELECT sequence, subject, data FROM events WHERE sequence > ? AND kind = ? ORDER BY sequence")
+            .bind(after)
+            .bind(kind)
+            .fetch_all(connection)
+            .await?;
+    rows.into_iter()
+        .map(|(sequence, subject, data)| {
+            let data = serde_json::from_str(&data).map_err(|error| sqlx::Error::Decode(error.into()))?;
+            Ok((sequence, subject, data))
         })
         .collect()
 }

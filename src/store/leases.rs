@@ -100,6 +100,16 @@ pub async fn holders(connection: &mut Connection, point: &BackupId) -> Result<Ve
         .await?)
 }
 
+/// Every pin: the point, and who holds it.
+///
+/// # Errors
+/// The database's.
+pub async fn pins(connection: &mut Connection) -> Result<Vec<(BackupId, String)>, StoreError> {
+    Ok(sqlx::query_as("SELECT DISTINCT key, owner FROM leases WHERE kind = 'pin' ORDER BY key, owner")
+        .fetch_all(connection)
+        .await?)
+}
+
 async fn insert(
     connection: &mut Connection,
     kind: LeaseKind,

@@ -15,7 +15,7 @@ const STEPS: [&str; 5] = ["fdatasync", "fsync", "fchmod", "chmod", "renameat2"];
 
 /// Kills a process when one of its threads makes its `number`-th call of this kind from now on, at this path only if one
 /// is given.
-fn kill_at(process: &ServeProcess, step: &str, path: Option<&Path>, number: usize) -> std::process::Child {
+pub fn kill_at(process: &ServeProcess, step: &str, path: Option<&Path>, number: usize) -> std::process::Child {
     let pid = process.id().to_string();
     let inject = format!("inject={step}:signal=SIGKILL:when={number}");
     let tracer = privileged("strace")

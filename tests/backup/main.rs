@@ -27,6 +27,7 @@ mod process;
 mod quarantine;
 mod refusals;
 mod restart;
+mod retain;
 mod rig;
 mod start;
 mod tls;
