@@ -134,11 +134,6 @@ pub fn staged_backup_id(directory_name: &str) -> Option<&str> {
     directory_name.strip_suffix(STAGED_SUFFIX)
 }
 
-/// The backup id of the name of a directory that is being deleted.
-pub fn deleting_backup_id(directory_name: &str) -> Option<&str> {
-    directory_name.strip_suffix(DELETING_SUFFIX)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -184,7 +179,5 @@ mod tests {
         assert_eq!(paths.published_image(2), Path::new("/srv/r/db-4X7Z/backup-1/disk-2.qcow2"));
         assert_eq!(staged_backup_id("backup-1.partial"), Some("backup-1"));
         assert_eq!(staged_backup_id("backup-1"), None);
-        assert_eq!(deleting_backup_id("backup-1.deleting"), Some("backup-1"));
-        assert_eq!(deleting_backup_id("backup-1.partial"), None);
     }
 }
