@@ -13,6 +13,7 @@ pub mod codes;
 mod describe;
 mod disks;
 pub mod etag;
+mod exports;
 pub mod extract;
 mod health;
 pub mod listing;
@@ -22,6 +23,8 @@ mod nbd_exports;
 mod points;
 mod ports;
 pub mod problem;
+#[allow(unused_qualifications, reason = "the macro of utoipa repeats the type of a query")]
+mod raw;
 #[allow(unused_qualifications, reason = "the macro of utoipa repeats the type of a query")]
 mod repositories;
 pub mod request_id;
@@ -51,6 +54,8 @@ fn api() -> OpenApiRouter<AppState> {
         .merge(backups::routes())
         .merge(points::routes())
         .merge(verification::routes())
+        .merge(exports::routes())
+        .merge(raw::routes())
         .merge(ports::routes())
         .merge(nbd_exports::routes())
 }

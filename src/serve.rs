@@ -117,6 +117,7 @@ impl Service {
             servers.spawn(serve(listener, http::callbacks_router(&app), close_sockets.subscribe()));
         }
         app.backups.recover().await?;
+        app.restores.recover().await;
         app.advance(Phase::Ready);
         let backups = app.backups.clone();
         app.points.verify_in_background(move || !backups.running().is_empty());
@@ -150,6 +151,7 @@ impl Service {
         self.app.advance(Phase::Draining);
         self.app.points.stop_verifications().await;
         self.app.backups.drain(self.drain).await;
+        self.app.restores.stop().await;
         self.close_sockets.send_replace(true);
         let answered =
             tokio::time::timeout(HTTP_DRAIN, async { while self.servers.join_next().await.is_some() {} }).await;
@@ -167,6 +169,7 @@ impl Drop for Service {
         // After a stop there is none left.
         self.app.points.abandon_verifications();
         self.app.backups.abandon();
+        self.app.restores.abandon();
     }
 }
 

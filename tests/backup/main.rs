@@ -22,6 +22,7 @@ mod privileged;
 mod process;
 mod refusals;
 mod restart;
+mod restore;
 mod rig;
 mod start;
 mod tls;
