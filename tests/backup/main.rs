@@ -23,6 +23,7 @@ mod process;
 mod refusals;
 mod restart;
 mod restore;
+mod restore_cli;
 mod rig;
 mod start;
 mod tls;
