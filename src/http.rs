@@ -15,6 +15,7 @@ mod disks;
 pub mod etag;
 #[allow(unused_qualifications, reason = "the macro of utoipa repeats the type of a query")]
 mod events;
+mod exports;
 pub mod extract;
 mod health;
 pub mod listing;
@@ -24,6 +25,8 @@ mod nbd_exports;
 mod points;
 mod ports;
 pub mod problem;
+#[allow(unused_qualifications, reason = "the macro of utoipa repeats the type of a query")]
+mod raw;
 #[allow(unused_qualifications, reason = "the macro of utoipa repeats the type of a query")]
 mod repositories;
 pub mod request_id;
@@ -54,6 +57,8 @@ fn api() -> OpenApiRouter<AppState> {
         .merge(points::routes())
         .merge(verification::routes())
         .merge(events::routes())
+        .merge(exports::routes())
+        .merge(raw::routes())
         .merge(ports::routes())
         .merge(nbd_exports::routes())
 }

@@ -133,6 +133,7 @@ impl Service {
         Webhook::start(webhooks, &app.store, &mut background).await?;
         background.spawn(expire::run(app.store.clone(), app.config.observability.events_keep_days));
         app.backups.recover().await?;
+        app.restores.recover().await;
         app.advance(Phase::Ready);
         let backups = app.backups.clone();
         app.points.verify_in_background(move || !backups.running().is_empty());
@@ -166,6 +167,7 @@ impl Service {
         self.app.advance(Phase::Draining);
         self.app.points.stop_verifications().await;
         tokio::join!(self.app.backups.drain(self.drain), self.app.points.drain_merges());
+        self.app.restores.stop().await;
         self.app.advance(Phase::Closing);
         self.close_sockets.send_replace(true);
         let answered =
@@ -186,6 +188,7 @@ impl Drop for Service {
         self.app.points.abandon_verifications();
         self.app.backups.abandon();
         self.app.points.abandon_merges();
+        self.app.restores.abandon();
     }
 }
 
