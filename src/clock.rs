@@ -39,6 +39,11 @@ impl UtcTime {
         self.0.checked_sub(SignedDuration::from_secs(seconds)).map_or(self, Self)
     }
 
+    /// Whole seconds since 1970.
+    pub fn unix_seconds(self) -> i64 {
+        self.0.as_second()
+    }
+
     /// Seconds from `earlier` to this time, negative when `earlier` is later.
     pub fn seconds_since(self, earlier: Self) -> f64 {
         self.0.duration_since(earlier.0).as_secs_f64()

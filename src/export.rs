@@ -12,6 +12,7 @@ use blockyard_nbd as nbd;
 use blockyard_qcow2::{self as qcow2, AsyncImage, ExtentKind, ZeroMode};
 pub use blockyard_qcow2::{Access, Caching, OpenOptions};
 
+pub mod busy;
 pub mod coverage;
 pub mod gate;
 pub mod meter;
@@ -62,16 +63,27 @@ impl ImageExport {
         Self { known, ..self }
     }
 
+    /// The same with nobody asking what was covered.
+    pub fn without_coverage(name: &str, image: AsyncImage, access: Access, signals: Arc<Signals>) -> Self {
+        let meter = Arc::new(Meter::without_coverage(Arc::clone(&signals)));
+        Self { meter, ..Self::new(name, image, access, signals) }
+    }
+
     /// Opens the image at `path` and offers it as `name`, with nobody listening to its signals or asking what was covered.
     pub async fn open(name: &str, path: PathBuf, options: OpenOptions) -> Result<Self, qcow2::Error> {
         let access = options.access;
         let image = AsyncImage::open(path, options).await?;
-        Ok(Self { meter: Arc::new(Meter::without_coverage()), ..Self::new(name, image, access, Arc::default()) })
+        Ok(Self::without_coverage(name, image, access, Arc::default()))
     }
 
     /// What was seen so far.
     pub fn meter(&self) -> &Arc<Meter> {
         &self.meter
+    }
+
+    /// Its door, which knows how long requests were inside.
+    pub fn gate(&self) -> &Arc<Gate> {
+        &self.gate
     }
 
     /// The image behind the name.
@@ -216,20 +228,20 @@ impl nbd::Device for ImageDevice {
     }
 
     async fn read(&self, offset: u64, buffer: nbd::Buffer) -> Result<nbd::Content, nbd::Error> {
-        let _pass = self.enter()?;
+        let mut pass = self.enter()?;
         let read = self.image.read_sparse(offset, Lent(buffer)).await;
         let (Lent(buffer), holes) = read.map_err(|error| request_error(&error))?;
-        self.meter.read((*buffer).as_ref().len() as u64);
+        pass.ended_at(self.meter.read((*buffer).as_ref().len() as u64));
         Ok(nbd::Content { buffer, holes })
     }
 
     async fn write(&self, offset: u64, buffer: nbd::Buffer, durability: nbd::Durability) -> Result<(), nbd::Error> {
-        let _pass = self.enter_change()?;
+        let mut pass = self.enter_change()?;
         let length = (*buffer).as_ref().len() as u64;
         let written = self.image.write(offset, Lent(buffer), durability_of(durability)).await;
         written.map_err(|error| self.change_failed(&error))?;
         self.meter.identical(self.image.identical_bytes());
-        self.meter.written(offset, length);
+        pass.ended_at(self.meter.written(offset, length));
         Ok(())
     }
 
@@ -240,7 +252,7 @@ impl nbd::Device for ImageDevice {
         space: nbd::Space,
         durability: nbd::Durability,
     ) -> Result<(), nbd::Error> {
-        let pass = self.enter_change()?;
+        let mut pass = self.enter_change()?;
         let mode = match space {
             nbd::Space::Keep => ZeroMode::Keep,
             nbd::Space::Release => ZeroMode::Unmap,
@@ -250,8 +262,7 @@ impl nbd::Device for ImageDevice {
         zeroed.map_err(|error| self.change_failed(&error))?;
         self.meter.zeroed_over_data(over_data);
         self.meter.identical(self.image.identical_bytes());
-        self.meter.zeroed(offset, length);
-        drop(pass);
+        pass.ended_at(self.meter.zeroed(offset, length));
         Ok(())
     }
 

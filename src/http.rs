@@ -13,6 +13,9 @@ pub mod codes;
 mod describe;
 mod disks;
 pub mod etag;
+#[allow(unused_qualifications, reason = "the macro of utoipa repeats the type of a query")]
+mod events;
+mod exports;
 pub mod extract;
 mod health;
 pub mod listing;
@@ -22,6 +25,8 @@ mod nbd_exports;
 mod points;
 mod ports;
 pub mod problem;
+#[allow(unused_qualifications, reason = "the macro of utoipa repeats the type of a query")]
+mod raw;
 #[allow(unused_qualifications, reason = "the macro of utoipa repeats the type of a query")]
 mod repositories;
 pub mod request_id;
@@ -54,6 +59,9 @@ fn api() -> OpenApiRouter<AppState> {
         .merge(points::routes())
         .merge(verification::routes())
         .merge(retention::routes())
+        .merge(events::routes())
+        .merge(exports::routes())
+        .merge(raw::routes())
         .merge(ports::routes())
         .merge(nbd_exports::routes())
 }

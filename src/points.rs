@@ -62,6 +62,7 @@ struct Shared {
     pruning: tokio::sync::Mutex<()>,
     /// Whether the service is stopping.
     stopping: watch::Sender<bool>,
+    merges: merge::Merges,
 }
 
 impl Points {
@@ -74,6 +75,7 @@ impl Points {
             boot_id: boot_id.to_owned(),
             verifications: verify::Verifications::new(),
             passed: scrub::Passed::default(),
+            merges: merge::Merges::default(),
             removals: Mutex::default(),
             pruning: tokio::sync::Mutex::new(()),
             stopping: watch::Sender::new(false),

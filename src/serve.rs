@@ -21,8 +21,10 @@ use tokio::task::JoinSet;
 use crate::app::{App, AppState, Phase};
 use crate::backup::RecoverError;
 use crate::config::{AuthMode, Config};
+use crate::events::expire;
 use crate::node::NodeClientError;
-use crate::store::{SchemaError, Store};
+use crate::store::{SchemaError, Store, StoreError};
+use crate::webhooks::{Patience, Webhook, WebhookError};
 use crate::{http, listeners};
 
 /// How long open requests may take to end once jobs have ended. A guess: handlers answer in milliseconds, and the longest
@@ -55,6 +57,12 @@ pub enum StartError {
     /// The database does not fit this binary.
     #[error(transparent)]
     Schema(#[from] SchemaError),
+    /// A webhook has no secret, or cannot be called at all.
+    #[error(transparent)]
+    Webhook(#[from] WebhookError),
+    /// The database failed.
+    #[error("the database cannot be used")]
+    Store(#[from] StoreError),
     /// A node cannot be called at all.
     #[error(transparent)]
     Node(#[from] NodeClientError),
@@ -79,6 +87,8 @@ pub struct Service {
     callbacks_address: Option<SocketAddr>,
     close_sockets: watch::Sender<bool>,
     servers: JoinSet<()>,
+    /// Work that goes on beside requests and jobs, and may end anywhere.
+    background: JoinSet<()>,
     drain: Duration,
     // Dropped last: the lock is free only when everything else is gone.
     _lock: StateLock,
@@ -100,6 +110,7 @@ impl Service {
                  server.callbacks_bind and forward only that"
             );
         }
+        let webhooks = Webhook::all(&config, Patience::default())?;
         let store = Store::open(&config.database_file()).await?;
         store.has_room().await;
         let (listener, address) = bind(config.server.bind).await?;
@@ -117,13 +128,18 @@ impl Service {
         if let Some((listener, _)) = callbacks {
             servers.spawn(serve(listener, http::callbacks_router(&app), close_sockets.subscribe()));
         }
+        let mut background = JoinSet::new();
+        // Before anything happens: what a new webhook hears begins here.
+        Webhook::start(webhooks, &app.store, &mut background).await?;
+        background.spawn(expire::run(app.store.clone(), app.config.observability.events_keep_days));
         app.backups.recover().await?;
+        app.restores.recover().await;
         servers.spawn(app.points.clone().prune_after_commits());
         app.advance(Phase::Ready);
         let backups = app.backups.clone();
         app.points.verify_in_background(move || !backups.running().is_empty());
         tracing::info!(%address, ?callbacks_address, boot_id = app.boot_id, "ready");
-        Ok(Self { app, address, callbacks_address, close_sockets, servers, drain, _lock: lock })
+        Ok(Self { app, address, callbacks_address, close_sockets, servers, background, drain, _lock: lock })
     }
 
     /// The address of the API, with the real port where port 0 was configured.
@@ -152,7 +168,9 @@ impl Service {
         self.app.advance(Phase::Draining);
         self.app.points.stop_verifications().await;
         self.app.points.stop();
-        self.app.backups.drain(self.drain).await;
+        tokio::join!(self.app.backups.drain(self.drain), self.app.points.drain_merges());
+        self.app.restores.stop().await;
+        self.app.advance(Phase::Closing);
         self.close_sockets.send_replace(true);
         let answered =
             tokio::time::timeout(HTTP_DRAIN, async { while self.servers.join_next().await.is_some() {} }).await;
@@ -160,6 +178,7 @@ impl Service {
             tracing::warn!("requests were cut that did not end in time");
             self.servers.shutdown().await;
         }
+        self.background.shutdown().await;
         self.app.store.close().await;
         tracing::info!("stopped");
     }
@@ -171,6 +190,8 @@ impl Drop for Service {
         self.app.points.abandon_verifications();
         self.app.backups.abandon();
         self.app.points.stop();
+        self.app.points.abandon_merges();
+        self.app.restores.abandon();
     }
 }
 

@@ -17,6 +17,7 @@ pub mod repositories;
 mod schema;
 pub mod trust;
 pub mod vms;
+pub mod webhooks;
 
 use std::ops::{Deref, DerefMut};
 use std::path::Path;

@@ -156,6 +156,6 @@ impl<'a> Pass<'a> {
     }
 }
 
-fn unreadable(offset: u64, length: u64) -> impl FnOnce(Error) -> Error {
+pub(crate) fn unreadable(offset: u64, length: u64) -> impl FnOnce(Error) -> Error {
     move |source| Error::Unreadable { offset, length, source: Box::new(source) }
 }

@@ -1,32 +1,30 @@
-//! A chain merged into one new file that needs nothing below it: an image, or raw bytes.
+//! A chain copied into one new file that needs nothing below it: an image, or raw bytes.
 //!
 //! Only what is not zero is written. The file is built under a name of its own and gets its final one when it is whole, so
 //! that not even a power cut leaves half a disk under the name that was asked for.
 
 use std::fs::File;
 use std::io::IoSlice;
-use std::path::{Path, PathBuf};
-
-use rustix::fs::{CWD, RenameFlags};
-use rustix::io::Errno;
+use std::path::Path;
 
 use crate::buffer::BufferPool;
-use crate::create::{CreateOptions, create, create_file, sync_parent};
+use crate::create::{CreateOptions, create, create_file};
 use crate::disk::{Disk, Pass};
 use crate::error::{Error, Result};
 use crate::geometry::SECTOR;
 use crate::image::{Durability, Image, OpenOptions};
 use crate::lock::{self, Access};
+use crate::partial::{build, close_clean};
 use crate::progress::{Watch, tell};
 use crate::storage::{FileStorage, Storage};
 
 /// Bytes read in one go, or one cluster where that is more.
-const PIECE: u64 = 1 << 20;
+pub(crate) const PIECE: u64 = 1 << 20;
 
 /// Zeroes are left out of a raw file in blocks of so many bytes: what file systems keep holes in.
 const RAW_BLOCK: u64 = 4096;
 
-/// What a chain is merged into.
+/// What a chain is copied into.
 #[derive(Clone, Debug)]
 pub enum Target {
     /// An image of this shape. Its size is the disk's, rounded up to sectors of 512 bytes; the size given is not looked at.
@@ -54,63 +52,17 @@ pub struct Flattened {
 /// The new file and its name are on stable storage when this returns, and an image has passed its check. After a crash
 /// before that, the path is absent.
 pub fn flatten(source: &Disk, path: &Path, target: &Target, watch: &mut Watch<'_>) -> Result<Flattened> {
-    // The rename at the end refuses as well; this saves the work.
-    if std::fs::symlink_metadata(path).is_ok() {
-        return Err(exists(path));
-    }
-    let partial = PathBuf::from({
-        let mut name = path.as_os_str().to_owned();
-        name.push(".partial");
-        name
-    });
-    let (unfinished, done) = match target {
+    match target {
         Target::Qcow2(options) => {
             if options.backing.is_some() {
                 let reason = "a flattened image has none".into();
                 return Err(Error::InvalidOption { option: "backing file", reason });
             }
             let size = source.size().checked_next_multiple_of(SECTOR).unwrap_or(u64::MAX);
-            create(&partial, &CreateOptions { size, ..options.clone() })?;
-            let unfinished = Unfinished(&partial);
-            (unfinished, fill_image(source, &partial, watch)?)
+            let shape = CreateOptions { size, ..options.clone() };
+            build(path, |partial| create(partial, &shape), |partial, ()| fill_image(source, partial, watch))
         }
-        Target::Raw => {
-            let file = create_file(&partial)?;
-            let unfinished = Unfinished(&partial);
-            (unfinished, fill_raw(source, file, &partial, watch)?)
-        }
-    };
-    rename(&partial, path)?;
-    std::mem::forget(unfinished);
-    let unfinished = Unfinished(path);
-    sync_parent(path)?;
-    std::mem::forget(unfinished);
-    Ok(done)
-}
-
-/// A file that is removed unless it becomes whole.
-struct Unfinished<'a>(&'a Path);
-
-impl Drop for Unfinished<'_> {
-    fn drop(&mut self) {
-        // The error that is reported is the one that made it unfinished.
-        let _ = std::fs::remove_file(self.0);
-    }
-}
-
-fn exists(path: &Path) -> Error {
-    Error::Open { path: path.to_owned(), source: std::io::ErrorKind::AlreadyExists.into() }
-}
-
-/// Gives the file its name; never replaces anything.
-fn rename(partial: &Path, path: &Path) -> Result<()> {
-    match rustix::fs::renameat_with(CWD, partial, CWD, path, RenameFlags::NOREPLACE) {
-        Ok(()) => Ok(()),
-        // Network file systems do not know the flag. A second name is refused just as well where the first one is taken.
-        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => std::fs::hard_link(partial, path)
-            .and_then(|()| std::fs::remove_file(partial))
-            .map_err(|source| Error::Open { path: path.to_owned(), source }),
-        Err(errno) => Err(Error::Open { path: path.to_owned(), source: errno.into() }),
+        Target::Raw => build(path, create_file, |partial, file| fill_raw(source, file, partial, watch)),
     }
 }
 
@@ -118,12 +70,7 @@ fn fill_image(source: &Disk, partial: &Path, watch: &mut Watch<'_>) -> Result<Fl
     let image = Image::open(partial, &OpenOptions::new(Access::ReadWrite))?;
     let write = |offset, data: &[u8]| image.write(offset, data, Durability::OnFlush);
     let written = copy(source, image.cluster_size(), write, watch)?;
-    image.close()?;
-    let report = image.check()?;
-    if !report.is_clean() {
-        let detail = report.details.first().cloned().unwrap_or_else(|| "refcounts".into());
-        return Err(Error::Unclean { errors: report.errors, leaks: report.leaks, detail });
-    }
+    close_clean(&image)?;
     Ok(Flattened { size: image.size(), written })
 }
 
@@ -174,7 +121,7 @@ fn copy(
 }
 
 /// The runs of blocks that hold something else than zeroes, each with its index in bytes.
-fn nonzero_runs(bytes: &[u8], block: usize) -> Vec<(usize, &[u8])> {
+pub(crate) fn nonzero_runs(bytes: &[u8], block: usize) -> Vec<(usize, &[u8])> {
     let mut runs: Vec<(usize, usize)> = Vec::new();
     for (number, part) in bytes.chunks(block).enumerate().filter(|(_, part)| !is_zero(part)) {
         let start = number * block;

@@ -6,7 +6,7 @@
 //! the dirty bit is durable before the first change. Payload is acknowledged when it is in memory and written behind.
 //!
 //! Start at [`Image`] (blocking) or [`AsyncImage`]; [`create`], [`check`], [`repair`] and [`info`] work on paths;
-//! [`flatten`] and [`compare`] on a [`Disk`].
+//! [`flatten`] and [`compare`] on a [`Disk`]; [`merge`] on the upper layers of a chain.
 //!
 //! Inside, from the top down: `image` (one file per operation) uses `tables` (the mapping in memory), `allocate` (host
 //! space), `write_behind` (payload on its way), `references` and `refcounts` (who owns what), `backing` (the layers below),
@@ -49,9 +49,11 @@ mod image;
 mod info;
 mod l1;
 mod lock;
+mod merge;
 #[cfg(feature = "mutants")]
 pub mod mutants;
 mod packing;
+mod partial;
 mod payload;
 mod poison;
 mod preallocate;
@@ -81,5 +83,6 @@ pub use format::header::{Backing, BackingFormat};
 pub use image::{Caching, Durability, Extent, ExtentKind, Identical, Image, OpenOptions, ZeroMode};
 pub use info::{ImageInfo, info, info_on};
 pub use lock::Access;
+pub use merge::{Merged, merge};
 pub use progress::{Progress, Watch};
 pub use repair::{repair, repair_on};

@@ -18,7 +18,7 @@ use crate::repository::manifest::{FORMAT, Manifest, ManifestDisk, ManifestVm};
 use crate::store::backups::{self, Change, ChangeError};
 use crate::store::events::{self, Actor};
 use crate::store::points::{self, NewPoint, PointDiskRow};
-use crate::store::{Store, leases};
+use crate::store::{Store, StoreError, leases};
 
 /// The first pause before a step is repeated; it doubles up to [`PAUSE_MAX`].
 const PAUSE: Duration = Duration::from_millis(100);
@@ -94,6 +94,35 @@ impl Job {
             // A client that hung up has nothing to be told.
             let _ = reply.send(Ok(answer));
         }
+        if let Err(error) = self.alert_low_space().await {
+            tracing::warn!(job_id = %id, error = &error as &dyn std::error::Error, "an alert could not be raised");
+        }
+    }
+
+    /// Tells, once a day and repository, that it will soon be too full for backups. Nobody waits for this.
+    async fn alert_low_space(&mut self) -> Result<(), StoreError> {
+        let repository = &self.facts.repository;
+        let min_free_bytes = self.shared.config.storage.min_free_bytes;
+        let path = self.facts.paths.repository.clone();
+        let space = self.work.run(move || directory::space(&path)).await;
+        let Ok::<_, io::Error>((free_bytes, _)) = space else { return Ok(()) };
+        if free_bytes >= min_free_bytes.saturating_mul(2) {
+            return Ok(());
+        }
+        let mut transaction = self.shared.store.write().await?;
+        let subject = repository.id.as_str();
+        let now = UtcTime::now();
+        let last = events::last_alert(&mut transaction, subject, SPACE_LOW).await?;
+        if last.is_some_and(|last| now.seconds_since(last) < DAY_S) {
+            return Ok(());
+        }
+        let data = json!({
+            "alert": SPACE_LOW, "repository_id": repository.id, "free_bytes": free_bytes,
+            "min_free_bytes": min_free_bytes,
+            "detail": "The repository has less than twice the space left that backups must leave free.",
+        });
+        events::append(&mut transaction, "alert", subject, &data, Actor::Service, now).await?;
+        transaction.commit().await
     }
 
     fn change_id_of(&self, disk_id: u32) -> Option<String> {
@@ -154,6 +183,8 @@ impl Job {
             backup_type: facts.backup_type,
             tags: facts.tags.clone(),
             service_version: env!("CARGO_PKG_VERSION").to_owned(),
+            generation: 0,
+            merged: Vec::new(),
             disks,
         })
     }
@@ -166,6 +197,9 @@ pub(super) const COVERAGE_INCOMPLETE: &str = "coverage_incomplete";
 const SAME_FIRST_MIB: &str = "same_first_mib";
 /// A full copy sent zeroes for what was data before.
 pub(super) const SUSPECT_ZEROES: &str = "suspect_zeroes";
+/// The alert that a repository will soon be too full.
+const SPACE_LOW: &str = "space_low";
+const DAY_S: f64 = 86_400.0;
 
 fn manifest_disk(running: &RunningDisk, file_bytes: u64) -> Result<ManifestDisk, Failed> {
     let plan = &running.disk.plan;

@@ -17,12 +17,14 @@ use super::Shared;
 use super::blocking::Work;
 use super::ending::{CompleteError, End, Failed, Sealed, StartNews};
 use super::next_disk;
+use super::noted::Noted;
 use super::plan::DiskPlan;
 use super::registry::{Presence, Slot};
 use super::state::{BackupType, DiskState, FailureCode, JobResult, JobState, RequestedType};
 use crate::clock::UtcTime;
 use crate::export::ImageExport;
-use crate::export::meter::Meter;
+use crate::export::gate::Gate;
+use crate::export::meter::{Meter, Reading};
 use crate::export::signals::Signals;
 use crate::id::BackupId;
 use crate::listeners::ports::BoundPort;
@@ -109,8 +111,14 @@ pub struct JobHandle {
 pub struct LiveDisk {
     /// Its number.
     pub disk_id: u32,
+    /// Its size.
+    pub size_bytes: u64,
+    /// Whether every byte of it must come.
+    pub backup_type: BackupType,
     /// Its numbers. Not its export: the image belongs to the job alone, and is closed with it.
     pub meter: Arc<Meter>,
+    /// The door of its image, which knows how long requests were inside.
+    pub gate: Arc<Gate>,
     /// Its listener's figures.
     pub figures: ListenerFigures,
     /// Whether it is sealed.
@@ -120,16 +128,32 @@ pub struct LiveDisk {
 impl LiveDisk {
     /// Where the disk is, given what the database says: between listening and draining the NBD layer knows best.
     pub fn state(&self, stored: DiskState) -> DiskState {
-        if stored != DiskState::Listening {
-            return stored;
+        use DiskState as S;
+        match stored {
+            S::Listening | S::Connected | S::Writing | S::Disconnected => observed(&self.meter.reading()),
+            S::Allocated | S::Draining | S::Sealed | S::Failed => stored,
         }
-        let reading = self.meter.reading();
-        match (reading.ever_connected, reading.changed, reading.connections) {
-            (false, ..) => DiskState::Listening,
-            (true, false, _) => DiskState::Connected,
-            (true, true, 0) => DiskState::Disconnected,
-            (true, true, _) => DiskState::Writing,
+    }
+
+    /// Where the disk is, as far as can be seen without the database, while its job is not ending.
+    pub fn state_seen(&self) -> DiskState {
+        if self.sealed.load(Ordering::Acquire) {
+            DiskState::Sealed
+        } else if self.gate.is_closed() {
+            DiskState::Draining
+        } else {
+            observed(&self.meter.reading())
         }
+    }
+}
+
+/// Where a disk is by what passed at its export, from its first listening until it is completed.
+pub(super) fn observed(reading: &Reading) -> DiskState {
+    match (reading.ever_connected, reading.changed, reading.connections) {
+        (false, ..) => DiskState::Listening,
+        (true, false, _) => DiskState::Connected,
+        (true, true, 0) => DiskState::Disconnected,
+        (true, true, _) => DiskState::Writing,
     }
 }
 
@@ -192,6 +216,8 @@ pub(super) struct RunningDisk {
     pub(super) export: ImageExport,
     /// Gone once its sockets are closed.
     pub(super) listener: Option<DiskListener>,
+    /// The state that is recorded, until it is completed.
+    pub(super) noted: Noted,
     pub(super) sealed: Option<SealedDisk>,
 }
 

@@ -9,6 +9,7 @@ use blockyard_qcow2::{self as qcow2, AsyncImage, CreateOptions, OpenOptions};
 
 use super::ending::{End, Failed};
 use super::job::{Job, LiveDisk, RunningDisk};
+use super::noted::Noted;
 use super::plan::Parent;
 use super::state::{DiskState, FailureCode, JobResult, JobState};
 use crate::export::ImageExport;
@@ -92,15 +93,23 @@ impl Job {
             let name = &disk.plan.export_name;
             let export = ImageExport::new(name, image, qcow2::Access::ReadWrite, std::sync::Arc::clone(&self.signals))
                 .comparing_zeroes(known);
-            let served = ServedDisk { job_id: self.facts.id.clone(), disk_id: disk.plan.disk_id };
+            let served = ServedDisk::Job { job_id: self.facts.id.clone(), disk_id: disk.plan.disk_id };
             let listener = DiskListener::serve(port, &export, served, &self.shared.listeners).map_err(|error| {
                 tracing::error!(%error, "a listener could not be made");
                 Failed::new(FailureCode::ImageFailed, format!("disk {} cannot be served", disk.plan.disk_id))
             })?;
             let figures = listener.figures();
-            let (meter, sealed) = (export.meter().clone(), std::sync::Arc::default());
-            live.push(LiveDisk { disk_id: disk.plan.disk_id, meter, figures, sealed });
-            self.disks.push(RunningDisk { disk: disk.clone(), export, listener: Some(listener), sealed: None });
+            live.push(LiveDisk {
+                disk_id: disk.plan.disk_id,
+                size_bytes: disk.plan.size_bytes,
+                backup_type: disk.plan.backup_type(),
+                meter: export.meter().clone(),
+                gate: export.gate().clone(),
+                figures,
+                sealed: std::sync::Arc::default(),
+            });
+            let (disk, noted) = (disk.clone(), Noted::listening());
+            self.disks.push(RunningDisk { disk, export, listener: Some(listener), noted, sealed: None });
         }
         // Set once per job: this is the only place, and it runs once.
         let _ = self.handle.live.set(live);

@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 
 use super::commit::{COVERAGE_INCOMPLETE, SUSPECT_ZEROES};
 use super::ending::{End, Failed};
-use super::job::{Job, SealedDisk};
+use super::job::{Job, SealedDisk, observed};
 use super::prepare::{backing, image_failure};
 use super::state::{DiskState, FailureCode};
 use crate::config::CoverageFull;
@@ -153,6 +153,9 @@ impl Job {
             change_id: sealed.and_then(|sealed| sealed.change_id.as_deref()),
             error_message: None,
         };
+        if state == DiskState::Draining {
+            self.note_disk(&mut transaction, index, observed(&reading)).await?;
+        }
         backups::update_disk(&mut transaction, &self.facts.id, &update).await?;
         transaction.commit().await?;
         Ok(())

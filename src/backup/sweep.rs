@@ -12,7 +12,7 @@ use super::Shared;
 use super::recover::RecoverError;
 use crate::points::folder::FolderError;
 use crate::points::state::PointState;
-use crate::points::{delete, import};
+use crate::points::{delete, import, merge};
 use crate::repository::survey::{self, Other, OtherKind, PointFolder, Survey};
 use crate::repository::{directory, layout};
 use crate::store::points::PointRow;
@@ -21,6 +21,7 @@ use crate::store::{StoreError, points};
 
 /// Sweeps one repository that this process owns.
 pub(super) async fn sweep(shared: &Arc<Shared>, repository: &Repository) -> Result<(), RecoverError> {
+    merge::recover(&shared.store, repository).await?;
     let root = PathBuf::from(&repository.path);
     let looked = tokio::task::spawn_blocking(move || {
         let found = survey::survey(&root)?;

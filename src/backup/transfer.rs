@@ -59,6 +59,7 @@ impl Job {
             {
                 self.advance(JobState::Transferring, Actor::Client).await?;
             }
+            let unrecorded = self.note_disks().await;
             let wake = match deadline::decide(&self.seen(phase, warned), &limits, Instant::now()) {
                 Decision::Wait(wake) => wake,
                 Decision::Stall => {
@@ -96,7 +97,7 @@ impl Job {
                     }
                 }
                 () = self.signals.changed() => {}
-                () = sleep_until(wake) => {}
+                () = sleep_until(wake.into_iter().chain(unrecorded).min()) => {}
             }
             if status.as_ref().is_some_and(|asking| asking.0.is_finished()) && matches!(phase, NodePhase::Ambiguous(_))
             {

@@ -202,10 +202,27 @@ async fn begin_in(
         by,
     };
     backups::change_state(transaction, &change).await?;
+    if let Some(failed) = failed.filter(|failed| failed.code == FailureCode::ImageFailed) {
+        alert_image(transaction, row, &failed.message).await?;
+    }
     if row.node_outcome.is_some_and(backups::NodeOutcome::may_have_launched) {
         alert_snapshot(transaction, &row.id, &row.vm_id, &row.vm_name).await?;
     }
     Ok(to)
+}
+
+/// A disk, a file system or this program does what it must not: a person should look before the next backup.
+async fn alert_image(
+    transaction: &mut crate::store::Connection,
+    row: &BackupRow,
+    message: &str,
+) -> Result<(), StoreError> {
+    let data = json!({
+        "alert": "image_failed", "job_id": row.id, "vm_context_id": row.vm_id, "vm_name": row.vm_name,
+        "repository_id": row.repository_id, "detail": message,
+    });
+    events::append(transaction, "alert", row.id.as_str(), &data, Actor::Service, UtcTime::now()).await?;
+    Ok(())
 }
 
 /// The node has no call that stops a client or cleans up after it, so a person may have to.

@@ -1,4 +1,4 @@
-//! `blockyard backup`: start one, wait for it, look at them, cancel one.
+//! `blockyard backup`: start one, wait for it, watch it, look at them, cancel one.
 
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Map, Value, json};
@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 use super::client::Client;
 use super::size::readable;
 use super::vm::text;
-use super::{CliError, Exit, Output, table};
+use super::{CliError, Exit, Output, table, watch};
 use crate::id::{BackupId, VmId};
 
 /// How long one question for the end of a backup may stay open, in seconds: what the service allows.
@@ -20,6 +20,8 @@ pub(super) enum Command {
     List(List),
     /// Show a backup and its disks.
     Show(Named),
+    /// Follow a backup until it is over, also across breaks of the link; the exit code then tells how it went.
+    Watch(Named),
     /// Stop a backup and remove what it made.
     Cancel(Named),
 }
@@ -88,6 +90,7 @@ pub(super) async fn run(command: Command, output: &Output) -> Result<Exit, CliEr
             let backup = client.get(&path_of(&named.id)?, &[]).await?;
             output.answer(&backup, render)?;
         }
+        Command::Watch(named) => return watch::run(&client, &path_of(&named.id)?, output).await,
         Command::Cancel(named) => {
             let backup = client.post(&format!("{}/cancel", path_of(&named.id)?), &json!({})).await?;
             output.done(&backup, |backup| format!("{} is {}", text(&backup["backup_id"]), text(&backup["state"])))?;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use reqwest::header::{ETAG, IF_MATCH};
-use reqwest::{Method, RequestBuilder, StatusCode};
+use reqwest::{Method, RequestBuilder, Response, StatusCode};
 use serde_json::Value;
 
 use super::Exit;
@@ -18,6 +18,9 @@ const TOKEN_VARIABLE: &str = "BLOCKYARD_TOKEN_FILE";
 
 /// A service that answers at all does so within this; the longest answer waits for the node (`jobs.answer_within_s`).
 const REQUEST_LIMIT: Duration = Duration::from_secs(90);
+
+/// How long a stream of events may be silent.
+const SILENCE_LIMIT: Duration = Duration::from_secs(45);
 
 /// Why the service did not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
@@ -132,6 +135,27 @@ impl Client {
     /// DELETE of a path under `/api/v1`.
     pub(super) async fn delete(&self, path: &str) -> Result<Value, ClientError> {
         self.send(Method::DELETE, path, &[], None).await
+    }
+
+    /// GET of a stream of events under `/api/v1`; `last` is the id of the last one that was seen.
+    pub(super) async fn stream(&self, path: &str, last: Option<&str>) -> Result<Response, ClientError> {
+        let unreachable = |source| ClientError::Unreachable { url: self.url.clone(), source };
+        // It has no end, but the service gives a sign of life every 15 seconds.
+        let http = reqwest::Client::builder().no_proxy().connect_timeout(SILENCE_LIMIT).read_timeout(SILENCE_LIMIT);
+        let mut request = http.build().map_err(unreachable)?.get(format!("{}/api/v1{path}", self.url));
+        if let Some(token) = &self.token {
+            request = request.bearer_auth(token.expose());
+        }
+        if let Some(last) = last {
+            request = request.header("Last-Event-ID", last);
+        }
+        let response = request.send().await.map_err(unreachable)?;
+        let status = response.status();
+        if status.is_success() {
+            return Ok(response);
+        }
+        let document = response.bytes().await.map_err(unreachable)?;
+        Err(refused(status, serde_json::from_slice(&document).unwrap_or_default()))
     }
 
     /// All rows of a list, over all its pages, as one document.

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use toml::{Table, Value};
 
-use super::{Config, Credential, DEFAULT_NODE, Node};
+use super::{Config, Credential, DEFAULT_NODE, Node, Webhook};
 
 /// Where the file is looked for when nothing names one; it may be missing.
 const DEFAULT_FILE: &str = "/etc/blockyard/blockyard.toml";
@@ -17,7 +17,7 @@ const FILE_VARIABLE: &str = "BLOCKYARD_CONFIG";
 /// `BLOCKYARD__SECTION__KEY` overrides `section.key` of the file.
 const OVERRIDE_PREFIX: &str = "BLOCKYARD__";
 /// Sections whose entries are named by the operator.
-const NAMED_SECTIONS: [&str; 2] = ["nodes", "credentials"];
+const NAMED_SECTIONS: [&str; 3] = ["nodes", "credentials", "webhooks"];
 /// The name that stands for all of them in the table of known keys.
 const ANY_NAME: &str = "<name>";
 
@@ -160,9 +160,11 @@ impl Config {
 /// A configuration with one entry of everything, as a table.
 fn known_keys() -> Table {
     let credential = Credential { vcenter_host: String::new(), username: String::new(), password_file: PathBuf::new() };
+    let webhook = Webhook { url: String::new(), secret_file: PathBuf::new(), events: Vec::new() };
     let config = Config {
         nodes: BTreeMap::from([(ANY_NAME.to_owned(), Node::default())]),
         credentials: BTreeMap::from([(ANY_NAME.to_owned(), credential)]),
+        webhooks: BTreeMap::from([(ANY_NAME.to_owned(), webhook)]),
         ..Config::default()
     };
     match Value::try_from(config) {

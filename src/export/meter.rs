@@ -33,11 +33,18 @@ pub struct Meter {
     identical_bytes: AtomicU64,
     read_bytes: AtomicU64,
     /// None where nobody asks: it grows with every range that touches no other.
-    coverage: Option<Mutex<Coverage>>,
+    coverage: Option<Mutex<Covered>>,
     rate: Mutex<Rate>,
     /// When the last connection went, while there is none.
     lost_at: Mutex<Option<Instant>>,
     failure: Mutex<Option<Failure>>,
+}
+
+/// The covered ranges, and how fast they grow.
+#[derive(Debug)]
+struct Covered {
+    ranges: Coverage,
+    rate: Rate,
 }
 
 /// One look at a [`Meter`]; `written_bytes + zeroed_bytes >= covered_bytes`.
@@ -72,6 +79,7 @@ pub struct ConnectionCount {
 impl Meter {
     /// Nothing seen yet.
     pub fn new(signals: Arc<Signals>) -> Self {
+        let born = Instant::now();
         Self {
             signals,
             connections: AtomicUsize::new(0),
@@ -83,16 +91,16 @@ impl Meter {
             zeroed_over_data_bytes: AtomicU64::new(0),
             identical_bytes: AtomicU64::new(0),
             read_bytes: AtomicU64::new(0),
-            coverage: Some(Mutex::default()),
-            rate: Mutex::new(Rate::new(Instant::now())),
+            coverage: Some(Mutex::new(Covered { ranges: Coverage::new(), rate: Rate::new(born) })),
+            rate: Mutex::new(Rate::new(born)),
             lost_at: Mutex::default(),
             failure: Mutex::default(),
         }
     }
 
     /// The same without a memory of which ranges were written.
-    pub fn without_coverage() -> Self {
-        Self { coverage: None, ..Self::new(Arc::default()) }
+    pub fn without_coverage(signals: Arc<Signals>) -> Self {
+        Self { coverage: None, ..Self::new(signals) }
     }
 
     /// All numbers at once.
@@ -106,13 +114,13 @@ impl Meter {
             zeroed_over_data_bytes: self.zeroed_over_data_bytes.load(Ordering::Acquire),
             identical_bytes: self.identical_bytes.load(Ordering::Acquire),
             read_bytes: self.read_bytes.load(Ordering::Acquire),
-            covered_bytes: self.coverage.as_ref().map_or(0, |coverage| lock(coverage).covered_bytes()),
+            covered_bytes: self.coverage.as_ref().map_or(0, |coverage| lock(coverage).ranges.covered_bytes()),
         }
     }
 
     /// A copy of the covered ranges; none without coverage.
     pub fn coverage(&self) -> Coverage {
-        self.coverage.as_ref().map(|coverage| lock(coverage).clone()).unwrap_or_default()
+        self.coverage.as_ref().map(|coverage| lock(coverage).ranges.clone()).unwrap_or_default()
     }
 
     /// Since when there has been no connection, when there was one before.
@@ -123,6 +131,11 @@ impl Meter {
     /// Payload written per second, over the last ten seconds.
     pub fn written_per_second(&self) -> u64 {
         lock(&self.rate).per_second(Instant::now())
+    }
+
+    /// Bytes that came to be covered per second, over the last ten seconds; 0 without coverage.
+    pub fn covered_per_second(&self) -> u64 {
+        self.coverage.as_ref().map_or(0, |coverage| lock(coverage).rate.per_second(Instant::now()))
     }
 
     /// Whether a write or zero request came after the gate was closed.
@@ -146,15 +159,21 @@ impl Meter {
         ConnectionCount { meter: Arc::clone(self) }
     }
 
-    pub(super) fn read(&self, length: u64) {
+    /// A read is done; says when, so that nobody has to look at the clock again.
+    pub(super) fn read(&self, length: u64) -> Instant {
+        let now = Instant::now();
         self.read_bytes.fetch_add(length, Ordering::AcqRel);
-        self.signals.life();
+        self.signals.life_at(now);
+        now
     }
 
-    pub(super) fn written(&self, offset: u64, length: u64) {
+    /// A write of this range is done; says when.
+    pub(super) fn written(&self, offset: u64, length: u64) -> Instant {
+        let now = Instant::now();
         self.written_bytes.fetch_add(length, Ordering::AcqRel);
-        lock(&self.rate).add(length, Instant::now());
-        self.covered(offset, length);
+        lock(&self.rate).add(length, now);
+        self.covered(offset, length, now);
+        now
     }
 
     /// What the image has left out so far. Requests end in any order, and the count only grows.
@@ -162,9 +181,12 @@ impl Meter {
         self.identical_bytes.fetch_max(bytes, Ordering::AcqRel);
     }
 
-    pub(super) fn zeroed(&self, offset: u64, length: u64) {
+    /// Zeroes of this range are done; says when.
+    pub(super) fn zeroed(&self, offset: u64, length: u64) -> Instant {
+        let now = Instant::now();
         self.zeroed_bytes.fetch_add(length, Ordering::AcqRel);
-        self.covered(offset, length);
+        self.covered(offset, length, now);
+        now
     }
 
     pub(super) fn zeroed_over_data(&self, length: u64) {
@@ -185,12 +207,14 @@ impl Meter {
         self.signals.change();
     }
 
-    fn covered(&self, offset: u64, length: u64) {
+    fn covered(&self, offset: u64, length: u64, now: Instant) {
         if let Some(coverage) = &self.coverage {
-            lock(coverage).add(offset, length);
+            let mut coverage = lock(coverage);
+            let more = coverage.ranges.add(offset, length);
+            coverage.rate.add(more, now);
         }
         if self.changed.swap(true, Ordering::AcqRel) {
-            self.signals.life();
+            self.signals.life_at(now);
         } else {
             self.signals.change();
         }
@@ -241,6 +265,18 @@ mod tests {
         let reading = meter.reading();
         assert_eq!((reading.written_bytes, reading.zeroed_bytes, reading.covered_bytes), (2048, 512, 2048));
         assert_eq!(meter.coverage().first_gap(8192), Some((1536, 2560)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_comes_twice_counts_as_payload_and_not_as_coverage() {
+        let meter = Meter::new(Arc::default());
+        for second in 0..20 {
+            meter.written(second * 1000, 1000);
+            meter.written(second * 1000, 1000);
+            meter.zeroed((1 << 20) + second * 500, 500);
+            tokio::time::advance(std::time::Duration::from_secs(1)).await;
+        }
+        assert_eq!((meter.written_per_second(), meter.covered_per_second()), (2000, 1500));
     }
 
     #[test]

@@ -38,7 +38,12 @@ impl Default for Signals {
 impl Signals {
     /// Notes a sign of life.
     pub fn life(&self) {
-        let now_ms = u64::try_from(self.born.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.life_at(Instant::now());
+    }
+
+    /// Notes a sign of life at a moment that was looked up for something else.
+    pub fn life_at(&self, moment: Instant) {
+        let now_ms = u64::try_from(moment.duration_since(self.born).as_millis()).unwrap_or(u64::MAX);
         self.last_life_ms.store(now_ms, Ordering::Relaxed);
         self.alive.store(true, Ordering::Release);
         if self.wake_on_life.load(Ordering::Relaxed) && self.wake_on_life.swap(false, Ordering::AcqRel) {

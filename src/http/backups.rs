@@ -254,7 +254,7 @@ async fn wait_for_change(app: &AppState, id: &BackupId, patience: Duration) {
     tokio::select! {
         // Either channel ending means that there is nothing left to wait for.
         _ = view.wait_for(|view| view.state != before) => {}
-        _ = phase.wait_for(|phase| *phase == crate::app::Phase::Draining) => {}
+        _ = phase.wait_for(|phase| *phase >= crate::app::Phase::Draining) => {}
         () = tokio::time::sleep_until(deadline) => {}
     }
 }

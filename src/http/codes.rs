@@ -84,6 +84,8 @@ codes! {
         "The backup exists, but none of its disks has this number.";
     PointNotFound "point_not_found" 404 FINAL "No such restore point"
         "No restore point has this id, or it was deleted.";
+    ExportNotFound "export_not_found" 404 FINAL "No such export"
+        "No export has this id: it was ended, expired, or the service was restarted.";
     MethodNotAllowed "method_not_allowed" 405 FINAL "The path does not take this method"
         "The header `Allow` names the methods that it takes.";
     BackupInProgress "backup_in_progress" 409 RETRY "A backup of this VM is running"
@@ -108,6 +110,9 @@ codes! {
         "`dependents` names those directly upon it: delete them first.";
     PointInUse "point_in_use" 409 RETRY "The restore point is in use"
         "It is exported, or pinned by a job or a task that `holders` names; or what a backup would build upon is just going.";
+    PointDamaged "point_damaged" 409 FINAL "The restore point is damaged"
+        "Its files are not what was committed. With `accept_damage` it is opened all the same, as far as that is possible; what \
+         is read may be wrong.";
     RepositoryNotEmpty "repository_not_empty" 409 FINAL "The repository holds restore points"
         "Delete or expire its points first.";
     VmExists "vm_exists" 409 FINAL "The VM exists already"
@@ -120,6 +125,8 @@ codes! {
         "The body is larger than `server.body_limit_bytes`.";
     UnsupportedMediaType "unsupported_media_type" 415 FINAL "The body is not JSON"
         "Send it with `Content-Type: application/json`.";
+    RangeNotSatisfiable "range_not_satisfiable" 416 FINAL "The range lies outside the disk"
+        "`Content-Range` tells the size of the disk.";
     DiskKeyMissing "disk_key_missing" 422 FINAL "A disk has no device key"
         "Every disk needs `device_key` or `unit_number`.";
     DiskKeyDuplicate "disk_key_duplicate" 422 FINAL "Two disks have the same device key"

@@ -56,7 +56,7 @@ async fn readyz(State(app): State<AppState>) -> Result<Json<Ready>, Problem> {
     let mut reasons: Vec<(Code, String)> = Vec::new();
     match app.phase() {
         Phase::Starting => reasons.push((Code::Starting, "the service is starting".to_owned())),
-        Phase::Draining => reasons.push((Code::Draining, "the service is stopping".to_owned())),
+        Phase::Draining | Phase::Closing => reasons.push((Code::Draining, "the service is stopping".to_owned())),
         Phase::Ready => {}
     }
     if app.store.is_out_of_room() && !app.store.has_room().await {

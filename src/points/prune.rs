@@ -317,7 +317,9 @@ impl Points {
 
     /// Makes a point anew without its parent; why that could not be done.
     async fn absorb(&self, child: &BackupId) -> Option<String> {
-        self.merge(child).await.err().map(|error| error.to_string())
+        let error = self.merge(child).await.err()?;
+        tracing::warn!(point = %child, %error, "a point could not be made anew without its parent");
+        Some(error.public())
     }
 
     /// Prunes, on behalf of the repository's rules, the points of each VM after a job of it has committed. Outside the job: the VM
@@ -344,7 +346,7 @@ impl Points {
         let mut connection = self.shared.store.read().await?;
         match queue.told {
             // Of what was committed before the start the rules are applied with the next commit.
-            None => queue.told = Some(events::last_sequence(&mut connection).await?),
+            None => queue.told = Some(events::bounds(&mut connection).await?.1),
             Some(told) => {
                 for (sequence, subject, data) in events::of_kind_after(&mut connection, "job.state", told).await? {
                     queue.told = Some(sequence);
@@ -391,7 +393,8 @@ impl Points {
                 }
             }
         }
-        if !failures.is_empty() {
+        // What a stop has cut is taken up with the next commit.
+        if !failures.is_empty() && !*self.shared.stopping.borrow() {
             self.alert(job, &failures).await?;
         }
         Ok(holders)

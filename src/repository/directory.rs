@@ -16,7 +16,7 @@ use super::manifest::{Manifest, ManifestError};
 use crate::id::BackupId;
 
 /// Directories may be listed by the group of the service, images read by it, by nobody else.
-const DIRECTORY_MODE: u32 = 0o750;
+pub(super) const DIRECTORY_MODE: u32 = 0o750;
 const PUBLISHED_FILE_MODE: u32 = 0o440;
 
 /// How often `<vm-dir>` is made again after it went while it was empty. Each time another point of the VM was removed to its
@@ -127,19 +127,24 @@ pub fn quarantine_staged(paths: &BackupPaths) -> io::Result<()> {
 /// # Errors
 /// Any error of the file system. Nothing is published then.
 pub fn finish_staged(paths: &BackupPaths, manifest: &[u8]) -> io::Result<()> {
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o640).open(paths.staged.join(MANIFEST))?;
+    finish(&paths.staged, manifest)
+}
+
+/// The same for a folder of any name.
+pub(super) fn finish(folder: &Path, manifest: &[u8]) -> io::Result<()> {
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o640).open(folder.join(MANIFEST))?;
     file.write_all(manifest)?;
     file.set_permissions(Permissions::from_mode(PUBLISHED_FILE_MODE))?;
     file.sync_all()?;
-    for entry in fs::read_dir(&paths.staged)? {
+    for entry in fs::read_dir(folder)? {
         let entry = entry?;
         // The images are durable since their seal; opening them again makes the mode durable too.
         let image = File::open(entry.path())?;
         image.set_permissions(Permissions::from_mode(PUBLISHED_FILE_MODE))?;
         image.sync_all()?;
     }
-    fs::set_permissions(&paths.staged, Permissions::from_mode(DIRECTORY_MODE))?;
-    sync_directory(&paths.staged)
+    fs::set_permissions(folder, Permissions::from_mode(DIRECTORY_MODE))?;
+    sync_directory(folder)
 }
 
 /// The commit: gives the staged directory its final name. Never replaces anything.
@@ -181,16 +186,24 @@ pub fn load_published(paths: &BackupPaths, backup_id: &BackupId) -> Result<Optio
     if !paths.published.try_exists()? {
         return Ok(None);
     }
-    let manifest = Manifest::decode(&fs::read(paths.published.join(MANIFEST))?)?;
+    load(&paths.published, backup_id).map(Some)
+}
+
+/// The manifest of a folder that must be whole: it belongs to this backup, and every image has the length that it says.
+///
+/// # Errors
+/// Anything that is not so.
+pub fn load(folder: &Path, backup_id: &BackupId) -> Result<Manifest, ManifestError> {
+    let manifest = Manifest::decode(&fs::read(folder.join(MANIFEST))?)?;
     if manifest.backup_id != *backup_id {
         return Err(io::Error::other("the manifest belongs to another backup").into());
     }
     for disk in &manifest.disks {
-        if fs::metadata(paths.published.join(&disk.file))?.len() != disk.file_bytes {
+        if fs::metadata(folder.join(&disk.file))?.len() != disk.file_bytes {
             return Err(io::Error::other(format!("{} has not the length in the manifest", disk.file)).into());
         }
     }
-    Ok(Some(manifest))
+    Ok(manifest)
 }
 
 /// The length of a file in bytes.

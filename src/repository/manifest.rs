@@ -38,8 +38,19 @@ pub struct Manifest {
     pub tags: BTreeMap<String, String>,
     /// The version of the service that wrote it.
     pub service_version: String,
+    /// How often the images were made anew over what lay below their parents; they are the job's own at 0.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub generation: u32,
+    /// The points that were absorbed by that, oldest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub merged: Vec<BackupId>,
     /// In ascending order of number.
     pub disks: Vec<ManifestDisk>,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde passes it so")]
+fn is_zero(generation: &u32) -> bool {
+    *generation == 0
 }
 
 /// The VM as the inventory knew it.
@@ -204,6 +215,8 @@ mod tests {
             backup_type: BackupType::Full,
             tags: BTreeMap::new(),
             service_version: "0.1.0".into(),
+            generation: 2,
+            merged: vec!["backup-01JD8Z3M6Q9V4T2R7XK5N0WCHA".parse().unwrap()],
             disks,
         }
     }
@@ -213,6 +226,15 @@ mod tests {
         let bytes = manifest().encode().unwrap();
         assert_eq!(Manifest::decode(&bytes).unwrap(), manifest());
         assert!(String::from_utf8(bytes).unwrap().contains("qemu-img convert -f qcow2 -O raw disk-0.qcow2"));
+    }
+
+    #[test]
+    fn a_point_that_was_never_merged_does_not_speak_of_it() {
+        let mut never = manifest();
+        (never.generation, never.merged) = (0, Vec::new());
+        let text = String::from_utf8(never.encode().unwrap()).unwrap();
+        assert!(!text.contains("generation") && !text.contains("merged"), "{text}");
+        assert_eq!(Manifest::decode(text.as_bytes()).unwrap(), never);
     }
 
     #[test]

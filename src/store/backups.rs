@@ -112,6 +112,21 @@ pub async fn insert(
         "result": backup.result, "code": null, "by": Actor::User.as_str(),
     });
     events::append(connection, "job.state", backup.id.as_str(), &data, Actor::User, backup.created_at).await?;
+    tell_warnings(connection, &backup.id, &backup.warnings, Actor::User).await
+}
+
+/// An event per warning. Warnings are texts that begin with a word and a colon.
+async fn tell_warnings(
+    connection: &mut Connection,
+    id: &BackupId,
+    warnings: &[String],
+    by: Actor,
+) -> Result<(), StoreError> {
+    for warning in warnings {
+        let (word, detail) = warning.split_once(": ").unwrap_or(("warning", warning));
+        let data = json!({ "job_id": id, "warning": word, "detail": detail, "by": by.as_str() });
+        events::append(connection, "job.warning", id.as_str(), &data, by, UtcTime::now()).await?;
+    }
     Ok(())
 }
 
@@ -206,9 +221,9 @@ pub async fn change_state(connection: &mut Connection, change: &Change<'_>) -> R
         return Err(refused());
     }
     let at = UtcTime::now();
-    let done = sqlx::query(
+    let stored: Option<Option<FailureCode>> = sqlx::query_scalar(
         "UPDATE backups SET state = ?, result = ?, code = COALESCE(?, code), message = COALESCE(?, message), \
-         completed_at = COALESCE(?, completed_at) WHERE id = ? AND state = ?",
+         completed_at = COALESCE(?, completed_at) WHERE id = ? AND state = ? RETURNING code",
     )
     .bind(change.to)
     .bind(change.result)
@@ -217,15 +232,13 @@ pub async fn change_state(connection: &mut Connection, change: &Change<'_>) -> R
     .bind(change.to.is_terminal().then_some(at))
     .bind(change.id)
     .bind(change.from)
-    .execute(&mut *connection)
+    .fetch_optional(&mut *connection)
     .await
     .map_err(StoreError::from)?;
-    if done.rows_affected() != 1 {
-        return Err(refused());
-    }
+    let Some(code) = stored else { return Err(refused()) };
     let data = json!({
         "job_id": change.id, "vm_context_id": change.vm_id, "from": change.from, "state": change.to,
-        "result": change.result, "code": change.code, "by": change.by.as_str(),
+        "result": change.result, "code": code, "by": change.by.as_str(),
     });
     events::append(connection, "job.state", change.id.as_str(), &data, change.by, at).await?;
     Ok(())
@@ -257,7 +270,7 @@ pub async fn set_node_outcome(
     Ok(())
 }
 
-/// Adds warnings to those of a job.
+/// Adds warnings to those of a job, with an event for each.
 ///
 /// # Errors
 /// The database's.
@@ -268,9 +281,9 @@ pub async fn add_warnings(connection: &mut Connection, id: &BackupId, more: &[St
     sqlx::query("UPDATE backups SET warnings = ? WHERE id = ?")
         .bind(row::json_text(&warnings)?)
         .bind(id)
-        .execute(connection)
+        .execute(&mut *connection)
         .await?;
-    Ok(())
+    tell_warnings(connection, id, more, Actor::Service).await
 }
 
 /// Stores where a disk is and what was measured, with its event when the state is another than before.
@@ -309,10 +322,21 @@ pub async fn update_disk(connection: &mut Connection, id: &BackupId, disk: &Disk
     .execute(&mut *connection)
     .await?;
     if before != disk.state {
-        let data = json!({ "job_id": id, "disk_id": disk.disk_id, "from": before, "state": disk.state });
-        events::append(connection, "disk.state", id.as_str(), &data, Actor::Service, at).await?;
+        let by = caused_by(disk.state);
+        let data = json!({
+            "job_id": id, "disk_id": disk.disk_id, "from": before, "state": disk.state, "by": by.as_str(),
+        });
+        events::append(connection, "disk.state", id.as_str(), &data, by, at).await?;
     }
     Ok(())
+}
+
+/// Who brings a disk into a state.
+fn caused_by(state: DiskState) -> Actor {
+    match state {
+        DiskState::Connected | DiskState::Writing | DiskState::Disconnected | DiskState::Draining => Actor::Client,
+        DiskState::Allocated | DiskState::Listening | DiskState::Sealed | DiskState::Failed => Actor::Service,
+    }
 }
 
 /// What is known of one disk now.

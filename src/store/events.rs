@@ -1,13 +1,77 @@
 //! The `events` table: what happened, in one growing sequence that is never re-used. Written in the transaction of the
 //! change it tells of, so that there is no event without its change and no change without its event.
+//!
+//! Whoever has read the event with number N has missed none below N. SQLite has one writer, and a number is given inside its
+//! transaction: a transaction that is rolled back gives its numbers back too, and the next one begins only after the one
+//! before has committed. So numbers become visible in their order and without holes, and "everything after N" is all that a
+//! reader has to ask. With several writers that would no longer hold.
 
 use std::str::FromStr;
 
 use serde_json::Value;
+use sqlx::Row;
+use sqlx::sqlite::SqliteRow;
 
 use super::{Connection, StoreError};
 use crate::backup::state::UnknownWord;
 use crate::clock::UtcTime;
+
+/// Every kind of event. `disk.progress` is told on live streams only and never stored.
+pub const KINDS: [&str; 12] = [
+    "job.state",
+    "disk.state",
+    "disk.progress",
+    "job.warning",
+    "job.deleted",
+    "point.committed",
+    "point.trust",
+    "point.merged",
+    "point.protected",
+    "point.deleting",
+    "point.deleted",
+    "alert",
+];
+
+/// The kind that is never stored.
+pub const PROGRESS: &str = "disk.progress";
+
+/// One stored event.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EventRow {
+    /// Its number.
+    pub sequence: i64,
+    /// When it happened.
+    pub at: UtcTime,
+    /// What it is.
+    pub kind: String,
+    /// Id of what it is about.
+    pub subject: String,
+    /// The rest, an object.
+    pub data: Value,
+}
+
+impl sqlx::FromRow<'_, SqliteRow> for EventRow {
+    fn from_row(row: &SqliteRow) -> Result<Self, sqlx::Error> {
+        let data: String = row.try_get("data")?;
+        Ok(Self {
+            sequence: row.try_get("sequence")?,
+            at: row.try_get("at")?,
+            kind: row.try_get("kind")?,
+            subject: row.try_get("subject")?,
+            data: serde_json::from_str(&data).map_err(|error| sqlx::Error::Decode(error.into()))?,
+        })
+    }
+}
+
+impl EventRow {
+    /// The event as it is told: its data with `seq` and `at`.
+    pub fn told(&self) -> Value {
+        let mut told = self.data.clone();
+        told["seq"] = self.sequence.into();
+        told["at"] = self.at.to_string().into();
+        told
+    }
+}
 
 /// Who caused a change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,14 +153,6 @@ pub async fn about(connection: &mut Connection, subject: &str) -> Result<Vec<(St
         .collect()
 }
 
-/// The number of the last event.
-///
-/// # Errors
-/// The database's.
-pub async fn last_sequence(connection: &mut Connection) -> Result<i64, StoreError> {
-    Ok(sqlx::query_scalar("SELECT COALESCE(max(sequence), 0) FROM events").fetch_one(connection).await?)
-}
-
 /// The events of one kind after a number, oldest first: number, subject and data.
 ///
 /// # Errors
@@ -118,4 +174,98 @@ pub async fn of_kind_after(
             Ok((sequence, subject, data))
         })
         .collect()
+}
+
+/// The events after the number `after`, oldest first, at most `limit`; with `subject` only those about it.
+///
+/// # Errors
+/// The database's.
+pub async fn after(
+    connection: &mut Connection,
+    after: i64,
+    subject: Option<&str>,
+    limit: u32,
+) -> Result<Vec<EventRow>, StoreError> {
+    let rows = match subject {
+        Some(subject) => {
+            sqlx::query_as("SELECT * FROM events WHERE subject = ? AND sequence > ? ORDER BY sequence LIMIT ?")
+                .bind(subject)
+                .bind(after)
+                .bind(limit)
+                .fetch_all(connection)
+                .await?
+        }
+        None => {
+            sqlx::query_as("SELECT * FROM events WHERE sequence > ? ORDER BY sequence LIMIT ?")
+                .bind(after)
+                .bind(limit)
+                .fetch_all(connection)
+                .await?
+        }
+    };
+    Ok(rows)
+}
+
+/// The numbers of the oldest and the newest event that are kept; both 0 before the first.
+///
+/// # Errors
+/// The database's.
+pub async fn bounds(connection: &mut Connection) -> Result<(i64, i64), StoreError> {
+    // Two queries in one: each is a look at one end of the index.
+    Ok(sqlx::query_as(
+        "SELECT COALESCE((SELECT min(sequence) FROM events), 0), COALESCE((SELECT max(sequence) FROM events), 0)",
+    )
+    .fetch_one(connection)
+    .await?)
+}
+
+/// The newest event of a kind about `subject`.
+///
+/// # Errors
+/// The database's.
+pub async fn last_of_kind(
+    connection: &mut Connection,
+    subject: &str,
+    kind: &str,
+) -> Result<Option<EventRow>, StoreError> {
+    Ok(sqlx::query_as("SELECT * FROM events WHERE subject = ? AND kind = ? ORDER BY sequence DESC LIMIT 1")
+        .bind(subject)
+        .bind(kind)
+        .fetch_optional(connection)
+        .await?)
+}
+
+/// When an alert of this name about `subject` was raised last.
+///
+/// # Errors
+/// The database's.
+pub async fn last_alert(
+    connection: &mut Connection,
+    subject: &str,
+    alert: &str,
+) -> Result<Option<UtcTime>, StoreError> {
+    let rows: Vec<EventRow> =
+        sqlx::query_as("SELECT * FROM events WHERE subject = ? AND kind = 'alert' ORDER BY sequence DESC LIMIT 100")
+            .bind(subject)
+            .fetch_all(connection)
+            .await?;
+    Ok(rows.into_iter().find(|row| row.data["alert"] == alert).map(|row| row.at))
+}
+
+/// Removes events from before `cutoff`, oldest first, at most `limit`; says how many. Only what lies before everything that is
+/// kept goes, so that no reader finds a hole, and the newest event stays, whose number says where new ones begin.
+///
+/// # Errors
+/// The database's.
+pub async fn remove_before(connection: &mut Connection, cutoff: UtcTime, limit: u32) -> Result<u64, StoreError> {
+    let done = sqlx::query(
+        "DELETE FROM events WHERE sequence IN (SELECT sequence FROM events WHERE sequence < COALESCE(\
+         (SELECT sequence FROM events WHERE at >= ? ORDER BY sequence LIMIT 1), (SELECT max(sequence) FROM events)) \
+         ORDER BY sequence LIMIT ?)",
+    )
+    .bind(cutoff)
+    .bind(limit)
+    .execute(connection)
+    .await?;
+    Ok(done.rows_affected())
 }

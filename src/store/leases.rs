@@ -4,7 +4,8 @@
 //! VM. A row of another boot is void: the process that held the thing is gone, and the thing with it.
 
 use super::{Connection, StoreError, points};
-use crate::id::BackupId;
+use crate::clock::UtcTime;
+use crate::id::{BackupId, ExportId};
 
 /// What can be owned, by one owner at a time but for pins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,6 +87,43 @@ pub async fn pin_chain(
     for (below, _) in points::ancestry(connection, point).await? {
         insert(connection, LeaseKind::Pin, below.as_str(), owner, boot_id).await?;
     }
+    Ok(())
+}
+
+/// Records an export of a restore point, which owns itself until `deadline`.
+///
+/// # Errors
+/// The database's.
+pub async fn record_export(
+    connection: &mut Connection,
+    export: &ExportId,
+    deadline: UtcTime,
+    boot_id: &str,
+) -> Result<(), StoreError> {
+    sqlx::query("INSERT INTO leases (kind, key, owner, boot_id, deadline) VALUES ('export', ?, ?, ?, ?)")
+        .bind(export)
+        .bind(export)
+        .bind(boot_id)
+        .bind(deadline)
+        .execute(connection)
+        .await?;
+    Ok(())
+}
+
+/// Moves the deadline of an export; one that is over stays so.
+///
+/// # Errors
+/// The database's.
+pub async fn set_export_deadline(
+    connection: &mut Connection,
+    export: &ExportId,
+    deadline: UtcTime,
+) -> Result<(), StoreError> {
+    sqlx::query("UPDATE leases SET deadline = ? WHERE kind = 'export' AND key = ?")
+        .bind(deadline)
+        .bind(export)
+        .execute(connection)
+        .await?;
     Ok(())
 }
 

@@ -212,12 +212,118 @@ pub async fn insert(connection: &mut Connection, point: &NewPoint<'_>) -> Result
         .execute(&mut *connection)
         .await?;
     }
+    // What was below when the job began may have been merged meanwhile.
+    refresh_depths(connection, point.id).await?;
     let data = json!({
         "point_id": point.id, "repository_id": point.repository_id, "sequence": sequence, "disks": point.disks.len(),
         "parents": point.disks.iter().map(|disk| &disk.parent_id).collect::<Vec<_>>(), "trust": point.trust,
     });
     events::append(connection, "point.committed", point.id.as_str(), &data, Actor::Service, point.committed_at).await?;
     Ok(sequence)
+}
+
+/// The longest chain that is followed when depths are counted: above what the engine opens, so that only a circle in a
+/// damaged database reaches it.
+const DEPTH_MAX: u32 = 1000;
+
+/// Counts anew how many images lie under the disks of a point and of all that is built upon it.
+///
+/// # Errors
+/// The database's.
+pub async fn refresh_depths(connection: &mut Connection, id: &BackupId) -> Result<(), StoreError> {
+    sqlx::query(
+        "WITH RECURSIVE above (point_id, disk_id, depth) AS ( \
+             SELECT own.point_id, own.disk_id, \
+                    CASE WHEN own.parent_id IS NULL THEN 1 ELSE COALESCE(below.chain_depth + 1, own.chain_depth) END \
+             FROM point_disks AS own LEFT JOIN point_disks AS below \
+                  ON below.point_id = own.parent_id AND below.disk_id = own.disk_id \
+             WHERE own.point_id = ?1 \
+             UNION \
+             SELECT child.point_id, child.disk_id, above.depth + 1 FROM point_disks AS child \
+             JOIN above ON child.parent_id = above.point_id AND child.disk_id = above.disk_id WHERE above.depth < ?2) \
+         UPDATE point_disks SET chain_depth = above.depth FROM above \
+         WHERE point_disks.point_id = above.point_id AND point_disks.disk_id = above.disk_id",
+    )
+    .bind(id)
+    .bind(DEPTH_MAX)
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+/// What a merge makes of one disk of a point.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MergedDisk {
+    /// Which one.
+    pub disk_id: u32,
+    /// Full or overlay.
+    pub backup_type: BackupType,
+    /// The length of its image.
+    pub file_bytes: u64,
+    /// The point below it.
+    pub parent_id: Option<BackupId>,
+    /// Where its delta begins.
+    pub from_change_id: Option<String>,
+}
+
+/// Brings the record of a point to what a merge has published: its disks, the depths of all above it, what is trusted of it,
+/// and the event. The digest of an image that was made anew is not known; that of the content stays what it is.
+///
+/// # Errors
+/// The database's.
+pub async fn record_merge(
+    connection: &mut Connection,
+    id: &BackupId,
+    generation: u32,
+    merged: &[BackupId],
+    disks: &[MergedDisk],
+) -> Result<(), StoreError> {
+    for disk in disks {
+        sqlx::query(
+            "UPDATE point_disks SET backup_type = ?1, file_bytes = ?2, from_change_id = ?3, parent_id = ?4, \
+             digest = CASE WHEN parent_id IS NOT DISTINCT FROM ?4 THEN digest END WHERE point_id = ?5 AND disk_id = ?6",
+        )
+        .bind(disk.backup_type)
+        .bind(signed(disk.file_bytes)?)
+        .bind(&disk.from_change_id)
+        .bind(&disk.parent_id)
+        .bind(id)
+        .bind(disk.disk_id)
+        .execute(&mut *connection)
+        .await?;
+    }
+    refresh_depths(connection, id).await?;
+    // Files that nobody has read since they were written.
+    sqlx::query(
+        "UPDATE restore_points SET trust = 'unverified', verified_at = NULL WHERE id = ? AND trust = 'verified'",
+    )
+    .bind(id)
+    .execute(&mut *connection)
+    .await?;
+    let data = json!({
+        "point_id": id, "generation": generation, "merged": merged,
+        "parents": disks.iter().map(|disk| &disk.parent_id).collect::<Vec<_>>(),
+    });
+    events::append(connection, "point.merged", id.as_str(), &data, Actor::Service, UtcTime::now()).await?;
+    Ok(())
+}
+
+/// The length of every image of the committed points of a repository, as recorded: point, file, bytes.
+///
+/// # Errors
+/// The database's.
+pub async fn images_in(
+    connection: &mut Connection,
+    repository: &RepositoryId,
+) -> Result<Vec<(BackupId, String, u64)>, StoreError> {
+    let rows: Vec<(BackupId, String, i64)> = sqlx::query_as(
+        "SELECT point_id, file, file_bytes FROM point_disks JOIN restore_points ON id = point_id \
+         WHERE repository_id = ? AND state = 'committed' ORDER BY sequence, disk_id",
+    )
+    .bind(repository)
+    .fetch_all(connection)
+    .await?;
+    Ok(rows.into_iter().map(|(point, file, bytes)| (point, file, bytes.unsigned_abs())).collect())
 }
 
 /// The newest point of a VM in a repository whose files are not meant to go. Whether it can be built upon is not decided here.

@@ -135,6 +135,14 @@ async fn progress_is_right_with_a_client_that_sends_no_numbers() {
     assert_eq!((&backup["progress_percent"], &backup["total_bytes"]), (&json!(60.0), &json!(10 << 20)));
     assert_eq!(backup["bytes_transferred"], disk["written_bytes"]);
     assert_eq!(backup["disks"][1]["state"], "listening");
+    assert_eq!((&disk["percent"], &disk["eta_s"]), (&json!(100.0), &json!(0)));
+    let waiting = &backup["disks"][1];
+    assert_eq!(
+        (&waiting["percent"], &waiting["eta_s"], &waiting["bottleneck"]),
+        (&json!(0.0), &json!(null), &json!(null))
+    );
+    // The client sends nothing more: after a second of that the source is what is waited for.
+    rig.when(id_of(&started), |backup| backup["disks"][0]["bottleneck"] == "source").await;
     rig.node.resume();
     let backup = rig.end_of(id_of(&started)).await;
     assert_eq!(

@@ -8,16 +8,20 @@ use serde_json::json;
 use crate::privileged::privileged;
 use crate::process::{Child, sqlite};
 use crate::rig::{self, id_of};
-use crate::support::process::ServeProcess;
 
 /// The calls at which a commit is cut: everything that makes files, names and rows durable or visible.
 const STEPS: [&str; 5] = ["fdatasync", "fsync", "fchmod", "chmod", "renameat2"];
 
 /// Kills a process when one of its threads makes its `number`-th call of this kind from now on, at this path only if one
 /// is given.
-pub fn kill_at(process: &ServeProcess, step: &str, path: Option<&Path>, number: usize) -> std::process::Child {
-    let pid = process.id().to_string();
-    let inject = format!("inject={step}:signal=SIGKILL:when={number}");
+pub fn kill_at(pid: u32, step: &str, path: Option<&Path>, number: usize) -> std::process::Child {
+    inject(pid, step, path, &format!("signal=SIGKILL:when={number}"))
+}
+
+/// Does this to the calls of a kind that the threads of a process make from now on.
+pub fn inject(pid: u32, step: &str, path: Option<&Path>, what: &str) -> std::process::Child {
+    let pid = pid.to_string();
+    let inject = format!("inject={step}:{what}");
     let tracer = privileged("strace")
         .args(["-f", "-qq", "-o", "/dev/null", "-e", &format!("trace={step}"), "-e", &inject, "-p", &pid])
         .args(path.iter().flat_map(|path| [Path::new("-P"), path]))
@@ -90,7 +94,7 @@ async fn crash_at(step: &str, number: usize, place: impl Fn(&Path) -> Option<Pat
     let vm = child.furnish(&running).await;
     let started = running.back_up(&vm).await;
     child.paused().await;
-    let mut tracer = kill_at(&running.process, step, place(&child.repository()).as_deref(), number);
+    let mut tracer = kill_at(running.process.id(), step, place(&child.repository()).as_deref(), number);
     child.node.resume();
     let ended = child.node.log().first(|event| match event {
         Event::Ended { error, .. } => Some(error.is_none()),

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::process::{Child, sqlite};
 use crate::rig::{self, Plan, Rig, id_of};
 use crate::support::TestService;
-use crate::support::process::blockyard;
+use crate::support::process::{ServeProcess, blockyard};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn kill_nine_at_any_moment_leaves_no_running_row_port_or_partial_after_restart() {
@@ -106,6 +106,10 @@ async fn no_secret_appears_in_logs_errors_events_or_the_database() {
     let child = Child::new(Faults::default()).await;
     let config = child.folder.path().join("blockyard.toml");
     let mut text = std::fs::read_to_string(&config).unwrap();
+    let secret_file = child.folder.path().join("webhook-secret");
+    std::fs::write(&secret_file, "secret-of-the-webhook\n").unwrap();
+    // Nobody listens there: every delivery fails and is logged.
+    text.push_str(&format!("\n[webhooks.siem]\nurl = \"http://127.0.0.1:1/\"\nsecret_file = {secret_file:?}\n"));
     text.push_str("\n[server]\nlog = \"trace\"\n");
     std::fs::write(&config, text).unwrap();
     let running = child.start();
@@ -119,15 +123,20 @@ async fn no_secret_appears_in_logs_errors_events_or_the_database() {
     let refused = request.bearer_auth(&running.token).json(&body).send().await.unwrap();
     assert_eq!(refused.status(), 502);
     let refused = refused.text().await.unwrap();
+    let events = format!("{}/api/v1/backups/{}/events", running.process.url, id_of(&started));
+    let events = running.http.get(events).bearer_auth(&running.token).send().await.unwrap().text().await.unwrap();
+    assert!(events.contains("job.state"), "{events}");
     let token = running.token.clone();
     running.process.signal("TERM");
     running.process.wait();
-    let secrets = ["secret-of-the-vcenter", token.as_str()];
-    assert!(secrets.iter().all(|secret| !refused.contains(secret)), "{refused}");
+    let log = ServeProcess::log(child.folder.path());
+    assert!(log.contains("an event was not delivered"), "the webhook had its turn");
+    let secrets = ["secret-of-the-vcenter", "secret-of-the-webhook", token.as_str()];
+    assert!(secrets.iter().all(|secret| !refused.contains(secret) && !events.contains(secret)), "{refused} {events}");
     let mut looked_at = 0;
     for path in files_below(child.folder.path()) {
         let name = path.file_name().unwrap().to_str().unwrap().to_owned();
-        if name == "password" || name == "token" || name.ends_with(".qcow2") {
+        if ["password", "token", "webhook-secret"].contains(&name.as_str()) || name.ends_with(".qcow2") {
             continue;
         }
         let bytes = std::fs::read(&path).unwrap();

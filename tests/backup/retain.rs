@@ -279,7 +279,7 @@ async fn crash_at_every_step_of_a_deletion_leaves_the_whole_point_or_nothing_of_
             let backup = running.end_of(id_of(&running.back_up(&vm).await)).await;
             assert_eq!(backup["state"], "committed", "{backup:#}");
             let id = id_of(&backup).to_owned();
-            let mut tracer = kill_at(&running.process, step, None, killed + 1);
+            let mut tracer = kill_at(running.process.id(), step, None, killed + 1);
             let url = format!("{}/api/v1/points/{id}", running.process.url);
             let answered = running.http.delete(url).bearer_auth(&running.token).send().await;
             let is_over = answered.is_ok_and(|answer| answer.status() == 204);

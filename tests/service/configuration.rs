@@ -102,6 +102,10 @@ fn values_that_break_a_rule_name_the_rule() {
             &format!("{}client_ca_file = \"a\"\nallow_subjects = [\"CN=a\", \"/CN=b\"]", tls.replace("on", "required")),
             "`nbd.allow_subjects` is no list of subjects: \"/CN=b\" is no subject such as",
         ),
+        (
+            &format!("{}[auth]\nmode = \"off\"\n[restore]\nbind = \"0.0.0.0\"", tls.replace("on", "required")),
+            "`auth.mode` may be \"off\" only while every bind address is loopback; restore.bind is 0.0.0.0",
+        ),
         (&format!("{tls}bind = \"0.0.0.0\""), "`nbd.bind` must be a loopback address, not 0.0.0.0, unless nbd.tls is"),
         (
             &format!("{}bind = \"0.0.0.0\"\n[auth]\nmode = \"off\"", tls.replace("on", "required")),
@@ -117,7 +121,24 @@ fn values_that_break_a_rule_name_the_rule() {
         ("[nodes.a]\nurl = \"http://u:p@x\"", "`nodes.a.url` must hold no login"),
         ("[nodes.a]\nurl = \"http://x/\"", "`nodes.a.url` must not end with a slash"),
         ("[nodes.a]\n[nodes.b]", "`nodes.b.port_range` 10100-10200 overlaps that of node a"),
+        ("[restore]\nport_range = \"10200-10299\"", "`restore.port_range` 10200-10299 overlaps nbd.port_range"),
+        (
+            "[nodes.a]\nport_range = \"10390-10395\"",
+            "`restore.port_range` 10300-10399 overlaps nodes.a.port_range, which is 10390-10395",
+        ),
+        ("[server]\nbind = \"127.0.0.1:10300\"", "`restore.port_range` contains port 10300, on which the API listens"),
+        ("[restore]\nbind = \"0.0.0.0\"", "`restore.bind` must be a loopback address, not 0.0.0.0, unless nbd.tls is"),
+        ("[restore]\nttl_s = 0", "`restore.ttl_s` must be"),
+        ("[restore]\noverlay_limit_bytes = 1000", "`restore.overlay_limit_bytes` must be"),
         ("[nodes.a]\nconnect_timeout_s = 0", "`nodes.a.connect_timeout_s` must be"),
+        ("[webhooks.a]\nurl = \"https://x\"\nsecret_file = \"s\"", "`webhooks.a.url` must start with http://"),
+        ("[webhooks.a]\nurl = \"http://u:p@x\"\nsecret_file = \"s\"", "`webhooks.a.url` must hold no login"),
+        ("[webhooks.a]\nurl = \"http://x\"\nsecret_file = \"\"", "`webhooks.a.secret_file` must not be empty"),
+        (
+            "[webhooks.a]\nurl = \"http://x\"\nsecret_file = \"s\"\nevents = [\"disk.progress\"]",
+            "`webhooks.a.events` holds \"disk.progress\", which is none of job.state",
+        ),
+        ("[observability]\nevents_keep_days = 36501", "`observability.events_keep_days` must be"),
         (&format!("[credentials.a]\n{credential}"), "`credentials.a.username` must not be empty"),
     ];
     for (toml, message) in rows {
@@ -139,6 +160,8 @@ fn listeners_beyond_loopback_are_for_those_who_encrypt() {
         toml.replace("required", "on").replace("0.0.0.0", "127.0.0.1").replace("client_ca_file = \"a\"\n", "");
     let optional = parse(&optional).unwrap();
     assert_eq!(optional.nbd.target(2000, 10100, "a-disk0"), "2000:nbd://127.0.0.1:10100/a-disk0");
+    let both = parse_with(&format!("{toml}\n[restore]\nbind = \"0.0.0.0\""), &variables).unwrap();
+    assert!(!both.restore.bind.is_loopback());
     let outside = parse(&toml.replace("[nbd]", "[server]\nbind = \"0.0.0.0:1\"\n[nbd]")).unwrap_err();
     assert!(outside.starts_with("`server.bind` must be a loopback address"), "{outside}");
 }
@@ -205,7 +228,8 @@ fn every_key_is_documented_with_its_default() {
     let wanted: Vec<(String, String)> = Config::reference()
         .into_iter()
         .map(|(key, default)| {
-            let required = key.starts_with("credentials.");
+            let required =
+                key.starts_with("credentials.") || (key.starts_with("webhooks.") && !key.ends_with(".events"));
             (key, if required { "required".to_owned() } else { format!("`{default}`") })
         })
         .collect();

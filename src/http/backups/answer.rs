@@ -9,11 +9,13 @@ use utoipa::ToSchema;
 use crate::app::App;
 use crate::backup::Started;
 use crate::backup::job::LiveDisk;
+use crate::backup::progress::{DiskProgress, eta_s, percent};
 use crate::backup::state::{
     BackupType, DiskState, FailureCode, JobResult, JobState, OldStatus, RequestedType, TypeReason,
 };
 use crate::clock::UtcTime;
 use crate::config;
+use crate::export::busy::Bottleneck;
 use crate::http::points::QUIESCE;
 use crate::id::{BackupId, RepositoryId, VmId};
 use crate::repository::layout::BackupPaths;
@@ -140,6 +142,8 @@ pub(super) struct BackupAnswer {
     current_phase: JobState,
     /// Payload written per second, over the last ten seconds.
     transfer_speed_bps: u64,
+    /// Seconds until all disks are covered, at the pace of the last ten seconds; `null` where nobody can say.
+    eta_seconds: Option<u64>,
     /// Payload written so far.
     bytes_transferred: u64,
     total_bytes: u64,
@@ -197,6 +201,14 @@ struct DiskAnswer {
     identical_bytes: u64,
     /// Connections open now.
     connections: usize,
+    /// Payload written per second, over the last ten seconds.
+    rate_bps: u64,
+    /// 0 to 100, of the bytes covered; `null` while nobody knows how much will come, as of an incremental.
+    percent: Option<f64>,
+    /// Seconds until it is covered, at the pace of the last ten seconds; `null` where nobody can say.
+    eta_s: Option<u64>,
+    /// What the copy waits for; `null` before there was a second of requests, and once it is over.
+    bottleneck: Option<Bottleneck>,
     /// The point that the image builds upon; `null` for a full.
     #[schema(value_type = Option<String>)]
     parent_id: Option<BackupId>,
@@ -277,6 +289,12 @@ impl BackupAnswer {
             progress_percent: if row.state == JobState::Committed { 100.0 } else { percent(covered, total_bytes) },
             current_phase: row.state,
             transfer_speed_bps: live.iter().map(|disk| disk.meter.written_per_second()).sum(),
+            eta_seconds: if live.is_empty() || disks.iter().any(|disk| disk.backup_type != BackupType::Full) {
+                None
+            } else {
+                let pace = live.iter().map(|disk| disk.meter.covered_per_second()).sum();
+                eta_s(total_bytes.saturating_sub(covered), pace)
+            },
             bytes_transferred: answers.iter().map(|disk| disk.written_bytes).sum(),
             total_bytes,
             created_at: row.created_at,
@@ -315,32 +333,31 @@ impl DiskAnswer {
             zeroed_over_data_bytes: disk.zeroed_over_data_bytes,
             identical_bytes: disk.identical_bytes,
             connections: 0,
+            rate_bps: 0,
+            percent: (disk.state == DiskState::Sealed).then_some(100.0),
+            eta_s: None,
+            bottleneck: None,
             parent_id: disk.parent_id.clone(),
             from_change_id: disk.from_change_id.clone(),
             change_id: disk.change_id.clone(),
             error_message: disk.error_message.clone(),
         };
         if let Some(live) = live {
-            let reading = live.meter.reading();
-            answer.state = live.state(disk.state);
-            answer.covered_bytes = reading.covered_bytes;
-            answer.written_bytes = reading.written_bytes;
-            answer.zeroed_bytes = reading.zeroed_bytes;
-            answer.zeroed_over_data_bytes = reading.zeroed_over_data_bytes;
-            answer.identical_bytes = reading.identical_bytes;
-            answer.connections = reading.connections;
+            let now = DiskProgress::of(live, live.state(disk.state));
+            answer.state = now.state;
+            answer.covered_bytes = now.covered_bytes;
+            answer.written_bytes = now.written_bytes;
+            answer.zeroed_bytes = now.zeroed_bytes;
+            answer.zeroed_over_data_bytes = live.meter.reading().zeroed_over_data_bytes;
+            answer.identical_bytes = now.identical_bytes;
+            answer.connections = now.connections;
+            answer.rate_bps = now.rate_bps;
+            answer.percent = now.percent;
+            answer.eta_s = now.eta_s;
+            answer.bottleneck = now.bottleneck;
         }
         answer
     }
-}
-
-/// To a tenth, so that a poll shows movement and not noise.
-fn percent(covered: u64, total: u64) -> f64 {
-    if total == 0 {
-        return 0.0;
-    }
-    let tenths = u128::from(covered) * 1000 / u128::from(total);
-    f64::from(u32::try_from(tenths).unwrap_or(1000)) / 10.0
 }
 
 fn snapshot_cleanup(state: JobState, node: Option<NodeOutcome>) -> &'static str {
@@ -363,18 +380,4 @@ async fn paths(connection: &mut Connection, row: &BackupRow) -> Result<Option<Ba
     Ok(repository
         .zip(directory)
         .map(|(repository, directory)| BackupPaths::new(Path::new(&repository.path), &directory, row.id.as_str())))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn percent_is_exact_at_both_ends() {
-        assert_eq!(percent(0, 512), 0.0);
-        assert_eq!(percent(511, 512), 99.8);
-        assert_eq!(percent(512, 512), 100.0);
-        assert_eq!(percent(u64::MAX - 1, u64::MAX), 99.9);
-        assert_eq!(percent(0, 0), 0.0);
-    }
 }
