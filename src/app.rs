@@ -12,6 +12,7 @@ use crate::listeners::ListenerOptions;
 use crate::node::NodeClientError;
 use crate::points::Points;
 use crate::repository::lock::RepositoryLocks;
+use crate::restore::Restores;
 use crate::store::Store;
 
 /// The shared state of one running service.
@@ -30,6 +31,8 @@ pub struct App {
     pub backups: Backups,
     /// What they left.
     pub points: Points,
+    /// The exports of them.
+    pub restores: Restores,
     /// What its NBD listeners share.
     pub listeners: ListenerOptions,
     /// The repositories that this process owns.
@@ -65,8 +68,9 @@ impl App {
         let backups =
             Backups::new(Arc::clone(&config), store.clone(), Arc::clone(&locks), listeners.clone(), &boot_id)?;
         let points = Points::new(Arc::clone(&config), store.clone(), Arc::clone(&locks), &boot_id);
+        let restores = Restores::new(Arc::clone(&config), store.clone(), listeners.clone(), &boot_id);
         let phase = watch::Sender::new(Phase::Starting);
-        Ok(Self { config, store, tokens, backups, points, listeners, locks, boot_id, phase })
+        Ok(Self { config, store, tokens, backups, points, restores, listeners, locks, boot_id, phase })
     }
 
     /// The phase now.

@@ -16,6 +16,8 @@ mod nbd;
 mod output;
 mod point;
 mod repo;
+mod restore;
+mod retention;
 mod serve;
 mod size;
 mod stream;
@@ -26,8 +28,10 @@ mod watch;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
+use std::str::FromStr;
 
-use clap::{Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 
 pub use error::{CliError, Exit};
 pub use output::{Format, Output};
@@ -36,9 +40,9 @@ pub use output::{Format, Output};
 #[derive(Debug, Parser)]
 #[command(name = "blockyard", version, propagate_version = true, after_help = error::EXIT_CODES)]
 struct Cli {
-    /// Form of what is printed: text for people, json for programs (one document; of watch, one line per event).
-    #[arg(long, global = true, value_enum, default_value_t = Format::Text)]
-    output: Format,
+    /// Form of what is printed: text for people, json for programs (one document; of `watch`, one line per event). `restore raw` is told by it, too, what to make.
+    #[arg(long, global = true, value_name = "FORMAT", default_value = "text")]
+    output: Vec<Printed>,
     /// Print nothing but what was asked for, and errors.
     #[arg(long, global = true)]
     quiet: bool,
@@ -64,6 +68,9 @@ enum Command {
     /// The restore points that backups left.
     #[command(subcommand)]
     Point(point::Command),
+    /// Serve or copy the disks of a restore point.
+    #[command(subcommand, after_help = error::EXIT_CODES)]
+    Restore(restore::Command),
     /// Serve one qcow2 image over NBD until SIGTERM or Ctrl-C.
     Nbd(nbd::Arguments),
     /// qcow2 images, without a service.
@@ -84,25 +91,75 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(Exit::Usage as u8));
         }
     };
-    let output = Output::new(cli.output, cli.quiet);
+    let output = match printed(&cli) {
+        Ok(format) => Output::new(format, cli.quiet),
+        Err(value) => {
+            let text = format!("invalid value '{value}' for '--output <FORMAT>': text and json are possible");
+            let _ = Cli::command().error(ErrorKind::InvalidValue, text).print();
+            return ExitCode::from(Exit::Usage as u8);
+        }
+    };
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(source) => return output.failure(&CliError::Runtime { source }),
     };
-    match runtime.block_on(dispatch(cli.command, &output)) {
+    match runtime.block_on(dispatch(cli, &output)) {
         Ok(exit) => exit.into(),
         Err(error) => output.failure(&error),
     }
 }
 
-async fn dispatch(command: Command, output: &Output) -> Result<Exit, CliError> {
-    match command {
+/// A value of `--output`: a format, or a target of `restore raw`.
+#[derive(Clone, Debug)]
+enum Printed {
+    Format(Format),
+    Target(String),
+}
+
+impl FromStr for Printed {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(Format::from_str(text, false).map_or_else(|_| Self::Target(text.to_owned()), Self::Format))
+    }
+}
+
+impl Cli {
+    fn targets(&self) -> impl Iterator<Item = &str> {
+        self.output.iter().filter_map(|value| match value {
+            Printed::Target(target) => Some(target.as_str()),
+            Printed::Format(_) => None,
+        })
+    }
+}
+
+/// The format, the last one if there are several; or the value that is none, of a command that makes nothing.
+fn printed(cli: &Cli) -> Result<Format, &str> {
+    match cli.targets().next() {
+        Some(target) if !matches!(&cli.command, Command::Restore(command) if command.takes_target()) => Err(target),
+        _ => Ok(cli.output.iter().rev().find_map(Printed::format).unwrap_or(Format::Text)),
+    }
+}
+
+impl Printed {
+    fn format(&self) -> Option<Format> {
+        match self {
+            Self::Format(format) => Some(*format),
+            Self::Target(_) => None,
+        }
+    }
+}
+
+async fn dispatch(cli: Cli, output: &Output) -> Result<Exit, CliError> {
+    let targets: Vec<String> = cli.targets().map(str::to_owned).collect();
+    match cli.command {
         Command::Serve(arguments) => serve::run(arguments, output).await,
         Command::Demo(arguments) => Box::pin(demo::run(arguments, output)).await,
         Command::Vm(command) => vm::run(command, output).await,
         Command::Repo(command) => repo::run(command, output).await,
         Command::Backup(command) => backup::run(command, output).await,
         Command::Point(command) => point::run(command, output).await,
+        Command::Restore(command) => restore::run(command, &targets, output).await,
         Command::Nbd(arguments) => nbd::run(arguments, output).await,
         Command::Image(command) => image::run(command, output).await,
         Command::Doctor(arguments) => doctor::run(arguments, output).await,

@@ -49,6 +49,11 @@ impl UtcTime {
         self.0.duration_since(earlier.0).as_secs_f64()
     }
 
+    /// Date and time of day in UTC, for rules that count days and weeks.
+    pub fn calendar(self) -> jiff::civil::DateTime {
+        jiff::tz::Offset::UTC.to_datetime(self.0)
+    }
+
     fn truncated(time: Timestamp) -> Self {
         // Both bounds of a millisecond count lie inside the range of a timestamp that was valid before.
         Self(Timestamp::from_millisecond(time.as_millisecond()).unwrap_or(time))

@@ -9,7 +9,7 @@ mod load;
 mod ports;
 mod validate;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 
@@ -42,6 +42,8 @@ pub struct Config {
     pub storage: Storage,
     /// Receivers of events by name.
     pub webhooks: BTreeMap<String, Webhook>,
+    /// Exports of restore points.
+    pub restore: Restore,
     /// What can be seen of the service.
     pub observability: Observability,
 }
@@ -288,6 +290,20 @@ pub struct Webhook {
     pub events: Vec<String>,
 }
 
+/// `[restore]`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Restore {
+    /// Address of the exports. Loopback only, unless they are encrypted.
+    pub bind: IpAddr,
+    /// Ports of the exports, one each.
+    pub port_range: PortRange,
+    /// How long an export lives without traffic, in seconds.
+    pub ttl_s: u64,
+    /// The largest file of an overlay, in bytes; beyond it its client meets a full disk.
+    pub overlay_limit_bytes: u64,
+}
+
 /// `[observability]`
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(default)]
@@ -296,6 +312,17 @@ pub struct Observability {
     pub metrics_public: bool,
     /// Days after which events are removed; 0 keeps them for ever.
     pub events_keep_days: u64,
+}
+
+impl Default for Restore {
+    fn default() -> Self {
+        Self {
+            bind: Ipv4Addr::LOCALHOST.into(),
+            port_range: PortRange::RESTORE_DEFAULT,
+            ttl_s: 3600,
+            overlay_limit_bytes: 100 << 30,
+        }
+    }
 }
 
 /// Name of the node that exists without being written.
@@ -314,6 +341,12 @@ impl Config {
             Some(path) => PathBuf::from(path.strip_prefix("//").unwrap_or(path)),
             None => self.server.state_dir.join("blockyard.db"),
         }
+    }
+
+    /// The ports of all ranges: of the nodes and of `[restore]`.
+    pub fn all_ports(&self) -> BTreeSet<u16> {
+        let jobs = self.nodes.values().map(|node| self.port_range(node));
+        jobs.chain([self.restore.port_range]).flat_map(PortRange::ports).collect()
     }
 
     /// The ports for jobs through `node`.

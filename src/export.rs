@@ -63,11 +63,17 @@ impl ImageExport {
         Self { known, ..self }
     }
 
+    /// The same with nobody asking what was covered.
+    pub fn without_coverage(name: &str, image: AsyncImage, access: Access, signals: Arc<Signals>) -> Self {
+        let meter = Arc::new(Meter::without_coverage(Arc::clone(&signals)));
+        Self { meter, ..Self::new(name, image, access, signals) }
+    }
+
     /// Opens the image at `path` and offers it as `name`, with nobody listening to its signals or asking what was covered.
     pub async fn open(name: &str, path: PathBuf, options: OpenOptions) -> Result<Self, qcow2::Error> {
         let access = options.access;
         let image = AsyncImage::open(path, options).await?;
-        Ok(Self { meter: Arc::new(Meter::without_coverage()), ..Self::new(name, image, access, Arc::default()) })
+        Ok(Self::without_coverage(name, image, access, Arc::default()))
     }
 
     /// What was seen so far.

@@ -15,6 +15,7 @@ mod disks;
 pub mod etag;
 #[allow(unused_qualifications, reason = "the macro of utoipa repeats the type of a query")]
 mod events;
+mod exports;
 pub mod extract;
 mod health;
 pub mod listing;
@@ -25,8 +26,12 @@ mod points;
 mod ports;
 pub mod problem;
 #[allow(unused_qualifications, reason = "the macro of utoipa repeats the type of a query")]
+mod raw;
+#[allow(unused_qualifications, reason = "the macro of utoipa repeats the type of a query")]
 mod repositories;
 pub mod request_id;
+#[allow(unused_qualifications, reason = "the macro of utoipa repeats the type of a query")]
+mod retention;
 mod token;
 #[allow(unused_qualifications, reason = "the macro of utoipa repeats the type of a query")]
 mod verification;
@@ -53,7 +58,10 @@ fn api() -> OpenApiRouter<AppState> {
         .merge(backups::routes())
         .merge(points::routes())
         .merge(verification::routes())
+        .merge(retention::routes())
         .merge(events::routes())
+        .merge(exports::routes())
+        .merge(raw::routes())
         .merge(ports::routes())
         .merge(nbd_exports::routes())
 }

@@ -1,8 +1,9 @@
 //! Blockyard backs up all disks of a VM from one snapshot, through NBD servers in its own process, into qcow2 images.
 //!
 //! The service as a library, so that the binary, the demo and the tests run the very same thing. Layers from the outside
-//! in: `cli` and `http` parse and answer, `serve` owns the process, `backup` is the job, `points` is what becomes of it, `repository` knows
-//! its files, `listeners` and `export` join the two engines, `node` calls the appliance, `store` holds all SQL, `events` and `webhooks` tell what is in it; `config`, `clock` and
+//! in: `cli` and `http` parse and answer, `serve` owns the process, `backup` is the job, `points` is what becomes of it, `restore`
+//! the way back, `repository` knows its files, `listeners` and `export` join the two engines, `node` calls the appliance,
+//! `store` holds all SQL, `events` and `webhooks` tell what is in it; `config`, `clock` and
 //! `id` are plain values that every layer may name.
 #![forbid(unsafe_code)]
 
@@ -20,6 +21,7 @@ pub mod metrics;
 pub mod node;
 pub mod points;
 pub mod repository;
+pub mod restore;
 pub mod secret;
 pub mod serve;
 pub mod store;

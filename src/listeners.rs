@@ -148,6 +148,12 @@ impl DiskListener {
         Ok(Self { server, figures, _entry: entry, lease: bound.lease })
     }
 
+    /// Where clients find the export.
+    pub fn uri(&self) -> String {
+        // A listener has one export.
+        self.server.uris().into_iter().next().unwrap_or_default()
+    }
+
     /// What it counts.
     pub fn figures(&self) -> ListenerFigures {
         self.figures.clone()

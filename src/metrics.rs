@@ -5,7 +5,7 @@
 //! Names of exports, VMs and peers are never among them: there is no end to those. `docs/metrics.md` describes each metric
 //! and a test holds the two equal.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
@@ -23,6 +23,7 @@ use crate::listeners::live::Totals;
 use crate::points::state::Trust;
 use crate::points::verification::Outcome;
 use crate::points::verify;
+use crate::restore::Restored;
 
 pub use prometheus_text::CONTENT_TYPE;
 
@@ -46,6 +47,8 @@ struct Scrape {
     usage: Usage,
     ports_leased: usize,
     ports: usize,
+    restore_exports: usize,
+    restored: Restored,
     jobs: BTreeMap<JobState, u64>,
     jobs_ended: BTreeMap<JobState, u64>,
     verifications: verify::Totals,
@@ -58,14 +61,14 @@ impl Scrape {
         for job in app.backups.running() {
             *jobs.entry(job.view().state).or_default() += 1;
         }
-        let ports: BTreeSet<u16> =
-            app.config.nodes.values().flat_map(|node| app.config.port_range(node).ports()).collect();
         Self {
             exports: app.listeners.live().all().len(),
             nbd: app.listeners.live().totals(),
             usage: app.listeners.usage(),
-            ports_leased: app.backups.leased_ports().len(),
-            ports: ports.len(),
+            ports_leased: app.backups.leased_ports().len() + app.restores.leased_ports().len(),
+            ports: app.config.all_ports().len(),
+            restore_exports: app.restores.all().len(),
+            restored: app.restores.restored(),
             jobs,
             jobs_ended: app.backups.ended(),
             verifications: app.points.verification_totals(),
@@ -81,7 +84,8 @@ impl Collector for Scrape {
         self.encode_connections(&mut page)?;
         self.encode_payload(&mut page)?;
         self.encode_jobs(&mut page)?;
-        self.encode_points(&mut page)
+        self.encode_points(&mut page)?;
+        self.encode_restores(&mut page)
     }
 }
 
@@ -175,6 +179,16 @@ impl Scrape {
             "The most NBD payload that may be in memory; beyond it clients wait",
             kind,
             [("write", limit), ("read", limit)],
+        )
+    }
+
+    fn encode_restores(&self, page: &mut Page<'_>) -> fmt::Result {
+        page.gauge("restore_exports", "Exports of restore points that are open", size(self.restore_exports))?;
+        page.counters(
+            "restored_bytes",
+            "Bytes read from restore points, zeroes and holes included: through exports, and by raw downloads",
+            "kind",
+            [("export", self.restored.export_bytes), ("raw", self.restored.raw_bytes)],
         )
     }
 

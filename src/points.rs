@@ -6,6 +6,7 @@
 
 pub mod check;
 pub mod compare;
+pub mod delete;
 pub mod digests;
 pub mod files;
 pub mod finding;
@@ -15,6 +16,9 @@ pub mod inspect;
 pub mod leaves;
 pub mod merge;
 pub mod pace;
+pub mod protect;
+pub mod prune;
+pub mod retention;
 pub mod scrub;
 mod settle;
 pub mod state;
@@ -22,10 +26,14 @@ pub mod take;
 pub mod verification;
 pub mod verify;
 
+use std::collections::BTreeSet;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+
+use tokio::sync::watch;
 
 use crate::config::Config;
+use crate::id::BackupId;
 use crate::repository::layout::BackupPaths;
 use crate::repository::lock::RepositoryLocks;
 use crate::store::Store;
@@ -48,20 +56,41 @@ struct Shared {
     boot_id: String,
     verifications: verify::Verifications,
     passed: scrub::Passed,
+    /// Points whose files are being removed by a task of this process.
+    removals: Mutex<BTreeSet<BackupId>>,
+    /// One prune at a time: what it frees and reads is the whole machine's.
+    pruning: tokio::sync::Mutex<()>,
+    /// Whether the service is stopping.
+    stopping: watch::Sender<bool>,
     merges: merge::Merges,
 }
 
 impl Points {
     /// The points that `store` has records of.
     pub fn new(config: Arc<Config>, store: Store, locks: Arc<RepositoryLocks>, boot_id: &str) -> Self {
-        let (verifications, passed) = (verify::Verifications::new(), scrub::Passed::default());
-        let (boot_id, merges) = (boot_id.to_owned(), merge::Merges::default());
-        Self { shared: Arc::new(Shared { config, store, locks, boot_id, verifications, passed, merges }) }
+        let shared = Shared {
+            config,
+            store,
+            locks,
+            boot_id: boot_id.to_owned(),
+            verifications: verify::Verifications::new(),
+            passed: scrub::Passed::default(),
+            merges: merge::Merges::default(),
+            removals: Mutex::default(),
+            pruning: tokio::sync::Mutex::new(()),
+            stopping: watch::Sender::new(false),
+        };
+        Self { shared: Arc::new(shared) }
+    }
+
+    /// Ends what goes from point to point, between two of them. Whatever is cut in the middle is finished by the next start.
+    pub fn stop(&self) {
+        self.shared.stopping.send_replace(true);
     }
 }
 
 /// Where the files of a point are.
-fn paths(repository: &Repository, point: &PointRow) -> BackupPaths {
+pub(crate) fn paths(repository: &Repository, point: &PointRow) -> BackupPaths {
     let vm_directory = Path::new(&point.dir).parent().unwrap_or(Path::new("")).to_string_lossy();
     BackupPaths::new(Path::new(&repository.path), &vm_directory, point.id.as_str())
 }

@@ -133,6 +133,8 @@ impl Service {
         Webhook::start(webhooks, &app.store, &mut background).await?;
         background.spawn(expire::run(app.store.clone(), app.config.observability.events_keep_days));
         app.backups.recover().await?;
+        app.restores.recover().await;
+        servers.spawn(app.points.clone().prune_after_commits());
         app.advance(Phase::Ready);
         let backups = app.backups.clone();
         app.points.verify_in_background(move || !backups.running().is_empty());
@@ -165,7 +167,9 @@ impl Service {
         tracing::info!("stopping");
         self.app.advance(Phase::Draining);
         self.app.points.stop_verifications().await;
+        self.app.points.stop();
         tokio::join!(self.app.backups.drain(self.drain), self.app.points.drain_merges());
+        self.app.restores.stop().await;
         self.app.advance(Phase::Closing);
         self.close_sockets.send_replace(true);
         let answered =
@@ -185,7 +189,9 @@ impl Drop for Service {
         // After a stop there is none left.
         self.app.points.abandon_verifications();
         self.app.backups.abandon();
+        self.app.points.stop();
         self.app.points.abandon_merges();
+        self.app.restores.abandon();
     }
 }
 

@@ -71,6 +71,21 @@ fn only_one_file_names_both_engines() {
 }
 
 #[test]
+fn service_never_needs_mount_or_privileges() {
+    // What a restore through the kernel would need: other programs, block devices, mounts, another user.
+    let words = ["process::Command", "/dev/nbd", "/dev/loop", "mount::", "setuid", "seteuid", "capset", "ioctl("];
+    for file in sources("src", ".rs") {
+        // The doctor reads which mount a folder is on.
+        let words = words.iter().filter(|word| !(**word == "mount::" && file.path.starts_with("src/cli/doctor")));
+        // Tests may ask QEMU's tools.
+        let code: Vec<&str> = file.code().take_while(|line| *line != "#[cfg(test)]").collect();
+        for word in words {
+            assert!(!code.iter().any(|line| line.contains(word)), "{} names {word}", file.path);
+        }
+    }
+}
+
+#[test]
 fn sql_lives_only_under_store() {
     let statements = ["SELECT ", "INSERT INTO ", "UPDATE ", "DELETE FROM ", "CREATE TABLE ", "PRAGMA ", "sqlx::"];
     for file in sources("src", ".rs") {

@@ -92,7 +92,7 @@ impl Newest {
 }
 
 /// Refuses to build upon a point by what is recorded of it.
-fn refuse_unfit(state: PointState, trust: Trust) -> Result<(), TypeReason> {
+pub(super) fn refuse_unfit(state: PointState, trust: Trust) -> Result<(), TypeReason> {
     match (trust, state) {
         (Trust::Suspect, _) => Err(TypeReason::ParentSuspect),
         (Trust::Corrupt, _) => Err(TypeReason::ParentCorrupt),

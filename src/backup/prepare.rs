@@ -93,7 +93,7 @@ impl Job {
             let name = &disk.plan.export_name;
             let export = ImageExport::new(name, image, qcow2::Access::ReadWrite, std::sync::Arc::clone(&self.signals))
                 .comparing_zeroes(known);
-            let served = ServedDisk { job_id: self.facts.id.clone(), disk_id: disk.plan.disk_id };
+            let served = ServedDisk::Job { job_id: self.facts.id.clone(), disk_id: disk.plan.disk_id };
             let listener = DiskListener::serve(port, &export, served, &self.shared.listeners).map_err(|error| {
                 tracing::error!(%error, "a listener could not be made");
                 Failed::new(FailureCode::ImageFailed, format!("disk {} cannot be served", disk.plan.disk_id))

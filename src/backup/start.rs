@@ -16,7 +16,7 @@ use super::check::{Checked, check};
 use super::ending::{End, Failed, StartNews};
 use super::idempotency::IdempotencyKey;
 use super::job::{Job, JobDisk, JobFacts, JobHandle, NewJob};
-use super::plan::{self, PlanError};
+use super::plan::{self, DiskPlan, PlanError};
 use super::registry::{Capacity, Claim, Refused, Slot};
 use super::state::{DiskState, JobResult, JobState, RequestedType};
 use super::{Backups, Shared};
@@ -25,11 +25,10 @@ use crate::id::{BackupId, RepositoryId, VmId};
 use crate::listeners::ports::{BoundPort, PortError};
 use crate::repository::layout::{self, BackupPaths};
 use crate::secret::Secret;
-use crate::store::StoreError;
 use crate::store::backups::{self, BackupDiskRow, BackupRow};
 use crate::store::leases::{self, LeaseKind};
 use crate::store::vms::Vm;
-use crate::store::{idempotency, points};
+use crate::store::{Connection, StoreError, idempotency, points};
 
 /// What a caller asks for.
 #[derive(Clone, Debug)]
@@ -156,6 +155,9 @@ pub enum StartError {
     /// The file system of the database has no room for the record of a job.
     #[error("the file system of the hub's state is full")]
     StateFull,
+    /// What the job was to build upon was taken away while it was accepted, each time it was planned.
+    #[error("the restore points that the backup would build upon are being changed: try again")]
+    ParentsChanging,
     /// The service is stopping.
     #[error("the service is stopping")]
     Draining,
@@ -187,6 +189,10 @@ impl StartError {
         }
     }
 }
+
+/// How often a job is planned whose parents went between the check and the transaction that pins them. A deletion and a merge
+/// of the same VM may each come in between; a third time is not bad luck.
+const PLANS: usize = 3;
 
 /// A job and who hears what becomes of its start.
 struct Accepted {
@@ -226,6 +232,16 @@ impl Backups {
 }
 
 async fn accept(shared: &Arc<Shared>, new: NewBackup) -> Result<Accepted, StartError> {
+    for _ in 1..PLANS {
+        match accept_as_planned(shared, new.clone()).await {
+            Err(StartError::ParentsChanging) => tracing::info!("a parent of a backup went; it is planned again"),
+            accepted => return accepted,
+        }
+    }
+    accept_as_planned(shared, new).await
+}
+
+async fn accept_as_planned(shared: &Arc<Shared>, new: NewBackup) -> Result<Accepted, StartError> {
     if shared.registry.is_closed() {
         return Err(StartError::Draining);
     }
@@ -282,6 +298,11 @@ async fn record(
     let Checked { vm, repository, plans, username, password, estimated_bytes, last_order, .. } = checked;
     let boot_id = shared.boot_id.as_str();
     let mut transaction = shared.store.write().await?;
+    for plan in &plans {
+        if !parent_stands(plan, &mut transaction).await? {
+            return Err(StartError::ParentsChanging);
+        }
+    }
     let directory_name = claim_directory(&mut transaction, &vm).await?;
     for (kind, key) in [(LeaseKind::Vm, vm.id.as_str()), (LeaseKind::Name, plan::inventory_name(&vm.path))] {
         if let Err(active) = leases::take(&mut transaction, kind, key, id.as_str(), boot_id).await? {
@@ -348,8 +369,15 @@ async fn record(
     Ok((Arc::new(facts), username, password))
 }
 
+/// Whether what a disk builds upon is still what it was when that was chosen. From here on the pins hold it.
+async fn parent_stands(plan: &DiskPlan, connection: &mut Connection) -> Result<bool, StoreError> {
+    let Some(parent) = &plan.parent else { return Ok(true) };
+    let chain = points::chain(connection, &parent.point_id, plan.disk_id).await?;
+    Ok(!chain.is_empty() && chain.iter().all(|image| plan::refuse_unfit(image.state, image.trust).is_ok()))
+}
+
 /// The folder of the VM: the one it has, or the first of its names that nobody has.
-async fn claim_directory(connection: &mut crate::store::Connection, vm: &Vm) -> Result<String, StoreError> {
+async fn claim_directory(connection: &mut Connection, vm: &Vm) -> Result<String, StoreError> {
     let mut last = String::new();
     for name in layout::vm_directory_names(&vm.name, vm.id.as_str()) {
         if let Some(directory) = backups::claim_directory(connection, &vm.id, &name).await? {

@@ -1,6 +1,6 @@
 //! Holding a repository against its records when a process starts: what is there without a record is imported, and what is
-//! recorded without being there is noted as missing. Nothing is deleted: a stray staged directory is put aside under another
-//! name for a person to see.
+//! recorded without being there is noted as missing. Nothing is deleted but what the records say is being deleted: that is
+//! finished. A stray staged directory is put aside under another name for a person to see.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -12,11 +12,12 @@ use super::Shared;
 use super::recover::RecoverError;
 use crate::points::folder::FolderError;
 use crate::points::state::PointState;
-use crate::points::{import, merge};
-use crate::repository::layout;
-use crate::repository::survey::{self, OtherKind, PointFolder, Survey};
-use crate::store::points;
+use crate::points::{delete, import, merge};
+use crate::repository::survey::{self, Other, OtherKind, PointFolder, Survey};
+use crate::repository::{directory, layout};
+use crate::store::points::PointRow;
 use crate::store::repositories::Repository;
+use crate::store::{StoreError, points};
 
 /// Sweeps one repository that this process owns.
 pub(super) async fn sweep(shared: &Arc<Shared>, repository: &Repository) -> Result<(), RecoverError> {
@@ -48,6 +49,7 @@ pub(super) async fn sweep(shared: &Arc<Shared>, repository: &Repository) -> Resu
         points::set_presence(&mut transaction, point, state).await?;
     }
     transaction.commit().await?;
+    finish_deletions(shared, repository, &recorded, &found.others).await?;
     match import::import(&shared.store, repository, found.points).await {
         Ok(report) if !report.imported.is_empty() => {
             tracing::warn!(repository = %repository.id, points = report.imported.len(), "restore points without a record");
@@ -60,6 +62,44 @@ pub(super) async fn sweep(shared: &Arc<Shared>, repository: &Repository) -> Resu
             Ok(())
         }
     }
+}
+
+/// Removes what is left of points that were being deleted when the last process ended, wherever that was cut. A folder that
+/// only looks like one of them is left alone.
+async fn finish_deletions(
+    shared: &Arc<Shared>,
+    repository: &Repository,
+    recorded: &[PointRow],
+    others: &[Other],
+) -> Result<(), StoreError> {
+    for point in recorded.iter().filter(|point| point.state == PointState::Deleting) {
+        tracing::warn!(point = %point.id, repository = %repository.id, "finishing the deletion of a restore point");
+        let paths = crate::points::paths(repository, point);
+        if let Err(error) = delete::finish(&shared.store, &paths, &point.id).await {
+            // It is listed as being deleted, and whoever deletes it again tries again.
+            tracing::error!(point = %point.id, %error, "the deletion of a restore point could not be finished");
+        }
+    }
+    for other in others.iter().filter(|other| other.kind == OtherKind::Deleting) {
+        let Some(id) = &other.id else { continue };
+        let path = Path::new(&repository.path).join(&other.path);
+        let point = points::find(&mut *shared.store.read().await?, id).await?;
+        let ours = point.filter(|point| {
+            point.repository_id == repository.id && crate::points::paths(repository, point).deleting == path
+        });
+        match ours.map(|point| (point.state, crate::points::paths(repository, &point))) {
+            Some((PointState::Deleting, _)) => {}
+            // It was away when the deletion was finished.
+            Some((PointState::Deleted, paths)) => {
+                let removed = tokio::task::spawn_blocking(move || directory::remove_retired(&paths)).await;
+                if !matches!(removed, Ok(Ok(()))) {
+                    tracing::error!(point = %id, ?removed, "what is left of a deleted restore point is in the way");
+                }
+            }
+            _ => tracing::warn!(path = %path.display(), "a folder of a deletion that nobody recorded is left alone"),
+        }
+    }
+    Ok(())
 }
 
 /// Jobs that were running have been ended before, with their staged data; whatever is left belongs to nobody.

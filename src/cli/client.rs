@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use reqwest::{Method, Response, StatusCode};
+use reqwest::header::{ETAG, IF_MATCH};
+use reqwest::{Method, RequestBuilder, Response, StatusCode};
 use serde_json::Value;
 
 use super::Exit;
@@ -113,6 +114,24 @@ impl Client {
         self.send(Method::POST, path, &[], Some(body)).await
     }
 
+    /// POST whose answer may take as long as the work of the service does.
+    pub(super) async fn post_at_length(
+        &self,
+        path: &str,
+        query: &[(&str, &str)],
+        body: &Value,
+    ) -> Result<Value, ClientError> {
+        let request = self.request(Method::POST, path).query(query).json(body).timeout(Duration::MAX);
+        Ok(self.answer(request, path).await?.0)
+    }
+
+    /// Reads a document and replaces it by what `change` makes of it, unless somebody else did so in between.
+    pub(super) async fn replace(&self, path: &str, change: impl FnOnce(&Value) -> Value) -> Result<Value, ClientError> {
+        let (document, etag) = self.answer(self.request(Method::GET, path), path).await?;
+        let request = self.request(Method::PUT, path).header(IF_MATCH, etag.unwrap_or_default());
+        Ok(self.answer(request.json(&change(&document)), path).await?.0)
+    }
+
     /// DELETE of a path under `/api/v1`.
     pub(super) async fn delete(&self, path: &str) -> Result<Value, ClientError> {
         self.send(Method::DELETE, path, &[], None).await
@@ -163,25 +182,39 @@ impl Client {
         query: &[(&str, &str)],
         body: Option<&Value>,
     ) -> Result<Value, ClientError> {
-        let url = format!("{}/api/v1{path}", self.url);
-        let unreachable = |source| ClientError::Unreachable { url: self.url.clone(), source };
-        let mut request = self.http.request(method, &url).query(query);
-        if let Some(token) = &self.token {
-            request = request.bearer_auth(token.expose());
-        }
+        let mut request = self.request(method, path).query(query);
         if let Some(body) = body {
             request = request.json(body);
         }
+        Ok(self.answer(request, path).await?.0)
+    }
+
+    fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        let request = self.http.request(method, self.url_of(path));
+        match &self.token {
+            Some(token) => request.bearer_auth(token.expose()),
+            None => request,
+        }
+    }
+
+    fn url_of(&self, path: &str) -> String {
+        format!("{}/api/v1{path}", self.url)
+    }
+
+    /// The document that a request brings, and its `ETag`.
+    async fn answer(&self, request: RequestBuilder, path: &str) -> Result<(Value, Option<String>), ClientError> {
+        let unreachable = |source| ClientError::Unreachable { url: self.url.clone(), source };
         let response = request.send().await.map_err(unreachable)?;
         let status = response.status();
+        let etag = response.headers().get(ETAG).and_then(|etag| etag.to_str().ok()).map(str::to_owned);
         let text = response.bytes().await.map_err(unreachable)?;
         if status == StatusCode::NO_CONTENT {
-            return Ok(Value::Null);
+            return Ok((Value::Null, etag));
         }
         let document: Option<Value> = serde_json::from_slice(&text).ok();
         match document {
-            Some(document) if status.is_success() => Ok(document),
-            None if status.is_success() => Err(ClientError::Malformed { url }),
+            Some(document) if status.is_success() => Ok((document, etag)),
+            None if status.is_success() => Err(ClientError::Malformed { url: self.url_of(path) }),
             document => Err(refused(status, document.unwrap_or_default())),
         }
     }

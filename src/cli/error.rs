@@ -9,6 +9,7 @@ use super::client::ClientError;
 use super::demo::DemoError;
 use super::doctor::DoctorError;
 use super::image_error::ImageError;
+use super::restore::RestoreCommandError;
 use crate::config::ConfigError;
 use crate::serve::StartError;
 
@@ -22,7 +23,7 @@ Exit codes:
     3  done, with warnings; image check and repair: leaks, or not closed
     4  what was named does not exist
     5  it exists already, is in use, or is running
-    6  not an image, or a corrupt one; point verify: damaged
+    6  not an image, or a corrupt one; point verify: damaged; restore: the copy is not what was backed up
     7  the service does not answer, or refuses the token
   130  interrupted by Ctrl-C";
 
@@ -185,6 +186,9 @@ pub enum CliError {
     /// The demo ended before its table.
     #[error(transparent)]
     Demo(#[from] DemoError),
+    /// A disk cannot be restored.
+    #[error(transparent)]
+    Restore(#[from] RestoreCommandError),
     /// A folder cannot be examined, or is of no use for images.
     #[error(transparent)]
     Doctor(#[from] DoctorError),
@@ -232,6 +236,7 @@ impl CliError {
                 exit => exit,
             },
             Self::Demo(error) => error.exit(),
+            Self::Restore(error) => error.exit(),
             Self::Doctor(error) => error.exit(),
             Self::Start(_)
             | Self::VerificationLost

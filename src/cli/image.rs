@@ -7,7 +7,7 @@ mod flatten;
 mod grow;
 mod info;
 mod map;
-mod work;
+pub(super) mod work;
 
 use std::path::Path;
 

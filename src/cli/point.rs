@@ -3,12 +3,13 @@
 mod verify;
 
 use clap::{Args, Subcommand};
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use super::client::Client;
+use super::client::{Client, ClientError};
 use super::size::readable;
 use super::vm::text;
-use super::{CliError, Exit, Output, table};
+use super::{CliError, Exit, Format, Output, table};
+use crate::clock::UtcTime;
 use crate::id::BackupId;
 
 #[derive(Debug, Subcommand)]
@@ -26,6 +27,10 @@ pub(super) enum Command {
     ///
     /// Exits with 0 when they are equal, 1 when they differ, and 3 when digests of one were never taken.
     Compare(verify::Compare),
+    /// Keep a restore point until a date, whatever the rules and whoever wants to delete it.
+    Protect(Protect),
+    /// Delete restore points with their files.
+    Delete(Delete),
 }
 
 #[derive(Debug, Args)]
@@ -41,6 +46,35 @@ pub(super) struct Show {
     id: String,
 }
 
+#[derive(Debug, Args)]
+pub(super) struct Protect {
+    /// Id of the restore point.
+    id: String,
+    /// When the protection ends: a time such as 2027-01-01T00:00:00Z, or a day, which is its beginning in UTC.
+    #[arg(long, value_name = "DATE", value_parser = date, required_unless_present = "off")]
+    until: Option<UtcTime>,
+    /// End the protection now.
+    #[arg(long, conflicts_with = "until")]
+    off: bool,
+    /// Also when a protection that still lasts becomes shorter by it.
+    #[arg(long)]
+    force: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Delete {
+    /// Ids of restore points. They are deleted newest first, so that a chain can be given in any order.
+    #[arg(required = true, value_name = "ID")]
+    ids: Vec<String>,
+}
+
+fn date(text: &str) -> Result<UtcTime, String> {
+    let midnight = format!("{text}T00:00:00Z");
+    text.parse()
+        .or_else(|_| midnight.parse())
+        .map_err(|_| "write a day such as 2027-01-01, or a time with an offset such as 2027-01-01T00:00:00Z".to_owned())
+}
+
 pub(super) async fn run(command: Command, output: &Output) -> Result<Exit, CliError> {
     let client = Client::from_environment()?;
     match command {
@@ -53,6 +87,15 @@ pub(super) async fn run(command: Command, output: &Output) -> Result<Exit, CliEr
         }
         Command::Verify(verify) => return verify::verify(&client, &verify, output).await,
         Command::Compare(compare) => return verify::compare(&client, &compare, output).await,
+        Command::Protect(Protect { id, until, off: _, force }) => {
+            let body = json!({"until": until, "force": force});
+            let point = client.post(&format!("{}/protect", path_of(&id)?), &body).await?;
+            output.done(&point, |point| match point["protected_until"].as_str() {
+                Some(until) => format!("{} is protected until {until}", text(&point["id"])),
+                None => format!("{} is not protected", text(&point["id"])),
+            })?;
+        }
+        Command::Delete(Delete { ids }) => return delete(&client, ids, output).await,
     }
     Ok(Exit::Ok)
 }
@@ -63,6 +106,37 @@ fn path_of(id: &str) -> Result<String, CliError> {
         Ok(id) => Ok(format!("/points/{id}")),
         Err(_) => Err(CliError::NotFound { noun: "restore point", name: id.to_owned() }),
     }
+}
+
+/// Deletes what can be deleted. One that cannot does not stop the others; the exit code is that of the first conflict, else of the
+/// first failure.
+async fn delete(client: &Client, mut ids: Vec<String>, output: &Output) -> Result<Exit, CliError> {
+    // All are read before the first one goes.
+    ids.iter().try_for_each(|id| path_of(id).map(drop))?;
+    // Ids grow with time, and what builds upon a point is newer than that.
+    ids.sort_unstable_by(|one, other| other.cmp(one));
+    ids.dedup();
+    let (mut deleted, mut refused, mut exits) = (Vec::new(), Vec::new(), Vec::new());
+    for id in ids {
+        match client.delete(&path_of(&id)?).await {
+            Ok(_) => deleted.push(Value::from(id)),
+            Err(ClientError::Refused { status, detail, document }) => {
+                let error = ClientError::Refused { status, detail, document: document.clone() };
+                exits.push(error.exit());
+                refused.push(json!({"id": id, "problem": document}));
+                if output.format() == Format::Text {
+                    output.failure(&error.into());
+                }
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    output.done(&json!({"deleted": deleted, "refused": refused}), |document| {
+        let deleted = rows(&document["deleted"]).iter().map(|id| format!("deleted {}", text(id)));
+        deleted.collect::<Vec<_>>().join("\n")
+    })?;
+    let conflict = exits.iter().find(|exit| **exit == Exit::Conflict).or(exits.first());
+    Ok(conflict.copied().unwrap_or(Exit::Ok))
 }
 
 fn rows(value: &Value) -> &[Value] {
@@ -96,10 +170,11 @@ fn render(point: &Value) -> String {
         "trust",
         "trust_reason",
         "verified_at",
+        "protected_until",
         "committed_at",
         "path",
     ];
-    let mut lines: Vec<String> = fields.iter().map(|field| format!("{field:<13} {}", text(&point[field]))).collect();
+    let mut lines: Vec<String> = fields.iter().map(|field| format!("{field:<15} {}", text(&point[field]))).collect();
     let disks: Vec<Vec<String>> = rows(&point["disks"])
         .iter()
         .map(|disk| {
@@ -116,4 +191,19 @@ fn render(point: &Value) -> String {
         lines.push(format!("disk {}: image {digest}, content {content}", disk["disk_id"]));
     }
     lines.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates_are_days_or_times_with_an_offset() {
+        let midnight: UtcTime = "2027-01-01T00:00:00Z".parse().unwrap();
+        assert_eq!(date("2027-01-01"), Ok(midnight));
+        assert_eq!(date("2027-01-01T01:00:00+01:00"), Ok(midnight));
+        for wrong in ["", "2027", "2027-13-01", "tomorrow", "2027-01-01T00:00:00"] {
+            assert!(date(wrong).is_err(), "{wrong}");
+        }
+    }
 }

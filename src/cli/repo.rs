@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::client::Client;
 use super::size::readable;
 use super::vm::text;
-use super::{CliError, Exit, Output, table};
+use super::{CliError, Exit, Output, retention, table};
 use crate::id::RepositoryId;
 use crate::repository::lock::MARKER_FILE;
 
@@ -24,6 +24,10 @@ pub(super) enum Command {
     Check(Show),
     /// Record the restore points of a repository that are not known, from their manifests.
     Import(Import),
+    /// Show or replace the rules by which restore points are kept. They are applied after every backup.
+    Retention(retention::Retention),
+    /// Tell, or do with --apply, what the rules say of every restore point.
+    Prune(retention::Prune),
 }
 
 #[derive(Debug, Args)]
@@ -36,6 +40,8 @@ pub(super) struct Add {
     /// Made from the name when left out.
     #[arg(long)]
     id: Option<String>,
+    #[command(flatten)]
+    rules: retention::Rules,
 }
 
 #[derive(Debug, Args)]
@@ -88,6 +94,8 @@ pub(super) async fn run(command: Command, output: &Output) -> Result<Exit, CliEr
             let skipped = report["skipped"].as_array().is_some_and(|skipped| !skipped.is_empty());
             return Ok(if skipped { Exit::Warnings } else { Exit::Ok });
         }
+        Command::Retention(wanted) => return retention::retention(&client, &wanted, output).await,
+        Command::Prune(wanted) => return retention::prune(&client, &wanted, output).await,
     }
     Ok(Exit::Ok)
 }
@@ -115,7 +123,8 @@ async fn of_folder(client: &Client, folder: &str) -> Result<String, CliError> {
         Ok(bytes) => serde_json::from_slice(&bytes).map_err(|error| unreadable(error.into()))?,
         Err(source) => return Err(CliError::Unreadable { path: marker, source }),
     };
-    let add = Add { path, name: None, id: marked["id"].as_str().map(str::to_owned) };
+    let add =
+        Add { path, name: None, id: marked["id"].as_str().map(str::to_owned), rules: retention::Rules::default() };
     let added = client.post("/repositories", &description(&add)?).await?;
     Ok(text(&added["id"]).to_owned())
 }
@@ -149,6 +158,10 @@ fn description(add: &Add) -> Result<Value, CliError> {
     let mut body = json!({"name": add.name.clone().unwrap_or_else(folder_name), "path": path});
     if let Some(id) = &add.id {
         body["id"] = id.as_str().into();
+    }
+    let rules = add.rules.document();
+    if !rules.is_empty() {
+        body["retention"] = rules.into();
     }
     Ok(body)
 }

@@ -25,6 +25,9 @@ impl PortRange {
     /// The range that the nodes' tunnels forward.
     pub const DEFAULT: Self = Self { first: 10_100, last: 10_200 };
 
+    /// Where restore points are exported.
+    pub const RESTORE_DEFAULT: Self = Self { first: 10_300, last: 10_399 };
+
     /// The ports, lowest first.
     pub fn ports(self) -> RangeInclusive<u16> {
         self.first..=self.last

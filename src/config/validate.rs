@@ -19,6 +19,8 @@ const MEMORY_BUDGET_MIN: u64 = 160 << 20;
 const SCRUB_DAYS_MAX: u32 = 3650;
 /// The backup client opens two connections per export.
 const CONNECTIONS_MIN: u32 = 2;
+/// An overlay that cannot hold its own tables and a few clusters is of no use to anybody.
+const OVERLAY_MIN: u64 = 1 << 20;
 /// Longest time that a limit in seconds may name: 30 days. A guess; more is a unit mistaken for milliseconds.
 const SECONDS_MAX: u64 = 30 * 86_400;
 
@@ -47,7 +49,7 @@ impl Config {
         if self.observability.events_keep_days > DAYS_MAX {
             return Err(invalid("observability.events_keep_days", format!("must be 0 to {DAYS_MAX}")));
         }
-        Ok(())
+        self.validate_restore()
     }
 
     /// The API is plain HTTP, and exports have no password: both stay on this machine, exports unless they are encrypted.
@@ -56,20 +58,22 @@ impl Config {
             ("server.bind", Some(self.server.bind.ip())),
             ("server.callbacks_bind", self.server.callbacks_bind.map(|address| address.ip())),
             ("nbd.bind", Some(self.nbd.bind)),
+            ("restore.bind", Some(self.restore.bind)),
         ];
         let encrypted = self.nbd.tls == TlsMode::Required;
-        let outside = binds.into_iter().find_map(|(key, ip)| Some((key, ip.filter(|ip: &IpAddr| !ip.is_loopback())?)));
+        let is_export = |key: &str| key == "nbd.bind" || key == "restore.bind";
+        let outside = binds
+            .into_iter()
+            .filter(|(key, _)| !(encrypted && self.auth.mode == AuthMode::Token && is_export(key)))
+            .find_map(|(key, ip)| Some((key, ip.filter(|ip: &IpAddr| !ip.is_loopback())?)));
         match outside {
             Some((key, ip)) if self.auth.mode == AuthMode::Off => Err(invalid(
                 "auth.mode",
                 format!("may be \"off\" only while every bind address is loopback; {key} is {ip}"),
             )),
-            // The last of them.
-            Some(("nbd.bind", _)) if encrypted => Ok(()),
-            Some(("nbd.bind", ip)) => Err(invalid(
-                "nbd.bind",
-                format!("must be a loopback address, not {ip}, unless nbd.tls is \"required\""),
-            )),
+            Some((key, ip)) if is_export(key) => {
+                Err(invalid(key, format!("must be a loopback address, not {ip}, unless nbd.tls is \"required\"")))
+            }
             Some((key, ip)) => {
                 Err(invalid(key, format!("must be a loopback address, not {ip}: put a tunnel or a proxy in front")))
             }
@@ -172,7 +176,15 @@ impl Config {
         }
         let own =
             self.nodes.iter().filter_map(|(name, node)| Some((format!("nodes.{name}.port_range"), node.port_range?)));
-        for (key, range) in own.chain([("nbd.port_range".to_owned(), self.nbd.port_range)]) {
+        let own: Vec<_> = own.chain([("nbd.port_range".to_owned(), self.nbd.port_range)]).collect();
+        let restore = self.restore.port_range;
+        if let Some((key, range)) = own.iter().find(|(_, range)| range.overlaps(restore)) {
+            return Err(invalid(
+                "restore.port_range",
+                format!("{restore} overlaps {key}, which is {range}: jobs and exports need ports of their own"),
+            ));
+        }
+        for (key, range) in own.into_iter().chain([("restore.port_range".to_owned(), restore)]) {
             let listeners = [Some(self.server.bind), self.server.callbacks_bind].into_iter().flatten();
             if let Some(port) = listeners.map(|address| address.port()).find(|port| range.ports().contains(port)) {
                 return Err(invalid(key, format!("contains port {port}, on which the API listens")));
@@ -217,6 +229,17 @@ impl Config {
         }
         if jobs.max_running == 0 {
             return Err(invalid("jobs.max_running", "must be at least 1"));
+        }
+        Ok(())
+    }
+
+    fn validate_restore(&self) -> Result<(), ConfigError> {
+        let restore = &self.restore;
+        if !(1..=SECONDS_MAX).contains(&restore.ttl_s) {
+            return Err(invalid("restore.ttl_s", format!("must be 1 to {SECONDS_MAX}, not {}", restore.ttl_s)));
+        }
+        if restore.overlay_limit_bytes < OVERLAY_MIN {
+            return Err(invalid("restore.overlay_limit_bytes", format!("must be at least {OVERLAY_MIN}")));
         }
         Ok(())
     }

@@ -99,8 +99,8 @@ impl Meter {
     }
 
     /// The same without a memory of which ranges were written.
-    pub fn without_coverage() -> Self {
-        Self { coverage: None, ..Self::new(Arc::default()) }
+    pub fn without_coverage(signals: Arc<Signals>) -> Self {
+        Self { coverage: None, ..Self::new(signals) }
     }
 
     /// All numbers at once.

@@ -84,6 +84,8 @@ codes! {
         "The backup exists, but none of its disks has this number.";
     PointNotFound "point_not_found" 404 FINAL "No such restore point"
         "No restore point has this id, or it was deleted.";
+    ExportNotFound "export_not_found" 404 FINAL "No such export"
+        "No export has this id: it was ended, expired, or the service was restarted.";
     MethodNotAllowed "method_not_allowed" 405 FINAL "The path does not take this method"
         "The header `Allow` names the methods that it takes.";
     BackupInProgress "backup_in_progress" 409 RETRY "A backup of this VM is running"
@@ -105,9 +107,12 @@ codes! {
     IdempotencyInProgress "idempotency_in_progress" 409 RETRY "The first request with this key is still running"
         "Repeat it later to get the answer of the first one.";
     PointHasDependents "point_has_dependents" 409 FINAL "Other restore points build on this one"
-        "Delete the points that are named first.";
+        "`dependents` names those directly upon it: delete them first.";
     PointInUse "point_in_use" 409 RETRY "The restore point is in use"
-        "It is exported, pinned by a running job, or another task works on it.";
+        "It is exported, or pinned by a job or a task that `holders` names; or what a backup would build upon is just going.";
+    PointDamaged "point_damaged" 409 FINAL "The restore point is damaged"
+        "Its files are not what was committed. With `accept_damage` it is opened all the same, as far as that is possible; what \
+         is read may be wrong.";
     RepositoryNotEmpty "repository_not_empty" 409 FINAL "The repository holds restore points"
         "Delete or expire its points first.";
     VmExists "vm_exists" 409 FINAL "The VM exists already"
@@ -120,6 +125,8 @@ codes! {
         "The body is larger than `server.body_limit_bytes`.";
     UnsupportedMediaType "unsupported_media_type" 415 FINAL "The body is not JSON"
         "Send it with `Content-Type: application/json`.";
+    RangeNotSatisfiable "range_not_satisfiable" 416 FINAL "The range lies outside the disk"
+        "`Content-Range` tells the size of the disk.";
     DiskKeyMissing "disk_key_missing" 422 FINAL "A disk has no device key"
         "Every disk needs `device_key` or `unit_number`.";
     DiskKeyDuplicate "disk_key_duplicate" 422 FINAL "Two disks have the same device key"
@@ -134,7 +141,7 @@ codes! {
     IdempotencyKeyReused "idempotency_key_reused" 422 FINAL "The key was used for another request"
         "An `Idempotency-Key` belongs to one body.";
     PointProtected "point_protected" 423 FINAL "The restore point is protected"
-        "It cannot be deleted, nor its protection shortened, before the date in the detail.";
+        "It cannot be deleted before `protected_until`, nor its protection be shortened without `force`.";
     EtagRequired "etag_required" 428 FINAL "If-Match is required"
         "Send the `ETag` of the version that is to be replaced as `If-Match`.";
     Internal "internal" 500 RETRY "The service failed"

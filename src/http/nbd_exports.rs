@@ -15,7 +15,7 @@ use utoipa_axum::routes;
 
 use crate::app::AppState;
 use crate::clock::UtcTime;
-use crate::id::BackupId;
+use crate::id::{BackupId, ExportId};
 use crate::listeners::live::LiveExport;
 
 pub(super) fn routes() -> OpenApiRouter<AppState> {
@@ -36,9 +36,15 @@ struct ExportAnswer {
     address: String,
     /// Absent for a Unix socket.
     port: Option<u16>,
-    /// The job that receives the disk.
-    #[schema(value_type = String)]
-    job_id: BackupId,
+    /// The job that receives the disk; `null` for a disk that is restored.
+    #[schema(value_type = Option<String>)]
+    job_id: Option<BackupId>,
+    /// The export by which a disk is restored; `null` for a job's.
+    #[schema(value_type = Option<String>)]
+    export_id: Option<ExportId>,
+    /// The restore point of that disk.
+    #[schema(value_type = Option<String>)]
+    point_id: Option<BackupId>,
     disk_id: u32,
     size_bytes: u64,
     read_only: bool,
@@ -146,8 +152,10 @@ impl ExportAnswer {
             name: export.name.clone(),
             address: export.address.to_string(),
             port,
-            job_id: export.disk.job_id.clone(),
-            disk_id: export.disk.disk_id,
+            job_id: export.disk.job_id().cloned(),
+            export_id: export.disk.restored_from().map(|(export_id, _)| export_id.clone()),
+            point_id: export.disk.restored_from().map(|(_, point_id)| point_id.clone()),
+            disk_id: export.disk.disk_id(),
             size_bytes: export.size_bytes,
             read_only: export.read_only,
             listener: ListenerAnswer::new(export.figures.listener()),

@@ -158,16 +158,30 @@ async fn show_point(
     Path(id): Path<String>,
     QueryParams(query): QueryParams<WaitQuery>,
 ) -> Result<Json<PointDetail>, Problem> {
-    let missing = || Problem::new(Code::PointNotFound, format!("There is no restore point with the id {id}."));
-    let point_id = id.parse::<BackupId>().map_err(|_| missing())?;
+    let point_id = id.parse::<BackupId>().map_err(|_| not_found(&id))?;
     if let Some(seconds) = query.wait {
         verification::wait_for_end(&app, &point_id, seconds).await?;
     }
     // Looked at before the rows: what has ended by now is in them.
     let verification = app.points.verification(&point_id).map(|last| VerificationAnswer::from(&*last));
+    Ok(Json(PointDetail { point: load(&app, &id).await?, verification }))
+}
+
+/// A point that is not deleted, as it is shown.
+pub(super) async fn load(app: &AppState, id: &str) -> Result<PointAnswer, Problem> {
     let mut connection = app.store.read().await?;
-    let row = points::find(&mut connection, &point_id).await?.ok_or_else(missing)?;
-    Ok(Json(PointDetail { point: PointAnswer::load(&mut connection, row).await?, verification }))
+    let row = match id.parse::<BackupId>() {
+        Ok(id) => points::find(&mut connection, &id).await?.filter(|row| row.state != PointState::Deleted),
+        Err(_) => None,
+    };
+    match row {
+        Some(row) => Ok(PointAnswer::load(&mut connection, row).await?),
+        None => Err(not_found(id)),
+    }
+}
+
+pub(super) fn not_found(id: &str) -> Problem {
+    Problem::new(Code::PointNotFound, format!("There is no restore point with the id {id}."))
 }
 
 impl PointAnswer {

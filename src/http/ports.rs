@@ -10,7 +10,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::app::AppState;
-use crate::id::BackupId;
+use crate::id::{BackupId, ExportId};
 
 pub(super) fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::new().routes(routes!(list_ports))
@@ -18,7 +18,7 @@ pub(super) fn routes() -> OpenApiRouter<AppState> {
 
 #[derive(Serialize, ToSchema)]
 struct PortList {
-    /// Ports in all configured ranges together.
+    /// Ports in all configured ranges together, those of `[restore]` too.
     total: usize,
     leased: usize,
     /// Not leased by this service; some of them may be held by other programs.
@@ -29,8 +29,12 @@ struct PortList {
 #[derive(Serialize, ToSchema)]
 struct PortAnswer {
     port: u16,
-    #[schema(value_type = String)]
-    job_id: BackupId,
+    /// The job that receives a disk there; `null` for a disk that is restored.
+    #[schema(value_type = Option<String>)]
+    job_id: Option<BackupId>,
+    /// The export by which a disk is restored; `null` for a job's.
+    #[schema(value_type = Option<String>)]
+    export_id: Option<ExportId>,
     export_name: String,
     /// Connections open now.
     connections: u64,
@@ -42,8 +46,7 @@ struct PortAnswer {
 #[utoipa::path(get, path = "/ports", tag = "ports", responses((status = 200, body = PortList)))]
 async fn list_ports(State(app): State<AppState>) -> Json<PortList> {
     let leased: BTreeSet<u16> = app.backups.leased_ports().into_iter().collect();
-    let configured: BTreeSet<u16> =
-        app.config.nodes.values().flat_map(|node| app.config.port_range(node).ports()).collect();
+    let total = app.config.all_ports().len();
     let mut leases = Vec::new();
     for job in app.backups.running() {
         for disk in job.facts().disks.iter().filter(|disk| leased.contains(&disk.port)) {
@@ -51,14 +54,26 @@ async fn list_ports(State(app): State<AppState>) -> Json<PortList> {
             let figures = live.map(|live| live.figures.snapshot()).unwrap_or_default();
             leases.push(PortAnswer {
                 port: disk.port,
-                job_id: job.facts().id.clone(),
+                job_id: Some(job.facts().id.clone()),
+                export_id: None,
                 export_name: disk.plan.export_name.clone(),
                 connections: figures.connections,
                 refused: figures.refused,
             });
         }
     }
+    for export in app.restores.all() {
+        let figures = export.figures().snapshot();
+        leases.push(PortAnswer {
+            port: export.facts().port,
+            job_id: None,
+            export_id: Some(export.facts().id.clone()),
+            export_name: export.facts().export_name.clone(),
+            connections: figures.connections,
+            refused: figures.refused,
+        });
+    }
     leases.sort_by_key(|lease| lease.port);
-    let total = configured.len();
-    Json(PortList { total, leased: leased.len(), available: total.saturating_sub(leased.len()), leases })
+    let leased = leased.len() + app.restores.leased_ports().len();
+    Json(PortList { total, leased, available: total.saturating_sub(leased), leases })
 }

@@ -201,12 +201,16 @@ async fn remove_repository(State(app): State<AppState>, Path(id): Path<String>) 
     Ok(StatusCode::NO_CONTENT)
 }
 
-async fn load(connection: &mut Connection, id: &str) -> Result<Repository, Problem> {
+pub(super) async fn load(connection: &mut Connection, id: &str) -> Result<Repository, Problem> {
     let found = match id.parse() {
         Ok(id) => repositories::find(connection, &id).await?,
         Err(_) => None,
     };
-    found.ok_or_else(|| Problem::new(Code::RepositoryNotFound, format!("There is no repository with the id {id}.")))
+    found.ok_or_else(|| not_found(id))
+}
+
+pub(super) fn not_found(id: &str) -> Problem {
+    Problem::new(Code::RepositoryNotFound, format!("There is no repository with the id {id}."))
 }
 
 fn exists(existing: &RepositoryId, detail: String) -> Problem {

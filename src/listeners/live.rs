@@ -8,7 +8,7 @@ use blockyard_nbd::server::Address;
 use blockyard_nbd::stats::{ListenerSnapshot, Snapshot};
 
 use super::ListenerFigures;
-use crate::id::BackupId;
+use crate::id::{BackupId, ExportId};
 
 /// The live exports of a process, and the totals.
 #[derive(Debug, Default)]
@@ -44,11 +44,48 @@ pub struct LiveExport {
 
 /// The disk behind an export.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ServedDisk {
+pub enum ServedDisk {
+    /// One that a job receives.
+    Job {
+        /// The job.
+        job_id: BackupId,
+        /// Its number.
+        disk_id: u32,
+    },
+    /// One that is restored.
+    Point {
+        /// The export of it.
+        export_id: ExportId,
+        /// The restore point.
+        point_id: BackupId,
+        /// Its number.
+        disk_id: u32,
+    },
+}
+
+impl ServedDisk {
+    /// Its number, in the job as in the point.
+    pub fn disk_id(&self) -> u32 {
+        match self {
+            Self::Job { disk_id, .. } | Self::Point { disk_id, .. } => *disk_id,
+        }
+    }
+
     /// The job that receives it.
-    pub job_id: BackupId,
-    /// Its number.
-    pub disk_id: u32,
+    pub fn job_id(&self) -> Option<&BackupId> {
+        match self {
+            Self::Job { job_id, .. } => Some(job_id),
+            Self::Point { .. } => None,
+        }
+    }
+
+    /// The export and the point that it is restored from.
+    pub fn restored_from(&self) -> Option<(&ExportId, &BackupId)> {
+        match self {
+            Self::Job { .. } => None,
+            Self::Point { export_id, point_id, .. } => Some((export_id, point_id)),
+        }
+    }
 }
 
 /// Figures of many exports together.
@@ -215,7 +252,7 @@ mod tests {
         let entry = live.enter(LiveExport {
             name: "disk".to_owned(),
             address: server.address().clone(),
-            disk: ServedDisk { job_id: BackupId::new(), disk_id: 0 },
+            disk: ServedDisk::Job { job_id: BackupId::new(), disk_id: 0 },
             size_bytes: 512,
             read_only: false,
             figures: figures.clone(),

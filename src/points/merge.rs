@@ -172,6 +172,20 @@ pub enum MergeError {
     Panicked,
 }
 
+impl MergeError {
+    /// The same for callers: without what may name paths.
+    pub fn public(&self) -> String {
+        match self {
+            Self::NoExchange { .. } => "the file system cannot exchange two folders in one step".to_owned(),
+            Self::Image { disk_id, .. } => format!("disk {disk_id}: an image cannot be read or made"),
+            Self::Manifest(_) => "the manifest of the point cannot be used".to_owned(),
+            Self::Files(error) => format!("the repository failed ({})", error.kind()),
+            Self::Store(_) => "the database failed".to_owned(),
+            other => other.to_string(),
+        }
+    }
+}
+
 /// What merges share: they take turns.
 #[derive(Debug, Default)]
 pub(super) struct Merges {

@@ -1,4 +1,5 @@
-//! The file system steps of a backup's life: make the staged directory, publish it by one rename, or remove it.
+//! The file system steps of a backup's life: make the staged directory, publish it by one rename, or remove it; and, at its
+//! end, remove what was published.
 //!
 //! All functions block and are called on blocking threads. Each can be repeated after any crash; what a step promises
 //! about a power cut is said where it returns.
@@ -18,6 +19,10 @@ use crate::id::BackupId;
 pub(super) const DIRECTORY_MODE: u32 = 0o750;
 const PUBLISHED_FILE_MODE: u32 = 0o440;
 
+/// How often `<vm-dir>` is made again after it went while it was empty. Each time another point of the VM was removed to its
+/// end meanwhile, so twice is rare already.
+const VM_DIRECTORY_ATTEMPTS: usize = 8;
+
 /// Makes `<vm-dir>` when it is missing, and the staged directory, which must be new.
 ///
 /// # Errors
@@ -28,13 +33,21 @@ const PUBLISHED_FILE_MODE: u32 = 0o440;
 pub fn create_staged(paths: &BackupPaths) -> io::Result<()> {
     let mut builder = DirBuilder::new();
     builder.mode(DIRECTORY_MODE);
-    match builder.create(&paths.vm) {
-        Ok(()) => sync_directory(&paths.repository)?,
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-        Err(error) => return Err(error),
+    let mut attempts = VM_DIRECTORY_ATTEMPTS;
+    loop {
+        match builder.create(&paths.vm) {
+            Ok(()) => sync_directory(&paths.repository)?,
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(error),
+        }
+        attempts -= 1;
+        match builder.create(&paths.staged) {
+            Ok(()) => return sync_directory(&paths.vm),
+            // The removal of the VM's last point took the empty folder along.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && attempts > 0 => {}
+            Err(error) => return Err(error),
+        }
     }
-    builder.create(&paths.staged)?;
-    sync_directory(&paths.vm)
 }
 
 /// Removes the staged directory with everything in it; nothing to do when it is gone already. An empty `<vm-dir>` of a VM
@@ -48,6 +61,47 @@ pub fn remove_staged(paths: &BackupPaths) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(error),
     }
+    sync_emptied(paths)
+}
+
+/// Takes the published directory of a point out of the way: from now on it is one that is being removed. Nothing to do when it
+/// is not there. Never replaces anything.
+///
+/// # Errors
+/// Any error of the file system, also when something has the name already. Nothing is renamed then.
+///
+/// # Durability
+/// The new name survives a power cut, so that no crash ever shows a point's directory with only some of its files.
+pub fn retire(paths: &BackupPaths) -> io::Result<()> {
+    match rename_to_nothing(&paths.published, &paths.deleting) {
+        Ok(()) => sync_directory(&paths.vm),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Removes what [`retire`] put aside; nothing to do when it is gone already. An empty `<vm-dir>` goes too.
+///
+/// # Errors
+/// Any error of the file system but "not found".
+///
+/// # Durability
+/// The removal survives a power cut.
+pub fn remove_retired(paths: &BackupPaths) -> io::Result<()> {
+    match fs::remove_dir_all(&paths.deleting) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
+    }
+    match sync_emptied(paths) {
+        // With it went the last point of the VM, by another removal or before a crash.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => sync_directory(&paths.repository),
+        synced => synced,
+    }
+}
+
+/// Makes a removal from `<vm-dir>` durable, and removes that too when nothing is left in it.
+fn sync_emptied(paths: &BackupPaths) -> io::Result<()> {
     sync_directory(&paths.vm)?;
     // Fails with "not empty" for every VM that has points, which is as it should be.
     if fs::remove_dir(&paths.vm).is_ok() {
@@ -101,13 +155,16 @@ pub(super) fn finish(folder: &Path, manifest: &[u8]) -> io::Result<()> {
 /// # Durability
 /// None before [`sync_published`].
 pub fn publish(paths: &BackupPaths) -> io::Result<()> {
-    match renameat_with(CWD, &paths.staged, CWD, &paths.published, RenameFlags::NOREPLACE) {
+    rename_to_nothing(&paths.staged, &paths.published)
+}
+
+/// Renames a directory to a name that must be free.
+fn rename_to_nothing(from: &Path, to: &Path) -> io::Result<()> {
+    match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
         Ok(()) => Ok(()),
         // Network file systems do not know the flag. A plain rename is as good here: it cannot replace a directory that
         // holds anything, and a published one always holds its manifest.
-        Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS | rustix::io::Errno::OPNOTSUPP) => {
-            fs::rename(&paths.staged, &paths.published)
-        }
+        Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS | rustix::io::Errno::OPNOTSUPP) => fs::rename(from, to),
         Err(error) => Err(error.into()),
     }
 }
@@ -214,6 +271,29 @@ mod tests {
         fs::create_dir(&paths.staged).unwrap();
         remove_staged(&paths).unwrap();
         assert!(paths.published.exists());
+    }
+
+    #[test]
+    fn a_published_directory_is_removed_in_two_steps_that_can_be_repeated_and_replace_nothing() {
+        let root = tempfile::tempdir().unwrap();
+        let paths = paths(root.path());
+        fs::create_dir_all(&paths.published).unwrap();
+        fs::write(paths.published_image(0), b"x").unwrap();
+        fs::create_dir(&paths.deleting).unwrap();
+        assert!(retire(&paths).is_err(), "what somebody else put there is not replaced");
+        assert!(paths.published_image(0).exists());
+        fs::remove_dir(&paths.deleting).unwrap();
+        retire(&paths).unwrap();
+        retire(&paths).unwrap();
+        assert!(!paths.published.exists() && paths.deleting.exists());
+        remove_retired(&paths).unwrap();
+        remove_retired(&paths).unwrap();
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0, "the folder of the VM goes with its last point");
+        // Nothing is made where there is no repository.
+        fs::remove_dir(root.path()).unwrap();
+        retire(&paths).unwrap();
+        assert!(remove_retired(&paths).is_err());
+        fs::create_dir(root.path()).unwrap();
     }
 
     #[test]

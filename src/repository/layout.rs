@@ -61,6 +61,11 @@ pub fn unguessable_export_name(vm_name: &str, secret: &str, disk_id: u32) -> Str
     format!("{}-{secret}-disk{disk_id}", sanitised(vm_name))
 }
 
+/// The export name of a disk of a restore point: `<VM>-<point>-disk<N>`.
+pub fn point_export_name(vm_name: &str, point: &str, disk_id: u32) -> String {
+    unguessable_export_name(vm_name, point, disk_id)
+}
+
 /// Directory names for a VM, the best first: its sanitised name and the last 4, then 8, … characters of its id. The caller
 /// takes the first that no other VM has, and keeps it for ever.
 pub fn vm_directory_names(vm_name: &str, vm_id: &str) -> impl Iterator<Item = String> {

@@ -136,6 +136,12 @@ impl RepositoryLocks {
     }
 }
 
+/// Whether a folder is marked as a repository. One that was and is no more is another folder, such as the mount point of a
+/// disk that is gone.
+pub fn is_marked(path: &Path) -> bool {
+    path.join(MARKER_FILE).is_file()
+}
+
 fn check_marker(id: &str, path: &Path) -> Result<(), LockError> {
     let unusable = |source| LockError::Unusable { id: id.to_owned(), source };
     let marker_path = path.join(MARKER_FILE);

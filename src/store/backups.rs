@@ -414,3 +414,14 @@ pub async fn unfinished(connection: &mut Connection) -> Result<Vec<BackupRow>, S
         .fetch_all(connection)
         .await?)
 }
+
+/// Removes the record of a job that is over and left no restore point, with all that belongs to it. Its events stay.
+///
+/// # Errors
+/// The database's, also when the job has a restore point.
+pub async fn remove(connection: &mut Connection, id: &BackupId) -> Result<(), StoreError> {
+    sqlx::query("DELETE FROM idempotency_keys WHERE backup_id = ?").bind(id).execute(&mut *connection).await?;
+    sqlx::query("DELETE FROM backup_disks WHERE backup_id = ?").bind(id).execute(&mut *connection).await?;
+    sqlx::query("DELETE FROM backups WHERE id = ?").bind(id).execute(connection).await?;
+    Ok(())
+}

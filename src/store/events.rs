@@ -6,21 +6,28 @@
 //! before has committed. So numbers become visible in their order and without holes, and "everything after N" is all that a
 //! reader has to ask. With several writers that would no longer hold.
 
+use std::str::FromStr;
+
 use serde_json::Value;
 use sqlx::Row;
 use sqlx::sqlite::SqliteRow;
 
 use super::{Connection, StoreError};
+use crate::backup::state::UnknownWord;
 use crate::clock::UtcTime;
 
 /// Every kind of event. `disk.progress` is told on live streams only and never stored.
-pub const KINDS: [&str; 8] = [
+pub const KINDS: [&str; 12] = [
     "job.state",
     "disk.state",
     "disk.progress",
     "job.warning",
+    "job.deleted",
     "point.committed",
     "point.trust",
+    "point.merged",
+    "point.protected",
+    "point.deleting",
     "point.deleted",
     "alert",
 ];
@@ -94,6 +101,17 @@ impl Actor {
     }
 }
 
+impl FromStr for Actor {
+    type Err = UnknownWord;
+
+    fn from_str(word: &str) -> Result<Self, UnknownWord> {
+        [Self::User, Self::Service, Self::Clock, Self::Client, Self::Policy]
+            .into_iter()
+            .find(|actor| actor.as_str() == word)
+            .ok_or_else(|| UnknownWord { kind: "Actor", word: word.to_owned() })
+    }
+}
+
 /// Appends an event and returns its number.
 ///
 /// # Errors
@@ -131,6 +149,29 @@ pub async fn about(connection: &mut Connection, subject: &str) -> Result<Vec<(St
         .map(|(kind, data)| {
             let data = serde_json::from_str(&data).map_err(|error| sqlx::Error::Decode(error.into()))?;
             Ok((kind, data))
+        })
+        .collect()
+}
+
+/// The events of one kind after a number, oldest first: number, subject and data.
+///
+/// # Errors
+/// The database's.
+pub async fn of_kind_after(
+    connection: &mut Connection,
+    kind: &str,
+    after: i64,
+) -> Result<Vec<(i64, String, Value)>, StoreError> {
+    let rows: Vec<(i64, String, String)> =
+        sqlx::query_as("SELECT sequence, subject, data FROM events WHERE sequence > ? AND kind = ? ORDER BY sequence")
+            .bind(after)
+            .bind(kind)
+            .fetch_all(connection)
+            .await?;
+    rows.into_iter()
+        .map(|(sequence, subject, data)| {
+            let data = serde_json::from_str(&data).map_err(|error| sqlx::Error::Decode(error.into()))?;
+            Ok((sequence, subject, data))
         })
         .collect()
 }

@@ -4,7 +4,8 @@
 //! VM. A row of another boot is void: the process that held the thing is gone, and the thing with it.
 
 use super::{Connection, StoreError, points};
-use crate::id::BackupId;
+use crate::clock::UtcTime;
+use crate::id::{BackupId, ExportId};
 
 /// What can be owned, by one owner at a time but for pins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,6 +90,43 @@ pub async fn pin_chain(
     Ok(())
 }
 
+/// Records an export of a restore point, which owns itself until `deadline`.
+///
+/// # Errors
+/// The database's.
+pub async fn record_export(
+    connection: &mut Connection,
+    export: &ExportId,
+    deadline: UtcTime,
+    boot_id: &str,
+) -> Result<(), StoreError> {
+    sqlx::query("INSERT INTO leases (kind, key, owner, boot_id, deadline) VALUES ('export', ?, ?, ?, ?)")
+        .bind(export)
+        .bind(export)
+        .bind(boot_id)
+        .bind(deadline)
+        .execute(connection)
+        .await?;
+    Ok(())
+}
+
+/// Moves the deadline of an export; one that is over stays so.
+///
+/// # Errors
+/// The database's.
+pub async fn set_export_deadline(
+    connection: &mut Connection,
+    export: &ExportId,
+    deadline: UtcTime,
+) -> Result<(), StoreError> {
+    sqlx::query("UPDATE leases SET deadline = ? WHERE kind = 'export' AND key = ?")
+        .bind(deadline)
+        .bind(export)
+        .execute(connection)
+        .await?;
+    Ok(())
+}
+
 /// Who holds a restore point: ids of jobs, exports and tasks.
 ///
 /// # Errors
@@ -96,6 +134,16 @@ pub async fn pin_chain(
 pub async fn holders(connection: &mut Connection, point: &BackupId) -> Result<Vec<String>, StoreError> {
     Ok(sqlx::query_scalar("SELECT DISTINCT owner FROM leases WHERE kind = 'pin' AND key = ? ORDER BY id")
         .bind(point)
+        .fetch_all(connection)
+        .await?)
+}
+
+/// Every pin: the point, and who holds it.
+///
+/// # Errors
+/// The database's.
+pub async fn pins(connection: &mut Connection) -> Result<Vec<(BackupId, String)>, StoreError> {
+    Ok(sqlx::query_as("SELECT DISTINCT key, owner FROM leases WHERE kind = 'pin' ORDER BY key, owner")
         .fetch_all(connection)
         .await?)
 }

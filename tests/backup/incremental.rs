@@ -15,16 +15,16 @@ const THIRD: u32 = 16_000;
 const MIB: usize = 1 << 20;
 
 /// The content of all disks as one point should have it.
-type Disks = Vec<(u32, Vec<u8>)>;
+pub type Disks = Vec<(u32, Vec<u8>)>;
 
 /// A rig whose disks are all larger than what [`write_everywhere`] changes of them.
-async fn rig(toml: &str) -> Rig {
+pub async fn rig(toml: &str) -> Rig {
     let disks = vec![(FIRST, content(1, 5 * MIB)), (SECOND, content(2, 3 * MIB + 512)), (THIRD, content(3, MIB / 2))];
     Rig::with(Plan { disks, toml: toml.to_owned(), ..Plan::default() }).await
 }
 
 /// Writes to every disk; another content each time.
-fn write_everywhere(rig: &mut Rig, round: u8) {
+pub fn write_everywhere(rig: &mut Rig, round: u8) {
     let at = usize::from(round) * 3 * 512;
     rig.write(&[
         (FIRST, at, content(round, 100 << 10)),
@@ -35,7 +35,7 @@ fn write_everywhere(rig: &mut Rig, round: u8) {
 }
 
 /// Makes a backup that must succeed.
-async fn commit(rig: &Rig) -> Value {
+pub async fn commit(rig: &Rig) -> Value {
     let backup = rig.back_up().await;
     assert_eq!(backup["state"], "committed", "{backup:#}");
     backup
@@ -47,7 +47,7 @@ fn values(backup: &Value, field: &str) -> Vec<String> {
 }
 
 /// Holds that QEMU reads every disk of the point through its chain as it was, and finds the image sound.
-fn expect_restores(folder: &Path, disks: &Disks) {
+pub fn expect_restores(folder: &Path, disks: &Disks) {
     for (index, (_, bytes)) in disks.iter().enumerate() {
         let image = folder.join(format!("disk-{index}.qcow2"));
         let raw = tempfile::NamedTempFile::new().unwrap();

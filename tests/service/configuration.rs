@@ -102,6 +102,10 @@ fn values_that_break_a_rule_name_the_rule() {
             &format!("{}client_ca_file = \"a\"\nallow_subjects = [\"CN=a\", \"/CN=b\"]", tls.replace("on", "required")),
             "`nbd.allow_subjects` is no list of subjects: \"/CN=b\" is no subject such as",
         ),
+        (
+            &format!("{}[auth]\nmode = \"off\"\n[restore]\nbind = \"0.0.0.0\"", tls.replace("on", "required")),
+            "`auth.mode` may be \"off\" only while every bind address is loopback; restore.bind is 0.0.0.0",
+        ),
         (&format!("{tls}bind = \"0.0.0.0\""), "`nbd.bind` must be a loopback address, not 0.0.0.0, unless nbd.tls is"),
         (
             &format!("{}bind = \"0.0.0.0\"\n[auth]\nmode = \"off\"", tls.replace("on", "required")),
@@ -117,6 +121,15 @@ fn values_that_break_a_rule_name_the_rule() {
         ("[nodes.a]\nurl = \"http://u:p@x\"", "`nodes.a.url` must hold no login"),
         ("[nodes.a]\nurl = \"http://x/\"", "`nodes.a.url` must not end with a slash"),
         ("[nodes.a]\n[nodes.b]", "`nodes.b.port_range` 10100-10200 overlaps that of node a"),
+        ("[restore]\nport_range = \"10200-10299\"", "`restore.port_range` 10200-10299 overlaps nbd.port_range"),
+        (
+            "[nodes.a]\nport_range = \"10390-10395\"",
+            "`restore.port_range` 10300-10399 overlaps nodes.a.port_range, which is 10390-10395",
+        ),
+        ("[server]\nbind = \"127.0.0.1:10300\"", "`restore.port_range` contains port 10300, on which the API listens"),
+        ("[restore]\nbind = \"0.0.0.0\"", "`restore.bind` must be a loopback address, not 0.0.0.0, unless nbd.tls is"),
+        ("[restore]\nttl_s = 0", "`restore.ttl_s` must be"),
+        ("[restore]\noverlay_limit_bytes = 1000", "`restore.overlay_limit_bytes` must be"),
         ("[nodes.a]\nconnect_timeout_s = 0", "`nodes.a.connect_timeout_s` must be"),
         ("[webhooks.a]\nurl = \"https://x\"\nsecret_file = \"s\"", "`webhooks.a.url` must start with http://"),
         ("[webhooks.a]\nurl = \"http://u:p@x\"\nsecret_file = \"s\"", "`webhooks.a.url` must hold no login"),
@@ -147,6 +160,8 @@ fn listeners_beyond_loopback_are_for_those_who_encrypt() {
         toml.replace("required", "on").replace("0.0.0.0", "127.0.0.1").replace("client_ca_file = \"a\"\n", "");
     let optional = parse(&optional).unwrap();
     assert_eq!(optional.nbd.target(2000, 10100, "a-disk0"), "2000:nbd://127.0.0.1:10100/a-disk0");
+    let both = parse_with(&format!("{toml}\n[restore]\nbind = \"0.0.0.0\""), &variables).unwrap();
+    assert!(!both.restore.bind.is_loopback());
     let outside = parse(&toml.replace("[nbd]", "[server]\nbind = \"0.0.0.0:1\"\n[nbd]")).unwrap_err();
     assert!(outside.starts_with("`server.bind` must be a loopback address"), "{outside}");
 }

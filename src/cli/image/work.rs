@@ -26,7 +26,7 @@ pub(super) async fn run<T: Send + 'static>(
     // Listened for before anything is made: what a signal interrupts is also cleared away.
     let mut stop = Stop::new()?;
     let is_over = Arc::new(AtomicBool::new(false));
-    let bar = (output.has_notes() && std::io::stderr().is_terminal()).then(|| bar(name));
+    let bar = bar_on_terminal(name, output);
     let asked = Arc::clone(&is_over);
     let mut task = tokio::task::spawn_blocking(move || {
         work(&mut |progress: Progress| {
@@ -43,6 +43,11 @@ pub(super) async fn run<T: Send + 'static>(
             () = stop.wait() => is_over.store(true, Ordering::Relaxed),
         }
     }
+}
+
+/// A bar without a length yet, where somebody can see it.
+pub(in crate::cli) fn bar_on_terminal(name: &'static str, output: &Output) -> Option<ProgressBar> {
+    (output.has_notes() && std::io::stderr().is_terminal()).then(|| bar(name))
 }
 
 fn bar(name: &'static str) -> ProgressBar {

@@ -36,6 +36,7 @@ pub(super) fn start_refused(error: StartError) -> Problem {
         StartError::TooManyJobs { .. } => Problem::new(Code::TooManyJobs, detail),
         StartError::NoPorts(_) => Problem::new(Code::NoPorts, detail),
         StartError::StateFull => Problem::new(Code::InsufficientStorage, detail),
+        StartError::ParentsChanging => Problem::new(Code::PointInUse, detail),
         StartError::Draining => Problem::new(Code::Draining, detail),
         StartError::Store(error) => error.into(),
         StartError::Failed { backup_id, failed } => with_backup(failure(&failed), &backup_id),
