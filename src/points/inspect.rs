@@ -62,7 +62,7 @@ impl SubjectDisk {
 pub enum Document {
     /// All of it is what was written.
     Sound,
-    /// There is none, and nothing is recorded: nobody has read the point before.
+    /// There is none, and no digest of the images is recorded: nobody has read them before.
     Absent,
     /// It must be written anew, and the records allow it.
     Stale,
@@ -326,16 +326,16 @@ impl Look<'_> {
 
     fn conclude(mut self, document: &Result<Digests, Lack>) -> Inspection {
         let recorded = self.subject.disks.iter().all(|disk| disk.digest().is_some() && disk.content().is_some());
-        let nothing = self.subject.disks.iter().all(|disk| disk.digest().is_none() && disk.content().is_none());
         let state = match document {
             // The images are what it says, or what the database says: either proves them.
             Ok(_) if self.stale => Document::Stale,
             Ok(_) => Document::Sound,
-            Err(Lack::Absent) if nothing => Document::Absent,
-            Err(Lack::Absent) => {
+            Err(Lack::Absent) if recorded => {
                 self.warn("digests_missing", DIGESTS, "the file is not there");
-                if recorded { Document::Stale } else { Document::Kept }
+                Document::Stale
             }
+            // Never read, or made anew by a merge since: then the content is recorded, and must come out of the new images.
+            Err(Lack::Absent) => Document::Absent,
             Err(Lack::Damaged) if recorded => Document::Stale,
             Err(Lack::Damaged | Lack::Newer | Lack::Unreadable) => Document::Kept,
         };
@@ -366,8 +366,9 @@ fn disagreement(manifest: &Manifest, subject: &Subject) -> Option<String> {
         return Some(format!("it has {} disks, {} are recorded", manifest.disks.len(), subject.disks.len()));
     }
     for (told, SubjectDisk { row, .. }) in manifest.disks.iter().zip(&subject.disks) {
-        let agrees = (told.disk_id, told.device_key, told.size_bytes, told.file_bytes, told.chain_depth)
-            == (row.disk_id, row.device_key, row.size_bytes, row.file_bytes, row.chain_depth)
+        // Not the depth of the chain: a merge below makes it shorter, and the manifest is what it was.
+        let agrees = (told.disk_id, told.device_key, told.size_bytes, told.file_bytes)
+            == (row.disk_id, row.device_key, row.size_bytes, row.file_bytes)
             && told.file == row.file
             && told.backup_type == row.backup_type
             && told.parent_id == row.parent_id

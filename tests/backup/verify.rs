@@ -494,6 +494,24 @@ async fn an_image_with_digests_that_neither_disk_nor_database_can_prove_is_not_t
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_point_that_was_made_anew_and_what_stands_upon_it_are_verified_again() {
+    let mut rig = rig("").await;
+    let ids = chain(&mut rig, 3).await;
+    assert_eq!(verify(&rig.service, &ids[2], json!({})).await["outcome"], "verified");
+    rig.service.service.app().points.merge(&ids[1].parse().unwrap()).await.unwrap();
+    assert_eq!(point(&rig.service, &ids[1]).await["trust"], "unverified");
+    // The new images are read for the first time, and must hold the content that is recorded.
+    let verification = verify(&rig.service, &ids[2], json!({})).await;
+    assert_eq!(verification["outcome"], "verified", "{verification:#}");
+    assert_eq!(verification["points"].as_array().unwrap().len(), 2, "{verification:#}");
+    assert!(findings(&verification).is_empty(), "{verification:#}");
+    flip(&published(&rig, &ids[1]).await.join("disk-0.qcow2"), 8 << 20);
+    assert_eq!(verify(&rig.service, &ids[2], json!({})).await["outcome"], "corrupt");
+    assert_eq!(point(&rig.service, &ids[1]).await["trust"], "corrupt");
+    assert_eq!(point(&rig.service, &ids[2]).await["trust"], "suspect");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn points_are_verified_and_compared_by_command() {
     let mut rig = rig("").await;
     let ids = chain(&mut rig, 2).await;
