@@ -6,6 +6,7 @@
 
 pub mod check;
 pub mod compare;
+pub mod content;
 pub mod delete;
 pub mod digests;
 pub mod files;

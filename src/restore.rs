@@ -5,7 +5,6 @@
 //! the service. What must be true of a point before it is opened is in `chain`; nothing here writes to one.
 
 mod chain;
-pub mod content;
 pub mod live;
 mod overlay;
 mod pins;

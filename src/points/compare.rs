@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::digests::{BLOCK_BYTES, Digest, blocks_file_name};
+use super::content::BLOCK_BYTES;
+use super::digests::{Digest, blocks_file_name};
 use super::leaves::Leaves;
 use super::{Points, paths};
 use crate::id::BackupId;

@@ -6,6 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::content::BLOCK_BYTES;
 use crate::clock::UtcTime;
 use crate::id::BackupId;
 
@@ -13,8 +14,6 @@ use crate::id::BackupId;
 pub const DIGESTS: &str = "digests.json";
 /// The format this version writes; a reader refuses a higher one.
 pub const FORMAT: u32 = 1;
-/// The length of the blocks that a virtual disk is hashed in.
-pub const BLOCK_BYTES: u64 = 1 << 20;
 /// The only algorithm of this format.
 pub const ALGORITHM: &str = "blake3";
 /// No document is longer: one of the most disks that a VM can have takes a tenth of this.
@@ -226,11 +225,6 @@ fn position(bytes: &[u8], part: &[u8]) -> Option<usize> {
 /// The name of the file that holds the leaves of a disk, one after the other.
 pub fn blocks_file_name(disk_id: u32) -> String {
     format!("disk-{disk_id}.blocks")
-}
-
-/// How many blocks a disk of this size has.
-pub fn blocks(size_bytes: u64) -> u64 {
-    size_bytes.div_ceil(BLOCK_BYTES)
 }
 
 /// The root over the content roots of a VM's disks, in ascending order of their numbers.

@@ -10,7 +10,8 @@ use std::path::Path;
 
 use blockyard_qcow2::{self as qcow2, ExtentKind, Image};
 
-use super::digests::{BLOCK_BYTES, Digest, blocks};
+use super::content::{BLOCK_BYTES, Root, blocks, leaf_of_zeroes};
+use super::digests::Digest;
 use super::files;
 use super::pace::{Reading, Stopped};
 
@@ -103,9 +104,9 @@ pub fn compute(
     reading: &Reading,
 ) -> Result<Digest, LeavesError> {
     let size = image.size();
-    let mut root = blake3::Hasher::new();
+    let mut root = Root::default();
     let mut buffer = vec![0; BLOCK_BYTES as usize];
-    let whole_zero = Digest::of(&buffer);
+    let whole_zero = leaf_of_zeroes(BLOCK_BYTES);
     let mut start = 0;
     while start < size {
         let end = start.saturating_add(WINDOW).min(size);
@@ -129,20 +130,15 @@ pub fn compute(
                 }
                 _ => {
                     reading.skip(length)?;
-                    if length == BLOCK_BYTES {
-                        whole_zero
-                    } else {
-                        piece.fill(0);
-                        Digest::of(piece)
-                    }
+                    if length == BLOCK_BYTES { whole_zero } else { leaf_of_zeroes(length) }
                 }
             };
             into.write_all(leaf.as_bytes())?;
-            root.update(leaf.as_bytes());
+            root.add(leaf);
         }
         start = end;
     }
-    Ok(root.finalize().into())
+    Ok(root.finish())
 }
 
 /// What the map says of the blocks of a range that begins at one.

@@ -6,7 +6,8 @@ use std::path::Path;
 
 use blockyard_qcow2 as qcow2;
 
-use super::digests::{BLOCK_BYTES, DIGESTS, Digest, Digests, DiskDigest, blocks_file_name};
+use super::content::BLOCK_BYTES;
+use super::digests::{DIGESTS, Digest, Digests, DiskDigest, blocks_file_name};
 use super::files::{self, Beside};
 use super::finding::{Finding, Severity, worst};
 use super::inspect::{Document, Inspection, Subject, SubjectDisk, inspect};

@@ -9,7 +9,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use blockyard::node::fake::{Faults, PausePoint};
-use blockyard::restore::content::ContentDigest;
+use blockyard::points::content::root_of;
 use blockyard::store::leases;
 use blockyard_nbd::Durability;
 use blockyard_nbd::client::Client;
@@ -500,7 +500,7 @@ async fn a_raw_download_is_the_disk_and_any_range_of_it() {
     assert_eq!(whole.headers()["accept-ranges"], "bytes");
     assert!(whole.headers().get("etag").is_none(), "no digest was taken");
     assert!(whole.bytes().await.unwrap() == disk);
-    let digest = ContentDigest::of(&disk).to_string();
+    let digest = root_of(&disk).to_string();
     set_point(&rig, SET_CONTENT_DIGEST, &digest, &point).await;
     let end = disk.len();
     for (range, expected) in [

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use blockyard::restore::content::ContentDigest;
+use blockyard::points::content::root_of;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -103,7 +103,7 @@ async fn raw_restore_of_a_deep_incremental_equals_the_source() {
     let mut rig = rig("").await;
     let point = deep_chain(&mut rig, 6).await;
     let (disk, folder) = (rig.disks[0].1.clone(), tempfile::tempdir().unwrap());
-    let digest = ContentDigest::of(&disk).to_string();
+    let digest = root_of(&disk).to_string();
     let (file, target) = path_in(&folder, "disk.raw");
 
     let made = raw(&rig, &point, &target, &["--output", "json"]).await;
@@ -238,7 +238,7 @@ async fn read_error_in_any_block_fails_the_restore() {
 async fn a_disk_that_is_not_what_was_backed_up_is_told_and_kept_only_for_who_accepts_damage() {
     let rig = rig("").await;
     let point = commit(&rig).await;
-    set_point(&rig, SET_CONTENT_DIGEST, &ContentDigest::of(b"another disk").to_string(), &point).await;
+    set_point(&rig, SET_CONTENT_DIGEST, &root_of(b"another disk").to_string(), &point).await;
     let folder = tempfile::tempdir().unwrap();
     let (file, target) = path_in(&folder, "disk.raw");
     let differs = raw(&rig, &point, &target, &[]).await;

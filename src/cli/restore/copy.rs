@@ -6,7 +6,8 @@ use bytes::Bytes;
 use futures_util::stream::{self, TryStreamExt};
 
 use super::disk::{Disk, DiskError, Run, RunKind, Target};
-use crate::restore::content::{BLOCK_BYTES, ContentDigest, Leaf, Root};
+use crate::points::content::{BLOCK_BYTES, Root, leaf_of_zeroes};
+use crate::points::digests::Digest;
 
 /// Blocks on their way at once: enough that neither side waits for a round trip, and what a copy has in memory, in MiB. A guess.
 const IN_FLIGHT: usize = 16;
@@ -19,7 +20,7 @@ const WINDOW: u64 = 1 << 30;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Copied {
     /// Of all that was read.
-    pub(super) digest: ContentDigest,
+    pub(super) digest: Digest,
     /// Bytes that were written to the target; the others are zeroes.
     pub(super) written_bytes: u64,
 }
@@ -49,10 +50,10 @@ struct Piece {
 /// What became of a piece.
 struct Done {
     end: u64,
-    leaf: Leaf,
+    leaf: Digest,
     /// How often, and of what the last block is if it is a shorter one.
     blocks: u64,
-    tail: Option<Leaf>,
+    tail: Option<Digest>,
     written_bytes: u64,
 }
 
@@ -66,7 +67,7 @@ pub(super) async fn copy(
     size_bytes: u64,
     mut progress: impl FnMut(u64),
 ) -> Result<Copied, CopyError> {
-    let zero_leaf = Leaf::of_zeroes(BLOCK_BYTES);
+    let zero_leaf = leaf_of_zeroes(BLOCK_BYTES);
     let plan = Plan { source, size_bytes, at: 0, runs: VecDeque::new() };
     let pieces = stream::unfold(plan, |mut plan| async move { plan.next().await.map(|piece| (Ok(piece), plan)) });
     let mut done =
@@ -151,7 +152,7 @@ async fn handle(
     source: &dyn Disk,
     target: Option<&dyn Target>,
     Piece { offset, run }: Piece,
-    zero_leaf: Leaf,
+    zero_leaf: Digest,
 ) -> Result<Done, CopyError> {
     let end = offset + run.length;
     if run.kind == RunKind::Zero {
@@ -159,7 +160,7 @@ async fn handle(
             target.zero(offset, run.length).await.map_err(|error| CopyError::Write(offset, error))?;
         }
         let tail = run.length % BLOCK_BYTES;
-        let tail = (tail > 0).then(|| Leaf::of_zeroes(tail));
+        let tail = (tail > 0).then(|| leaf_of_zeroes(tail));
         return Ok(Done { end, leaf: zero_leaf, blocks: run.length / BLOCK_BYTES, tail, written_bytes: 0 });
     }
     // A block has 1 MiB.
@@ -171,7 +172,7 @@ async fn handle(
     let grain = target.map(Target::grain);
     let hashed = tokio::task::spawn_blocking(move || {
         let runs = grain.map(|grain| runs(&data, grain)).unwrap_or_default();
-        (Leaf::of(&data), runs, Bytes::from(data))
+        (Digest::of(&data), runs, Bytes::from(data))
     });
     let (leaf, runs, data) = hashed.await.map_err(|panic| CopyError::Read(offset, DiskError::new(panic)))?;
     let (mut at, mut written_bytes) = (0, 0);
@@ -293,7 +294,7 @@ mod tests {
             let mut told = Vec::new();
             let copied = copy(&source, Some(&target), size as u64, |bytes| told.push(bytes)).await.unwrap();
             assert!(*target.bytes.lock().unwrap() == bytes, "{size}");
-            assert_eq!(copied.digest, ContentDigest::of(&bytes), "{size}");
+            assert_eq!(copied.digest, crate::points::content::root_of(&bytes), "{size}");
             assert!(told.is_sorted() && told.last() == Some(&(size as u64)), "{told:?}");
             let read = copy(&source, None, size as u64, |_| {}).await.unwrap();
             assert_eq!((read.digest, read.written_bytes), (copied.digest, 0));
