@@ -1,20 +1,25 @@
 //! `blockyard demo`: the whole product on this machine, without VMware, configuration or root.
 //!
-//! A real service, a stand-in for the node, a VM with generated or given disks: one REST call backs it up, then every disk
-//! of the restore point is read back over NBD and compared with its source. With `--serve` service and node stay for curl.
+//! A real service, a stand-in for the node, a VM with generated or given disks: one REST call backs it up, and after changes
+//! on every disk again and again; then every disk of every restore point is read back over NBD and compared with what its
+//! source was. With `--serve` service and node stay for curl.
 //!
-//! In the order of a run: [`folder`] is where it all goes, [`disks`] what is backed up, [`stage`] what runs, [`copy`] the
-//! one call and its progress, [`restore`] the way back, [`report`] what is printed.
+//! In the order of a run: [`folder`] is where it all goes, [`disks`] what is backed up, [`stage`] what runs, [`state`] how
+//! the disks change, [`copy`] a backup and its progress, [`restore`] the way back, [`report`] what is printed.
 
+mod content;
 mod copy;
+mod data;
 mod disks;
 mod error;
 mod folder;
 mod generate;
+mod hub;
 mod progress;
 mod report;
 mod restore;
 mod stage;
+mod state;
 mod stored;
 
 use std::path::PathBuf;
@@ -29,8 +34,12 @@ use crate::telemetry;
 use disks::DemoDisk;
 pub(super) use error::DemoError;
 use folder::Folder;
-use progress::Progress;
+use report::Story;
 use stage::Stage;
+use state::State;
+
+/// Restore points that are made: one full, the others incremental.
+const POINTS: usize = 3;
 
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
@@ -56,7 +65,7 @@ pub(super) async fn run(arguments: Arguments, output: &Output) -> Result<Exit, C
     let done = if arguments.serve {
         serve(&mut stop, &stage, &disks, output).await
     } else {
-        Box::pin(interruptible(&mut stop, back_up_and_compare(&stage, &disks, &folder, output))).await
+        Box::pin(interruptible(&mut stop, back_up_and_restore(&stage, &disks, &folder, output))).await
     };
     stage.stop().await;
     done
@@ -90,16 +99,26 @@ async fn serve(stop: &mut Stop, stage: &Stage, disks: &[DemoDisk], output: &Outp
     Ok(Exit::Ok)
 }
 
-async fn back_up_and_compare(
+/// A full and incrementals of what changes in between; then each point comes back.
+async fn back_up_and_restore(
     stage: &Stage,
     disks: &[DemoDisk],
     folder: &Folder,
     output: &Output,
 ) -> Result<Exit, CliError> {
-    let copied = copy::run(stage, disks, &Progress::new("copy", disks, output)).await?;
-    let compared = restore::run(disks, &copied, &Progress::new("compare", disks, output)).await?;
-    report::result(disks, &copied, &compared, folder, output)?;
-    Ok(report::exit(&compared))
+    let mut state = State::first(disks);
+    let mut points = vec![copy::run(stage, &state, output).await?];
+    while points.len() < POINTS {
+        state = state.next();
+        points.push(copy::run(stage, &state, output).await?);
+    }
+    let mut restores = Vec::with_capacity(POINTS);
+    for point in &points {
+        restores.push(restore::run(stage.hub(), point, point.number.to_string(), output).await?);
+    }
+    let story = Story { disks, points, restores };
+    report::result(&story, folder, output)?;
+    Ok(story.exit())
 }
 
 /// The outcome of `work`, or an error at the first signal.

@@ -70,6 +70,22 @@ pub enum DemoError {
         /// The job's code.
         code: String,
     },
+    /// A disk cannot be read any more.
+    #[error("disk {disk_id} cannot be read")]
+    SourceUnreadable {
+        /// Which one.
+        disk_id: usize,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// An image is not where the service says.
+    #[error("{} cannot be used", path.display())]
+    Image {
+        /// Its file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
     /// An image of the restore point cannot be served.
     #[error("disk {disk_id} of the restore point cannot be served")]
     Serve {
@@ -109,6 +125,8 @@ impl DemoError {
             | Self::Api(_)
             | Self::Answer { .. }
             | Self::Backup { .. }
+            | Self::SourceUnreadable { .. }
+            | Self::Image { .. }
             | Self::Serve { .. }
             | Self::ReadBack { .. }
             | Self::Panicked => Exit::Failed,

@@ -5,116 +5,143 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::copy::{Copied, CopiedDisk};
+use super::content::Content;
+use super::copy::{CopiedDisk, Point};
 use super::disks::DemoDisk;
 use super::folder::Folder;
-use super::restore::Comparison;
+use super::restore::Restore;
 use super::stage::{REPOSITORY_ID, Stage, VM_NAME};
 use crate::cli::size::readable;
 use crate::cli::{CliError, Exit, Format, Output, table};
 
-/// Ok only if all disks came back as they were, and there were any.
-pub(super) fn exit(compared: &[Comparison]) -> Exit {
-    if !compared.is_empty() && compared.iter().all(Comparison::is_equal) { Exit::Ok } else { Exit::Failed }
+/// All that happened.
+#[derive(Debug)]
+pub(super) struct Story<'a> {
+    pub(super) disks: &'a [DemoDisk],
+    /// In the order in which they were made.
+    pub(super) points: Vec<Point>,
+    /// In the order in which they were tried.
+    pub(super) restores: Vec<Restore>,
 }
 
-/// The table, and where the images are.
-pub(super) fn result(
-    disks: &[DemoDisk],
-    copied: &Copied,
-    compared: &[Comparison],
-    folder: &Folder,
-    output: &Output,
-) -> Result<(), CliError> {
-    let rows: Vec<Row> = disks
-        .iter()
-        .zip(&copied.disks)
-        .zip(compared)
-        .enumerate()
-        .map(|(index, ((disk, copy), compared))| Row { index, disk, copy, compared, kept: folder.is_kept() })
-        .collect();
+impl Story<'_> {
+    /// Ok only if every point that was made came back, each disk as its source was.
+    pub(super) fn exit(&self) -> Exit {
+        let came_back = |point: &Point| self.restores.iter().any(|restore| restore.backup_id == point.backup_id);
+        let equal = self.restores.iter().all(Restore::is_equal);
+        if equal && !self.points.is_empty() && self.points.iter().all(came_back) { Exit::Ok } else { Exit::Failed }
+    }
+}
+
+/// The table of all restores, and what happened in between.
+pub(super) fn result(story: &Story<'_>, folder: &Folder, output: &Output) -> Result<(), CliError> {
     let document = json!({
-        "backup_id": copied.backup_id, "vm_name": VM_NAME, "repository_id": REPOSITORY_ID, "backup_type": "full",
-        "result": copied.result, "seconds": seconds(copied.time), "equal": exit(compared) == Exit::Ok,
+        "vm_name": VM_NAME, "repository_id": REPOSITORY_ID, "equal": story.exit() == Exit::Ok,
         "kept": folder.is_kept().then(|| folder.path()),
-        "disks": rows.iter().map(Row::document).collect::<Vec<_>>(),
+        "disks": story.disks.iter().enumerate().map(disk_document).collect::<Vec<_>>(),
+        "points": story.points.iter().map(|point| point_document(point, folder)).collect::<Vec<_>>(),
+        "restores": story.restores.iter().flat_map(restore_documents).collect::<Vec<_>>(),
     });
-    output.answer(&document, |_| text(&rows, copied, folder))
+    output.answer(&document, |_| text(story, folder, output))
 }
 
-/// One disk with all that is known of it.
-struct Row<'a> {
-    index: usize,
-    disk: &'a DemoDisk,
-    copy: &'a CopiedDisk,
-    compared: &'a Comparison,
-    kept: bool,
+fn disk_document((disk_id, disk): (usize, &DemoDisk)) -> Value {
+    json!({
+        "disk_id": disk_id, "device_key": disk.device_key, "source": disk.path, "size_bytes": disk.size_bytes,
+    })
 }
 
-impl Row<'_> {
-    fn document(&self) -> Value {
+fn point_document(point: &Point, folder: &Folder) -> Value {
+    let disk = |(disk_id, (disk, content)): (usize, (&CopiedDisk, &Content))| {
         json!({
-            "disk_id": self.index, "device_key": self.disk.device_key, "source": self.disk.path,
-            "size_bytes": self.disk.size_bytes, "covered_bytes": self.copy.covered_bytes,
-            "written_bytes": self.copy.written_bytes, "stored_bytes": self.copy.stored_bytes,
-            "copy_seconds": seconds(self.copy.time), "compare_seconds": seconds(self.compared.time),
-            "sha256_source": self.compared.source.digest.to_string(),
-            "sha256_restored": self.compared.restored.digest.to_string(),
-            "restored_bytes": self.compared.restored.size_bytes, "equal": self.compared.is_equal(),
-            "image": self.kept.then_some(&self.copy.image),
+            "disk_id": disk_id, "effective_type": disk.effective_type, "covered_bytes": disk.covered_bytes,
+            "written_bytes": disk.written_bytes, "stored_bytes": disk.image.stored_bytes,
+            "sha256_source": content.digest.to_string(), "image": folder.is_kept().then_some(&disk.image.path),
         })
-    }
-
-    fn cells(&self) -> Vec<String> {
-        let Self { index, disk, copy, compared, .. } = self;
-        vec![
-            index.to_string(),
-            disk.device_key.to_string(),
-            readable(disk.size_bytes),
-            readable(copy.covered_bytes),
-            readable(copy.stored_bytes),
-            format!("{:.1}", copy.time.as_secs_f64()),
-            compared.source.digest.prefix(),
-            compared.restored.digest.prefix(),
-            if compared.is_equal() { "yes" } else { "NO" }.to_owned(),
-        ]
-    }
+    };
+    json!({
+        "point": point.number, "backup_id": point.backup_id, "backup_type": point.backup_type,
+        "result": point.result, "seconds": seconds(point.time), "covered_bytes": point.covered_bytes(),
+        "stored_bytes": point.stored_bytes(),
+        "disks": point.disks.iter().zip(&point.contents).enumerate().map(disk).collect::<Vec<_>>(),
+    })
 }
 
-fn text(rows: &[Row<'_>], copied: &Copied, folder: &Folder) -> String {
-    let headings =
-        ["disk", "key", "size", "covered", "stored", "seconds", "SHA-256 source", "SHA-256 restored", "equal"];
-    let cells: Vec<Vec<String>> = rows.iter().map(Row::cells).collect();
-    let equal = rows.iter().filter(|row| row.compared.is_equal()).count();
-    let covered = rows.iter().map(|row| row.copy.covered_bytes).sum();
-    let stored = rows.iter().map(|row| row.copy.stored_bytes).sum();
-    let mut lines = vec![
-        table::render(&headings, &cells),
-        String::new(),
-        format!(
-            "{equal} of {} equal; {} copied in {:.1} s, {} stored ({})",
-            counted(rows.len()),
-            readable(covered),
-            copied.time.as_secs_f64(),
-            readable(stored),
-            copied.backup_id,
-        ),
-    ];
-    if folder.is_kept() {
-        lines.push(format!("The images are in {}:", copied.folder.display()));
-        lines.extend(rows.iter().flat_map(|row| {
-            let image = quoted(&row.copy.image);
-            [format!("  qemu-img info {image}"), format!("  qemu-img check {image}")]
-        }));
-    } else {
-        lines.push("The images are removed; --keep DIR keeps them.".to_owned());
+fn restore_documents(restore: &Restore) -> impl Iterator<Item = Value> {
+    restore.disks.iter().enumerate().map(|(disk_id, disk)| {
+        json!({
+            "point": restore.name, "backup_id": restore.backup_id, "disk_id": disk_id,
+            "read_bytes": disk.restored.size_bytes, "stored_bytes": disk.stored_bytes, "seconds": seconds(disk.time),
+            "sha256_source": disk.source.digest.to_string(), "sha256_restored": disk.restored.digest.to_string(),
+            "equal": disk.is_equal(),
+        })
+    })
+}
+
+fn cells(restore: &Restore) -> impl Iterator<Item = Vec<String>> {
+    restore.disks.iter().enumerate().map(|(disk_id, disk)| {
+        vec![
+            restore.name.clone(),
+            disk_id.to_string(),
+            readable(disk.restored.size_bytes),
+            readable(disk.stored_bytes),
+            format!("{:.1}", disk.time.as_secs_f64()),
+            disk.source.digest.prefix(),
+            disk.restored.digest.prefix(),
+            if disk.is_equal() { "yes" } else { "NO" }.to_owned(),
+        ]
+    })
+}
+
+fn text(story: &Story<'_>, folder: &Folder, output: &Output) -> String {
+    let headings = ["point", "disk", "read", "stored", "seconds", "SHA-256 source", "SHA-256 restored", "equal"];
+    let rows: Vec<Vec<String>> = story.restores.iter().flat_map(cells).collect();
+    let table = table::render(&headings, &rows);
+    if !output.has_notes() {
+        return table;
     }
+    [table, String::new(), summary(story, folder)].join("\n")
+}
+
+fn summary(story: &Story<'_>, folder: &Folder) -> String {
+    let tried = story.restores.iter().flat_map(|restore| &restore.disks);
+    let equal = tried.clone().filter(|disk| disk.is_equal()).count();
+    let mut lines = vec![format!("{equal} of {} equal, byte for byte", counted(tried.count(), "restored disk"))];
+    lines.push(match story.points.last() {
+        Some(point) if folder.is_kept() => kept(point, folder),
+        _ => "Everything is removed; --keep DIR keeps repository, database and disks.".to_owned(),
+    });
+    lines.join("\n")
+}
+
+/// One line about a backup.
+pub(super) fn backup(point: &Point) -> String {
+    format!(
+        "point {}: {}, {} received, {} stored, {:.1} s",
+        point.number,
+        point.backup_type,
+        readable(point.covered_bytes()),
+        readable(point.stored_bytes()),
+        point.time.as_secs_f64(),
+    )
+}
+
+/// Where to look, with the newest point as an example.
+fn kept(point: &Point, folder: &Folder) -> String {
+    let commands = point.disks.iter().map(|disk| {
+        let image = quoted(&disk.image.path);
+        format!("  qemu-img info --backing-chain {image}\n  qemu-img check {image}")
+    });
+    let lines: Vec<String> = [format!("Everything is in {}. The newest point:", folder.path().display())]
+        .into_iter()
+        .chain(commands)
+        .collect();
     lines.join("\n")
 }
 
 /// Where the service is, and requests to begin with.
 pub(super) fn ready(stage: &Stage, disks: &[DemoDisk], output: &Output) -> Result<(), CliError> {
-    let (url, token_file) = (stage.url(), stage.token_file());
+    let (url, token_file) = (stage.hub().url(), stage.hub().token_file());
     if output.format() == Format::Json {
         let document = json!({
             "ready": true, "url": url, "token_file": token_file, "vm_name": VM_NAME, "repository_id": REPOSITORY_ID,
@@ -136,13 +163,13 @@ pub(super) fn ready(stage: &Stage, disks: &[DemoDisk], output: &Output) -> Resul
          curl -s -H \"$auth\" \"$URL/api/v1/backups?limit=1\"\n\
          \n\
          Every route, to look at and to try: {url}/docs",
-        counted(disks.len()),
+        counted(disks.len(), "disk"),
         quoted(token_file),
     ))
 }
 
-fn counted(disks: usize) -> String {
-    if disks == 1 { "1 disk".to_owned() } else { format!("{disks} disks") }
+fn counted(number: usize, noun: &str) -> String {
+    if number == 1 { format!("1 {noun}") } else { format!("{number} {noun}s") }
 }
 
 /// Seconds to the millisecond.

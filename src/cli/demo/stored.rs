@@ -10,6 +10,9 @@ use crate::export::signals::Signals;
 
 /// Opens an image for reading and gives it a name.
 pub(super) async fn open(image: &Path, name: &str) -> Result<ImageExport, Error> {
-    let opened = AsyncImage::open(image.to_owned(), OpenOptions::new(Access::ReadOnly)).await?;
+    // What lies below is in the folders beside that of the point.
+    let backing_root = image.parent().and_then(Path::parent).map(Path::to_owned);
+    let options = OpenOptions { backing_root, ..OpenOptions::new(Access::ReadOnly) };
+    let opened = AsyncImage::open(image.to_owned(), options).await?;
     Ok(ImageExport::new(name, opened, Access::ReadOnly, Arc::new(Signals::default())))
 }
