@@ -70,6 +70,13 @@ fn expect_empty(folder: &Path) {
     assert!(left.is_empty(), "left behind: {left:?}");
 }
 
+/// Holds that a kept folder has what it should, and no copy.
+fn expect_kept(folder: &Path) {
+    let mut left: Vec<_> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    left.sort();
+    assert_eq!(left, ["disks", "repository", "state", "vcenter-password"]);
+}
+
 #[track_caller]
 fn expect_exit(output: &Output, code: i32) -> (String, String) {
     let [stdout, stderr] = [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text).into_owned());
@@ -111,17 +118,17 @@ fn texts<'a>(rows: &'a [Value], field: &str) -> Vec<&'a str> {
     rows.iter().map(|row| row[field].as_str().unwrap_or_else(|| panic!("no {field}: {row:#}"))).collect()
 }
 
-/// Holds that the document tells of three points, two of them incremental for all disks, and that each of them came back.
+/// Holds that the document tells of three points, two of them incremental for all disks, that each of them came back, and
+/// that a copy of them was merged, restored again, and then damaged to be found so.
 fn expect_whole_story(document: &Value) {
-    assert_eq!(document["equal"], true, "{document:#}");
+    assert_eq!((&document["success"], &document["equal"]), (&json!(true), &json!(true)), "{document:#}");
     let disks = rows(document, "disks");
     let points = rows(document, "points");
     assert_eq!(texts(points, "backup_type"), ["full", "incremental", "incremental"]);
     assert_eq!(texts(points, "result"), ["success"; 3]);
     let restores = rows(document, "restores");
     for point in points {
-        let of_point: Vec<&Value> =
-            restores.iter().filter(|restore| restore["point"] == point["point"].to_string()).collect();
+        let of_point: Vec<&Value> = restores.iter().filter(|restore| restore["point"] == point["point"]).collect();
         assert_eq!(of_point.len(), disks.len(), "{document:#}");
         for ((restore, stored), disk) in of_point.iter().zip(rows(point, "disks")).zip(disks) {
             assert_eq!(stored["effective_type"], point["backup_type"], "{point:#}");
@@ -130,6 +137,31 @@ fn expect_whole_story(document: &Value) {
             assert_eq!((&restore["read_bytes"], &restore["equal"]), (&disk["size_bytes"], &json!(true)));
         }
     }
+    // The oldest was merged into the next, and what was left came back once more.
+    let ids = texts(points, "backup_id");
+    let merge = &document["merge"];
+    assert_eq!((&merge["happened"], &merge["removed"], &merge["into"]), (&json!(true), &json!(ids[0]), &json!(ids[1])));
+    for point in &points[1..] {
+        let again = rows(merge, "restores").iter().filter(|restore| restore["point"] == point["point"]);
+        let again: Vec<&Value> = again.collect();
+        assert_eq!(again.len(), disks.len(), "{document:#}");
+        for (restore, stored) in again.iter().zip(rows(point, "disks")) {
+            assert_eq!(restore["backup_id"], point["backup_id"]);
+            assert_eq!(restore["sha256_restored"], stored["sha256_source"], "{restore:#}");
+        }
+    }
+    // Everything was sound until a bit was flipped; then the file was named, and what lies upon it is not trusted.
+    let verified = rows(document, "verified");
+    assert_eq!(texts(rows(&verified[0], "points"), "backup_id"), ids);
+    assert_eq!(texts(rows(&verified[1], "points"), "backup_id"), ids[1..]);
+    for verified in verified {
+        assert!(texts(rows(verified, "points"), "trust").iter().all(|trust| *trust == "verified"), "{verified:#}");
+    }
+    let damage = &document["damage"];
+    assert_eq!((&damage["found"], &damage["file"]), (&json!(true), &json!("disk-0.qcow2")), "{damage:#}");
+    let found = rows(&damage["verification"], "points");
+    assert_eq!(texts(found, "trust"), ["corrupt", "suspect"], "{damage:#}");
+    assert_eq!((&found[0]["backup_id"], &found[0]["files"]), (&json!(ids[1]), &json!(["disk-0.qcow2"])), "{damage:#}");
     // Every disk changed from point to point.
     for (before, after) in points.iter().zip(&points[1..]) {
         for (before, after) in rows(before, "disks").iter().zip(rows(after, "disks")) {
@@ -175,8 +207,10 @@ async fn exit_code(child: &mut Child) -> Option<i32> {
 async fn demo_compares_every_restored_disk_and_exits_zero() {
     tool("e2fsprogs", "sh", &["-c", "PATH=$PATH:/usr/sbin:/sbin command -v mke2fs"]);
     let folder = tempfile::tempdir().unwrap();
-    let output = Demo::with(&["--output", "json"]).keep(&folder.path().join("kept")).run().await;
+    let kept = folder.path().join("kept");
+    let output = Demo::with(&["--output", "json"]).keep(&kept).run().await;
     let document = document(&output);
+    expect_kept(&kept);
     expect_whole_story(&document);
     let disks = rows(&document, "disks");
     let keys: Vec<_> = disks.iter().map(|disk| disk["device_key"].as_u64().unwrap()).collect();
@@ -237,7 +271,7 @@ async fn given_images_are_backed_up_and_not_changed() {
     let output = Demo::new().disk(&image).run().await;
     let (stdout, stderr) = expect_exit(&output, 0);
     assert!(stderr.contains("is a qcow2 image: its bytes are backed up as they are"), "{stderr}");
-    assert!(stdout.contains("3 of 3 restored disks equal") && stdout.contains("--keep DIR"), "{stdout}");
+    assert!(stdout.contains("5 of 5 restored disks equal") && stdout.contains("--keep DIR"), "{stdout}");
 }
 
 #[tokio::test]
@@ -252,14 +286,14 @@ async fn disk_that_comes_back_otherwise_than_it_was_makes_the_exit_code_one() {
     // Where no later state writes.
     File::options().write(true).open(&second).unwrap().write_all_at(&[8], (2 << 20) - 1).unwrap();
     let mut stdout = lines(child.stdout.take());
-    let row = line_with(&mut stdout, "    1     1  4.0 MiB").await;
+    let row = line_with(&mut stdout, "        1     1  4.0 MiB").await;
     assert!(row.ends_with("NO"), "{row}");
     // The later points hold the change, and are as their sources were.
-    for begin in ["    2     1  4.0 MiB", "    3     1  4.0 MiB"] {
+    for begin in ["        2     1  ", "        3     1  ", "2 merged      1  ", "3 upon it     1  "] {
         let row = line_with(&mut stdout, begin).await;
         assert!(row.ends_with("yes"), "{row}");
     }
-    line_with(&mut stdout, "5 of 6 restored disks equal").await;
+    line_with(&mut stdout, "9 of 10 restored disks equal").await;
     assert_eq!(exit_code(&mut child).await, Some(1));
 }
 
@@ -282,13 +316,39 @@ async fn failed_backup_is_told_with_its_code() {
 
 #[tokio::test]
 async fn interrupted_demo_leaves_nothing() {
-    for begin in ["making three disks", "copy disk 0", "point 2: incremental backup", "point 1: restore"] {
+    let moments = [
+        "making three disks",
+        "copy disk 0",
+        "point 2: incremental backup",
+        "point 1: restore over NBD",
+        "copying the repository",
+        "copy of the repository: retention",
+        "point 3 upon it: restore over NBD",
+    ];
+    for begin in moments {
         let (temporary, mut child) = Demo::new().spawn();
         let mut stderr = lines(child.stderr.take());
         line_with(&mut stderr, begin).await;
         signal(&child, "INT");
         assert_eq!(exit_code(&mut child).await, Some(130), "{begin}");
         expect_empty(temporary.path());
+    }
+}
+
+#[tokio::test]
+async fn interrupted_demo_that_is_kept_leaves_no_copy() {
+    let folder = tempfile::tempdir().unwrap();
+    let disk = folder.path().join("disk");
+    // Large enough for a signal to come before the end.
+    File::create(&disk).unwrap().set_len(256 << 20).unwrap();
+    for begin in ["copying the repository", "copy of the repository: retention"] {
+        let kept = folder.path().join(begin.replace(' ', "-"));
+        let (_temporary, mut child) = Demo::new().disk(&disk).keep(&kept).spawn();
+        let mut stderr = lines(child.stderr.take());
+        line_with(&mut stderr, begin).await;
+        signal(&child, "INT");
+        assert_eq!(exit_code(&mut child).await, Some(130), "{begin}");
+        expect_kept(&kept);
     }
 }
 
@@ -374,7 +434,7 @@ async fn quiet_demo_prints_the_table_and_nothing_else() {
     let disk = folder.path().join("disk");
     fs::write(&disk, [5; 512]).unwrap();
     let (stdout, stderr) = expect_exit(&Demo::with(&["--quiet"]).disk(&disk).run().await, 0);
-    assert!(stdout.starts_with("point  disk  read ") && !stdout.contains("restored disk"), "{stdout}");
-    assert_eq!(stdout.lines().count(), 1 + 3, "{stdout}");
+    assert!(stdout.starts_with("point      disk  read ") && !stdout.contains("restored disk"), "{stdout}");
+    assert_eq!(stdout.lines().count(), 1 + 5, "{stdout}");
     assert_eq!(stderr, "");
 }

@@ -1,26 +1,31 @@
 //! `blockyard demo`: the whole product on this machine, without VMware, configuration or root.
 //!
 //! A real service, a stand-in for the node, a VM with generated or given disks: one REST call backs it up, and after changes
-//! on every disk again and again; then every disk of every restore point is read back over NBD and compared with what its
-//! source was. With `--serve` service and node stay for curl.
+//! on every disk again and again; every disk of every restore point is read back over NBD and compared with what its source
+//! was. Then time passes on a copy of the repository: the oldest point is merged into the next, what is left is restored
+//! again, and a flipped bit is found. With `--serve` service and node stay for curl.
 //!
 //! In the order of a run: [`folder`] is where it all goes, [`disks`] what is backed up, [`stage`] what runs, [`state`] how
-//! the disks change, [`copy`] a backup and its progress, [`restore`] the way back, [`report`] what is printed.
+//! the disks change, [`copy`] a backup and its progress, [`restore`] the way back, [`replica`] the copy of the repository,
+//! [`merge`] and [`damage`] what happens to it, [`report`] what is printed.
 
 mod content;
 mod copy;
+mod damage;
 mod data;
 mod disks;
 mod error;
 mod folder;
 mod generate;
 mod hub;
+mod merge;
 mod progress;
+mod replica;
 mod report;
 mod restore;
 mod stage;
 mod state;
-mod stored;
+mod verify;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -31,15 +36,14 @@ use super::serve::Stop;
 use super::{CliError, Exit, Output};
 use crate::config::Server;
 use crate::telemetry;
+use copy::Point;
 use disks::DemoDisk;
 pub(super) use error::DemoError;
 use folder::Folder;
-use report::Story;
+use replica::Replica;
+use report::{Aged, Made, Story};
 use stage::Stage;
 use state::State;
-
-/// Restore points that are made: one full, the others incremental.
-const POINTS: usize = 3;
 
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
@@ -65,7 +69,7 @@ pub(super) async fn run(arguments: Arguments, output: &Output) -> Result<Exit, C
     let done = if arguments.serve {
         serve(&mut stop, &stage, &disks, output).await
     } else {
-        Box::pin(interruptible(&mut stop, back_up_and_restore(&stage, &disks, &folder, output))).await
+        Box::pin(tell(&mut stop, &stage, &disks, &folder, output)).await
     };
     stage.stop().await;
     done
@@ -99,26 +103,55 @@ async fn serve(stop: &mut Stop, stage: &Stage, disks: &[DemoDisk], output: &Outp
     Ok(Exit::Ok)
 }
 
-/// A full and incrementals of what changes in between; then each point comes back.
-async fn back_up_and_restore(
+/// The whole story, and its report.
+async fn tell(
+    stop: &mut Stop,
     stage: &Stage,
     disks: &[DemoDisk],
-    folder: &Folder,
+    folder: &Arc<Folder>,
     output: &Output,
 ) -> Result<Exit, CliError> {
-    let mut state = State::first(disks);
-    let mut points = vec![copy::run(stage, &state, output).await?];
-    while points.len() < POINTS {
-        state = state.next();
-        points.push(copy::run(stage, &state, output).await?);
-    }
-    let mut restores = Vec::with_capacity(POINTS);
+    let made = interruptible(stop, back_up_and_restore(stage, disks, output)).await?;
+    let replica = interruptible(stop, Replica::start(folder, output)).await?;
+    let aged = interruptible(stop, age(&replica, &made.points, output)).await;
+    replica.stop().await;
+    let story = Story { disks, made, aged: aged? };
+    report::result(&story, folder, output)?;
+    Ok(story.exit())
+}
+
+/// A full, and two incrementals of what changed in between; then each point comes back, and all of them are verified.
+async fn back_up_and_restore(stage: &Stage, disks: &[DemoDisk], output: &Output) -> Result<Made, CliError> {
+    let first = State::first(disks);
+    let second = first.next();
+    let third = second.next();
+    let points = [
+        copy::run(stage, &first, output).await?,
+        copy::run(stage, &second, output).await?,
+        copy::run(stage, &third, output).await?,
+    ];
+    let mut restores = Vec::new();
     for point in &points {
         restores.push(restore::run(stage.hub(), point, point.number.to_string(), output).await?);
     }
-    let story = Story { disks, points, restores };
-    report::result(&story, folder, output)?;
-    Ok(story.exit())
+    let verified = verify::run(stage.hub(), &points).await?;
+    output.note(&report::verified(&verified));
+    Ok(Made { points, restores, verified })
+}
+
+/// What happens to a repository over the years: retention lets the oldest point go, and a disk of the machine loses a bit.
+async fn age(replica: &Replica, points: &[Point; 3], output: &Output) -> Result<Aged, CliError> {
+    replica.import().await?;
+    let (hub, [oldest, next, newest]) = (replica.hub(), points);
+    let merge = merge::run(hub, oldest, next, output).await?;
+    let restores = vec![
+        restore::run(hub, next, format!("{} merged", next.number), output).await?,
+        restore::run(hub, newest, format!("{} upon it", newest.number), output).await?,
+    ];
+    let verified = verify::run(hub, &points[1..]).await?;
+    output.note(&report::verified(&verified));
+    let damage = damage::run(hub, &points[1..], output).await?;
+    Ok(Aged { merge, restores, verified, damage })
 }
 
 /// The outcome of `work`, or an error at the first signal.

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::DemoError;
 use super::content::Content;
-use super::hub::Image;
+use super::hub::{Image, text};
 use super::progress::Progress;
 use super::report;
 use super::stage::{REPOSITORY_ID, Stage, VM_NAME};
@@ -66,9 +66,10 @@ impl Point {
 /// # Errors
 /// A source cannot be read, the service refused, the backup failed, or there is no restore point with all disks afterwards.
 pub(super) async fn run(stage: &Stage, state: &State, output: &Output) -> Result<Point, CliError> {
-    stage.present(state);
-    let contents = state.contents().await?;
     let (number, requested) = (state.number(), if state.number() == 1 { "full" } else { "incremental" });
+    stage.present(state);
+    output.note(&format!("point {number}: hash of every disk"));
+    let contents = state.contents().await?;
     output.note(&format!("point {number}: {requested} backup"));
     let progress = Progress::new("copy", &state.expected_bytes(), output);
     let client = stage.hub().client();
@@ -132,8 +133,4 @@ fn disk(disk: &Value, image: Image) -> Result<CopiedDisk, DemoError> {
         written_bytes: number("written_bytes")?,
         image,
     })
-}
-
-fn text(document: &Value, field: &'static str) -> Result<String, DemoError> {
-    document[field].as_str().map(str::to_owned).ok_or(DemoError::Answer { what: field })
 }

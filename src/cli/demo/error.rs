@@ -86,15 +86,6 @@ pub enum DemoError {
         /// What the system said.
         source: io::Error,
     },
-    /// An image of the restore point cannot be served.
-    #[error("disk {disk_id} of the restore point cannot be served")]
-    Serve {
-        /// Which one.
-        disk_id: usize,
-        /// Why.
-        #[source]
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
     /// A disk of the restore point cannot be read over NBD.
     #[error("disk {disk_id} of the restore point cannot be read")]
     ReadBack {
@@ -127,7 +118,6 @@ impl DemoError {
             | Self::Backup { .. }
             | Self::SourceUnreadable { .. }
             | Self::Image { .. }
-            | Self::Serve { .. }
             | Self::ReadBack { .. }
             | Self::Panicked => Exit::Failed,
         }

@@ -2,7 +2,10 @@
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+
+use serde_json::Value;
 
 use super::DemoError;
 use crate::cli::CliError;
@@ -35,6 +38,7 @@ impl Hub {
         config.server.state_dir = state_folder;
         config.server.drain_s = 1;
         config.nbd.port_range = port_range();
+        config.restore.port_range = port_range();
         // Nobody else's space is at stake: a demo may fill what there is.
         config.storage.min_free_bytes = 0;
         configure(&mut config);
@@ -66,12 +70,12 @@ impl Hub {
     /// The service does not know the point, or an image is not where it says.
     pub(super) async fn images(&self, point_id: &str) -> Result<Vec<Image>, DemoError> {
         let point = self.client.get(&format!("/points/{point_id}"), &[]).await?;
-        let folder = point["path"].as_str().map(PathBuf::from).ok_or(DemoError::Answer { what: "path" })?;
+        let folder = PathBuf::from(text(&point, "path")?);
         let disks = point["disks"].as_array().ok_or(DemoError::Answer { what: "disks" })?;
-        let image = |disk: &serde_json::Value| {
-            let path = folder.join(disk["file"].as_str().ok_or(DemoError::Answer { what: "file" })?);
+        let image = |disk: &Value| {
+            let path = folder.join(text(disk, "file")?);
             let found = fs::metadata(&path).map_err(|source| DemoError::Image { path: path.clone(), source })?;
-            Ok(Image { path, stored_bytes: std::os::unix::fs::MetadataExt::blocks(&found) * BLOCK_BYTES })
+            Ok(Image { path, stored_bytes: found.blocks() * BLOCK_BYTES })
         };
         disks.iter().map(image).collect()
     }
@@ -88,6 +92,11 @@ pub(super) struct Image {
     pub(super) path: PathBuf,
     /// What it takes in its file system.
     pub(super) stored_bytes: u64,
+}
+
+/// A text in an answer of the API.
+pub(super) fn text(document: &Value, field: &'static str) -> Result<String, DemoError> {
+    document[field].as_str().map(str::to_owned).ok_or(DemoError::Answer { what: field })
 }
 
 /// A range that begins anywhere, so that demos and tests side by side seldom look at the same ports; two that do still
