@@ -54,7 +54,7 @@ struct Cli {
 enum Command {
     /// Run the service.
     Serve(serve::Arguments),
-    /// Try everything on this machine: back up and compare three disks, without VMware or configuration.
+    /// Try everything on this machine, without VMware or configuration: back up, restore, merge, damage and find it.
     Demo(demo::Arguments),
     /// The VMs that can be backed up.
     #[command(subcommand)]

@@ -70,6 +70,13 @@ fn expect_empty(folder: &Path) {
     assert!(left.is_empty(), "left behind: {left:?}");
 }
 
+/// Holds that a kept folder has what it should, and no copy.
+fn expect_kept(folder: &Path) {
+    let mut left: Vec<_> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    left.sort();
+    assert_eq!(left, ["disks", "repository", "state", "vcenter-password"]);
+}
+
 #[track_caller]
 fn expect_exit(output: &Output, code: i32) -> (String, String) {
     let [stdout, stderr] = [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text).into_owned());
@@ -88,11 +95,79 @@ fn tool(package: &str, program: &str, arguments: &[&str]) -> String {
     said
 }
 
-/// Holds that QEMU finds the image of a disk sound, and its content equal to the source.
-fn expect_same_by_qemu(disk: &Value) {
-    let (image, source) = (disk["image"].as_str().unwrap(), disk["source"].as_str().unwrap());
+/// Holds that QEMU finds the image of a disk sound, and reads what its source was.
+fn expect_same_by_qemu(image: &str, sha256_source: &str) {
     tool("qemu-utils", "qemu-img", &["check", "-f", "qcow2", image]);
-    tool("qemu-utils", "qemu-img", &["compare", "-f", "qcow2", "-F", "raw", image, source]);
+    let raw = tempfile::NamedTempFile::new().unwrap();
+    let raw = raw.path().to_str().unwrap();
+    tool("qemu-utils", "qemu-img", &["convert", "-f", "qcow2", "-O", "raw", image, raw]);
+    assert_eq!(sha256_of(raw), sha256_source, "{image}");
+}
+
+fn sha256_of(file: &str) -> String {
+    let printed = tool("coreutils", "sha256sum", &[file]);
+    // A name with unusual characters is announced by a backslash.
+    printed.trim_start_matches('\\').split(' ').next().unwrap().to_owned()
+}
+
+fn rows<'a>(document: &'a Value, field: &str) -> &'a [Value] {
+    document[field].as_array().unwrap_or_else(|| panic!("no {field}: {document:#}"))
+}
+
+fn texts<'a>(rows: &'a [Value], field: &str) -> Vec<&'a str> {
+    rows.iter().map(|row| row[field].as_str().unwrap_or_else(|| panic!("no {field}: {row:#}"))).collect()
+}
+
+/// Holds that the document tells of three points, two of them incremental for all disks, that each of them came back, and
+/// that a copy of them was merged, restored again, and then damaged to be found so.
+fn expect_whole_story(document: &Value) {
+    assert_eq!((&document["success"], &document["equal"]), (&json!(true), &json!(true)), "{document:#}");
+    let disks = rows(document, "disks");
+    let points = rows(document, "points");
+    assert_eq!(texts(points, "backup_type"), ["full", "incremental", "incremental"]);
+    assert_eq!(texts(points, "result"), ["success"; 3]);
+    let restores = rows(document, "restores");
+    for point in points {
+        let of_point: Vec<&Value> = restores.iter().filter(|restore| restore["point"] == point["point"]).collect();
+        assert_eq!(of_point.len(), disks.len(), "{document:#}");
+        for ((restore, stored), disk) in of_point.iter().zip(rows(point, "disks")).zip(disks) {
+            assert_eq!(stored["effective_type"], point["backup_type"], "{point:#}");
+            assert_eq!(restore["sha256_source"], stored["sha256_source"], "{restore:#}");
+            assert_eq!(restore["sha256_restored"], stored["sha256_source"], "{restore:#}");
+            assert_eq!((&restore["read_bytes"], &restore["equal"]), (&disk["size_bytes"], &json!(true)));
+        }
+    }
+    // The oldest was merged into the next, and what was left came back once more.
+    let ids = texts(points, "backup_id");
+    let merge = &document["merge"];
+    assert_eq!((&merge["happened"], &merge["removed"], &merge["into"]), (&json!(true), &json!(ids[0]), &json!(ids[1])));
+    for point in &points[1..] {
+        let again = rows(merge, "restores").iter().filter(|restore| restore["point"] == point["point"]);
+        let again: Vec<&Value> = again.collect();
+        assert_eq!(again.len(), disks.len(), "{document:#}");
+        for (restore, stored) in again.iter().zip(rows(point, "disks")) {
+            assert_eq!(restore["backup_id"], point["backup_id"]);
+            assert_eq!(restore["sha256_restored"], stored["sha256_source"], "{restore:#}");
+        }
+    }
+    // Everything was sound until a bit was flipped; then the file was named, and what lies upon it is not trusted.
+    let verified = rows(document, "verified");
+    assert_eq!(texts(rows(&verified[0], "points"), "backup_id"), ids);
+    assert_eq!(texts(rows(&verified[1], "points"), "backup_id"), ids[1..]);
+    for verified in verified {
+        assert!(texts(rows(verified, "points"), "trust").iter().all(|trust| *trust == "verified"), "{verified:#}");
+    }
+    let damage = &document["damage"];
+    assert_eq!((&damage["found"], &damage["file"]), (&json!(true), &json!("disk-0.qcow2")), "{damage:#}");
+    let found = rows(&damage["verification"], "points");
+    assert_eq!(texts(found, "trust"), ["corrupt", "suspect"], "{damage:#}");
+    assert_eq!((&found[0]["backup_id"], &found[0]["files"]), (&json!(ids[1]), &json!(["disk-0.qcow2"])), "{damage:#}");
+    // Every disk changed from point to point.
+    for (before, after) in points.iter().zip(&points[1..]) {
+        for (before, after) in rows(before, "disks").iter().zip(rows(after, "disks")) {
+            assert_ne!(before["sha256_source"], after["sha256_source"], "{document:#}");
+        }
+    }
 }
 
 fn document(output: &Output) -> Value {
@@ -132,18 +207,26 @@ async fn exit_code(child: &mut Child) -> Option<i32> {
 async fn demo_compares_every_restored_disk_and_exits_zero() {
     tool("e2fsprogs", "sh", &["-c", "PATH=$PATH:/usr/sbin:/sbin command -v mke2fs"]);
     let folder = tempfile::tempdir().unwrap();
-    let output = Demo::with(&["--output", "json"]).keep(&folder.path().join("kept")).run().await;
+    let kept = folder.path().join("kept");
+    let output = Demo::with(&["--output", "json"]).keep(&kept).run().await;
     let document = document(&output);
-    assert_eq!(document["equal"], true, "{document:#}");
-    let disks = document["disks"].as_array().unwrap();
+    expect_kept(&kept);
+    expect_whole_story(&document);
+    let disks = rows(&document, "disks");
     let keys: Vec<_> = disks.iter().map(|disk| disk["device_key"].as_u64().unwrap()).collect();
     assert_eq!(keys, [2000, 2001, 2016]);
-    for disk in disks {
-        assert_eq!(disk["sha256_source"], disk["sha256_restored"], "{disk:#}");
-        assert_eq!(disk["covered_bytes"], disk["size_bytes"], "{disk:#}");
-        expect_same_by_qemu(disk);
-        let sum = tool("coreutils", "sha256sum", &[disk["source"].as_str().unwrap()]);
-        assert!(sum.starts_with(disk["sha256_source"].as_str().unwrap()), "{sum} {disk:#}");
+    for (number, point) in rows(&document, "points").iter().enumerate() {
+        for (disk, stored) in disks.iter().zip(rows(point, "disks")) {
+            let [size, covered] = [&disk["size_bytes"], &stored["covered_bytes"]].map(|bytes| bytes.as_u64().unwrap());
+            if number == 0 {
+                assert_eq!(covered, size, "{point:#}");
+                assert_eq!(sha256_of(disk["source"].as_str().unwrap()), stored["sha256_source"].as_str().unwrap());
+            } else {
+                assert!(0 < covered && covered < size / 20, "{covered} of {size}: {point:#}");
+            }
+            // What is kept is three points that need nothing but QEMU.
+            expect_same_by_qemu(stored["image"].as_str().unwrap(), stored["sha256_source"].as_str().unwrap());
+        }
     }
     let sizes = disks.iter().map(|disk| disk["size_bytes"].as_u64().unwrap());
     assert!(sizes.clone().any(|size| size % 65_536 != 0 && size % 512 == 0), "{document:#}");
@@ -167,8 +250,8 @@ async fn given_images_are_backed_up_and_not_changed() {
     tool("e2fsprogs", "sh", &["-c", &mke2fs]);
     let image = folder.path().join("other.qcow2");
     tool("qemu-utils", "qemu-img", &["create", "-q", "-f", "qcow2", image.to_str().unwrap(), "1G"]);
-    let length = fs::metadata(&image).unwrap().len();
-    File::options().write(true).open(&image).unwrap().set_len(length.next_multiple_of(512)).unwrap();
+    // Large enough to change in parts only.
+    File::options().write(true).open(&image).unwrap().set_len((4 << 20) + 512).unwrap();
     let facts = |path: &Path| {
         fs::set_permissions(path, fs::Permissions::from_mode(0o444)).unwrap();
         (fs::read(path).unwrap(), fs::metadata(path).unwrap().modified().unwrap())
@@ -178,30 +261,39 @@ async fn given_images_are_backed_up_and_not_changed() {
     let output =
         Demo::with(&["--output", "json"]).disk(&system).disk(&image).keep(&folder.path().join("kept")).run().await;
     let document = document(&output);
-    assert_eq!(document["disks"].as_array().unwrap().len(), 2);
-    document["disks"].as_array().unwrap().iter().for_each(expect_same_by_qemu);
+    expect_whole_story(&document);
+    assert_eq!(rows(&document, "disks").len(), 2);
+    for (given, disk) in [&system, &image].into_iter().zip(rows(&document["points"][0], "disks")) {
+        assert_eq!(sha256_of(given.to_str().unwrap()), disk["sha256_source"].as_str().unwrap());
+    }
     assert!(before == [facts(&system), facts(&image)], "a given disk was changed");
 
     let output = Demo::new().disk(&image).run().await;
     let (stdout, stderr) = expect_exit(&output, 0);
     assert!(stderr.contains("is a qcow2 image: its bytes are backed up as they are"), "{stderr}");
-    assert!(stdout.contains("1 of 1 disk equal") && stdout.contains("--keep DIR"), "{stdout}");
+    assert!(stdout.contains("5 of 5 restored disks equal") && stdout.contains("--keep DIR"), "{stdout}");
 }
 
 #[tokio::test]
-async fn source_that_changes_after_the_copy_makes_the_exit_code_one() {
+async fn disk_that_comes_back_otherwise_than_it_was_makes_the_exit_code_one() {
     let folder = tempfile::tempdir().unwrap();
     let (first, second) = (folder.path().join("first"), folder.path().join("second"));
-    // Comparing the first disk takes long enough to change the second.
+    // Copying the first disk takes long enough to change the second, whose hash has been taken.
     File::create(&first).unwrap().set_len(512 << 20).unwrap();
-    fs::write(&second, [7; 4096]).unwrap();
+    fs::write(&second, vec![7; 4 << 20]).unwrap();
     let (_temporary, mut child) = Demo::new().disk(&first).disk(&second).spawn();
-    line_with(&mut lines(child.stderr.take()), "copy disk 1").await;
-    File::options().write(true).open(&second).unwrap().write_all_at(&[8], 4095).unwrap();
+    line_with(&mut lines(child.stderr.take()), "point 1: full backup").await;
+    // Where no later state writes.
+    File::options().write(true).open(&second).unwrap().write_all_at(&[8], (2 << 20) - 1).unwrap();
     let mut stdout = lines(child.stdout.take());
-    let row = line_with(&mut stdout, "   1  2001").await;
+    let row = line_with(&mut stdout, "        1     1  4.0 MiB").await;
     assert!(row.ends_with("NO"), "{row}");
-    line_with(&mut stdout, "1 of 2 disks equal").await;
+    // The later points hold the change, and are as their sources were.
+    for begin in ["        2     1  ", "        3     1  ", "2 merged      1  ", "3 upon it     1  "] {
+        let row = line_with(&mut stdout, begin).await;
+        assert!(row.ends_with("yes"), "{row}");
+    }
+    line_with(&mut stdout, "9 of 10 restored disks equal").await;
     assert_eq!(exit_code(&mut child).await, Some(1));
 }
 
@@ -211,10 +303,10 @@ async fn failed_backup_is_told_with_its_code() {
     let (first, second) = (folder.path().join("first"), folder.path().join("second"));
     // Copying the first disk takes long enough to cut the second.
     File::create(&first).unwrap().set_len(256 << 20).unwrap();
-    fs::write(&second, b"QFI\xfb and more to make up two sectors".repeat(64).split_at(1024).0).unwrap();
+    fs::write(&second, [7; 1024]).unwrap();
     let (temporary, mut child) = Demo::new().disk(&first).disk(&second).spawn();
     let mut stderr = lines(child.stderr.take());
-    line_with(&mut stderr, &format!("{} is a qcow2 image", second.display())).await;
+    line_with(&mut stderr, "point 1: full backup").await;
     File::options().write(true).open(&second).unwrap().set_len(512).unwrap();
     let told = line_with(&mut stderr, "blockyard: the backup ended as failed: ").await;
     assert!(told.contains("the client said: ") && told.ends_with("(client_disconnected)"), "{told}");
@@ -224,13 +316,39 @@ async fn failed_backup_is_told_with_its_code() {
 
 #[tokio::test]
 async fn interrupted_demo_leaves_nothing() {
-    for begin in ["making three disks", "copy disk 0"] {
+    let moments = [
+        "making three disks",
+        "copy disk 0",
+        "point 2: incremental backup",
+        "point 1: restore over NBD",
+        "copying the repository",
+        "copy of the repository: retention",
+        "point 3 upon it: restore over NBD",
+    ];
+    for begin in moments {
         let (temporary, mut child) = Demo::new().spawn();
         let mut stderr = lines(child.stderr.take());
         line_with(&mut stderr, begin).await;
         signal(&child, "INT");
         assert_eq!(exit_code(&mut child).await, Some(130), "{begin}");
         expect_empty(temporary.path());
+    }
+}
+
+#[tokio::test]
+async fn interrupted_demo_that_is_kept_leaves_no_copy() {
+    let folder = tempfile::tempdir().unwrap();
+    let disk = folder.path().join("disk");
+    // Large enough for a signal to come before the end.
+    File::create(&disk).unwrap().set_len(256 << 20).unwrap();
+    for begin in ["copying the repository", "copy of the repository: retention"] {
+        let kept = folder.path().join(begin.replace(' ', "-"));
+        let (_temporary, mut child) = Demo::new().disk(&disk).keep(&kept).spawn();
+        let mut stderr = lines(child.stderr.take());
+        line_with(&mut stderr, begin).await;
+        signal(&child, "INT");
+        assert_eq!(exit_code(&mut child).await, Some(130), "{begin}");
+        expect_kept(&kept);
     }
 }
 
@@ -277,7 +395,7 @@ async fn serving_demo_answers_the_requests_of_the_tour() {
     assert_eq!(get("/api/v1/backups?limit=1").await["backups"][0]["backup_id"], backup["backup_id"]);
     assert_eq!(get("/api/v1/points").await["points"][0]["id"], backup["backup_id"]);
     for (result, source) in backup["disk_results"].as_array().unwrap().iter().zip(&disks) {
-        expect_same_by_qemu(&json!({"image": result["qcow2_path"], "source": source}));
+        expect_same_by_qemu(result["qcow2_path"].as_str().unwrap(), &sha256_of(source.to_str().unwrap()));
     }
     signal(&child, "TERM");
     assert_eq!(exit_code(&mut child).await, Some(0));
@@ -316,6 +434,7 @@ async fn quiet_demo_prints_the_table_and_nothing_else() {
     let disk = folder.path().join("disk");
     fs::write(&disk, [5; 512]).unwrap();
     let (stdout, stderr) = expect_exit(&Demo::with(&["--quiet"]).disk(&disk).run().await, 0);
-    assert!(stdout.starts_with("disk  key ") && stdout.contains("1 of 1 disk equal"), "{stdout}");
+    assert!(stdout.starts_with("point      disk  read ") && !stdout.contains("restored disk"), "{stdout}");
+    assert_eq!(stdout.lines().count(), 1 + 5, "{stdout}");
     assert_eq!(stderr, "");
 }

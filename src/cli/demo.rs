@@ -1,21 +1,31 @@
 //! `blockyard demo`: the whole product on this machine, without VMware, configuration or root.
 //!
-//! A real service, a stand-in for the node, a VM with generated or given disks: one REST call backs it up, then every disk
-//! of the restore point is read back over NBD and compared with its source. With `--serve` service and node stay for curl.
+//! A real service, a stand-in for the node, a VM with generated or given disks: one REST call backs it up, and after changes
+//! on every disk again and again; every disk of every restore point is read back over NBD and compared with what its source
+//! was. Then time passes on a copy of the repository: the oldest point is merged into the next, what is left is restored
+//! again, and a flipped bit is found. With `--serve` service and node stay for curl.
 //!
-//! In the order of a run: [`folder`] is where it all goes, [`disks`] what is backed up, [`stage`] what runs, [`copy`] the
-//! one call and its progress, [`restore`] the way back, [`report`] what is printed.
+//! In the order of a run: [`folder`] is where it all goes, [`disks`] what is backed up, [`stage`] what runs, [`state`] how
+//! the disks change, [`copy`] a backup and its progress, [`restore`] the way back, [`replica`] the copy of the repository,
+//! [`merge`] and [`damage`] what happens to it, [`report`] what is printed.
 
+mod content;
 mod copy;
+mod damage;
+mod data;
 mod disks;
 mod error;
 mod folder;
 mod generate;
+mod hub;
+mod merge;
 mod progress;
+mod replica;
 mod report;
 mod restore;
 mod stage;
-mod stored;
+mod state;
+mod verify;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -26,11 +36,14 @@ use super::serve::Stop;
 use super::{CliError, Exit, Output};
 use crate::config::Server;
 use crate::telemetry;
+use copy::Point;
 use disks::DemoDisk;
 pub(super) use error::DemoError;
 use folder::Folder;
-use progress::Progress;
+use replica::Replica;
+use report::{Aged, Made, Story};
 use stage::Stage;
+use state::State;
 
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
@@ -56,7 +69,7 @@ pub(super) async fn run(arguments: Arguments, output: &Output) -> Result<Exit, C
     let done = if arguments.serve {
         serve(&mut stop, &stage, &disks, output).await
     } else {
-        Box::pin(interruptible(&mut stop, back_up_and_compare(&stage, &disks, &folder, output))).await
+        Box::pin(tell(&mut stop, &stage, &disks, &folder, output)).await
     };
     stage.stop().await;
     done
@@ -90,16 +103,55 @@ async fn serve(stop: &mut Stop, stage: &Stage, disks: &[DemoDisk], output: &Outp
     Ok(Exit::Ok)
 }
 
-async fn back_up_and_compare(
+/// The whole story, and its report.
+async fn tell(
+    stop: &mut Stop,
     stage: &Stage,
     disks: &[DemoDisk],
-    folder: &Folder,
+    folder: &Arc<Folder>,
     output: &Output,
 ) -> Result<Exit, CliError> {
-    let copied = copy::run(stage, disks, &Progress::new("copy", disks, output)).await?;
-    let compared = restore::run(disks, &copied, &Progress::new("compare", disks, output)).await?;
-    report::result(disks, &copied, &compared, folder, output)?;
-    Ok(report::exit(&compared))
+    let made = interruptible(stop, back_up_and_restore(stage, disks, output)).await?;
+    let replica = interruptible(stop, Replica::start(folder, output)).await?;
+    let aged = interruptible(stop, age(&replica, &made.points, output)).await;
+    replica.stop().await;
+    let story = Story { disks, made, aged: aged? };
+    report::result(&story, folder, output)?;
+    Ok(story.exit())
+}
+
+/// A full, and two incrementals of what changed in between; then each point comes back, and all of them are verified.
+async fn back_up_and_restore(stage: &Stage, disks: &[DemoDisk], output: &Output) -> Result<Made, CliError> {
+    let first = State::first(disks);
+    let second = first.next();
+    let third = second.next();
+    let points = [
+        copy::run(stage, &first, output).await?,
+        copy::run(stage, &second, output).await?,
+        copy::run(stage, &third, output).await?,
+    ];
+    let mut restores = Vec::new();
+    for point in &points {
+        restores.push(restore::run(stage.hub(), point, point.number.to_string(), output).await?);
+    }
+    let verified = verify::run(stage.hub(), &points).await?;
+    output.note(&report::verified(&verified));
+    Ok(Made { points, restores, verified })
+}
+
+/// What happens to a repository over the years: retention lets the oldest point go, and a disk of the machine loses a bit.
+async fn age(replica: &Replica, points: &[Point; 3], output: &Output) -> Result<Aged, CliError> {
+    replica.import().await?;
+    let (hub, [oldest, next, newest]) = (replica.hub(), points);
+    let merge = merge::run(hub, oldest, next, output).await?;
+    let restores = vec![
+        restore::run(hub, next, format!("{} merged", next.number), output).await?,
+        restore::run(hub, newest, format!("{} upon it", newest.number), output).await?,
+    ];
+    let verified = verify::run(hub, &points[1..]).await?;
+    output.note(&report::verified(&verified));
+    let damage = damage::run(hub, &points[1..], output).await?;
+    Ok(Aged { merge, restores, verified, damage })
 }
 
 /// The outcome of `work`, or an error at the first signal.

@@ -70,14 +70,21 @@ pub enum DemoError {
         /// The job's code.
         code: String,
     },
-    /// An image of the restore point cannot be served.
-    #[error("disk {disk_id} of the restore point cannot be served")]
-    Serve {
+    /// A disk cannot be read any more.
+    #[error("disk {disk_id} cannot be read")]
+    SourceUnreadable {
         /// Which one.
         disk_id: usize,
-        /// Why.
-        #[source]
-        source: Box<dyn std::error::Error + Send + Sync>,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// An image is not where the service says.
+    #[error("{} cannot be used", path.display())]
+    Image {
+        /// Its file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
     },
     /// A disk of the restore point cannot be read over NBD.
     #[error("disk {disk_id} of the restore point cannot be read")]
@@ -109,7 +116,8 @@ impl DemoError {
             | Self::Api(_)
             | Self::Answer { .. }
             | Self::Backup { .. }
-            | Self::Serve { .. }
+            | Self::SourceUnreadable { .. }
+            | Self::Image { .. }
             | Self::ReadBack { .. }
             | Self::Panicked => Exit::Failed,
         }

@@ -8,16 +8,13 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use super::DemoError;
+use super::data::{Data, PIECE};
 use super::disks::DemoDisk;
 
 const SECTOR: u64 = 512;
 const MIB: u64 = 1 << 20;
 /// Where partitions begin since disks have 4 KiB sectors.
 const PARTITION_START: u64 = MIB;
-/// The pieces that data is written in.
-const PIECE: usize = 1 << 20;
-/// Bytes of a piece that carry a stamp of their own, so that no two clusters are the same.
-const PAGE: usize = 4096;
 /// Where `mke2fs` is: on the path, or where Debian keeps it out of the path of ordinary users.
 const MKE2FS: [&str; 3] = ["mke2fs", "/usr/sbin/mke2fs", "/sbin/mke2fs"];
 /// Identity of the file system: with it and the same `mke2fs`, its directories are laid out the same way.
@@ -61,7 +58,7 @@ fn system_disk(path: &Path, file: &File) -> io::Result<Option<String>> {
     if made.is_err() {
         let mut data = Data::new(1);
         for index in 0..96 {
-            data.write(file, PARTITION_START + index * 4 * MIB, PIECE)?;
+            file.write_all_at(data.next(PIECE), PARTITION_START + index * 4 * MIB)?;
         }
     }
     file.write_all_at(&boot_sector(size), 0)?;
@@ -127,12 +124,12 @@ fn write_files(tree: &Path) -> io::Result<()> {
     for (name, pieces) in [("var/lib/db/table.ibd", 48), ("var/lib/db/journal", 16), ("home/anna/Fotos ü/1.raw", 12)] {
         let file = File::create_new(tree.join(name))?;
         for index in 0..pieces {
-            data.write(&file, index * MIB, PIECE)?;
+            file.write_all_at(data.next(PIECE), index * MIB)?;
         }
     }
     let sparse = File::create_new(tree.join("var/lib/db/sparse"))?;
     sparse.set_len(64 * MIB)?;
-    data.write(&sparse, 40 * MIB, PIECE)?;
+    sparse.write_all_at(data.next(PIECE), 40 * MIB)?;
     std::os::unix::fs::symlink("app.1.log", tree.join("var/log/current"))
 }
 
@@ -143,10 +140,10 @@ fn sparse_disk(file: &File) -> io::Result<()> {
     let mut data = Data::new(3);
     for island in [0, 192, 352] {
         for piece in 0..24 {
-            data.write(file, (island + piece) * MIB, PIECE)?;
+            file.write_all_at(data.next(PIECE), (island + piece) * MIB)?;
         }
     }
-    data.write(file, size - SECTOR, 512)
+    file.write_all_at(data.next(512), size - SECTOR)
 }
 
 /// Data, zeroes that were written, holes, runs of one byte, and lone sectors; an odd number of sectors.
@@ -157,50 +154,18 @@ fn mixed_disk(file: &File) -> io::Result<()> {
     for index in 0..128 {
         let offset = index * MIB;
         match index % 4 {
-            0 => data.write(file, offset, PIECE)?,
+            0 => file.write_all_at(data.next(PIECE), offset)?,
             1 => file.write_all_at(&vec![if index % 8 == 1 { 0 } else { 0xa5 }; PIECE], offset)?,
             2 => {
                 for sector in (0..2048).step_by(331) {
-                    data.write(file, offset + sector * SECTOR, 512)?;
+                    file.write_all_at(data.next(512), offset + sector * SECTOR)?;
                 }
             }
             // A hole.
             _ => {}
         }
     }
-    data.write(file, size - SECTOR, 512)
-}
-
-/// Bytes that no compression shrinks, different at every place. The random part is made once: each page differs from
-/// the others by its stamp.
-struct Data {
-    piece: Vec<u8>,
-    stamp: u64,
-}
-
-impl Data {
-    fn new(seed: u64) -> Self {
-        // Xorshift (Marsaglia, 2003), whose state is never 0.
-        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-        let mut piece = Vec::with_capacity(PIECE);
-        while piece.len() < PIECE {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            piece.extend_from_slice(&state.to_le_bytes());
-        }
-        Self { piece, stamp: seed << 32 }
-    }
-
-    /// Writes up to [`PIECE`] bytes.
-    fn write(&mut self, file: &File, offset: u64, length: usize) -> io::Result<()> {
-        let bytes = &mut self.piece[..length.min(PIECE)];
-        for page in bytes.chunks_mut(PAGE) {
-            self.stamp += 1;
-            page[..8].copy_from_slice(&self.stamp.to_le_bytes());
-        }
-        file.write_all_at(bytes, offset)
-    }
+    file.write_all_at(data.next(512), size - SECTOR)
 }
 
 #[cfg(test)]
@@ -214,20 +179,5 @@ mod tests {
         assert_eq!(number(454..458), 2048);
         assert_eq!(number(454..458) + number(458..462), 448 * 2048);
         assert_eq!(sector[510..], [0x55, 0xaa]);
-    }
-
-    #[test]
-    fn data_is_the_same_in_every_run_and_different_at_every_place() {
-        let written = || {
-            let file = tempfile::tempfile().unwrap();
-            let mut data = Data::new(7);
-            data.write(&file, 0, PAGE).unwrap();
-            data.write(&file, PAGE as u64, PAGE).unwrap();
-            let mut bytes = vec![0; 2 * PAGE];
-            file.read_exact_at(&mut bytes, 0).unwrap();
-            bytes
-        };
-        assert_eq!(written(), written());
-        assert_ne!(written()[..PAGE], written()[PAGE..]);
     }
 }

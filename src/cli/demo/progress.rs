@@ -5,7 +5,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressStyle};
 
-use super::disks::DemoDisk;
 use crate::cli::Output;
 use crate::cli::size::readable;
 
@@ -21,26 +20,26 @@ pub(super) struct Progress {
 #[derive(Debug)]
 struct DiskProgress {
     name: String,
-    size_bytes: u64,
+    expected_bytes: u64,
     done: AtomicBool,
     /// On a terminal.
     bar: Option<ProgressBar>,
 }
 
 impl Progress {
-    /// Nothing done yet. `step` is a verb.
-    pub(super) fn new(step: &str, disks: &[DemoDisk], output: &Output) -> Self {
+    /// Nothing done yet of so many bytes of each disk. `step` is a verb.
+    pub(super) fn new(step: &str, bytes: &[u64], output: &Output) -> Self {
         let bars = (output.has_notes() && std::io::stderr().is_terminal())
             .then(|| MultiProgress::with_draw_target(ProgressDrawTarget::stderr()));
         // A template that cannot be read would fail every run on a terminal; the plain style does as well.
         let style = ProgressStyle::with_template(BAR).unwrap_or_else(|_| ProgressStyle::default_bar());
-        let disks = disks.iter().enumerate().map(|(index, disk)| {
+        let disks = bytes.iter().enumerate().map(|(index, &expected_bytes)| {
             let name = format!("{step} disk {index}");
             let bar = bars.as_ref().map(|bars| {
-                let bar = ProgressBar::new(disk.size_bytes).with_finish(ProgressFinish::Abandon);
+                let bar = ProgressBar::new(expected_bytes).with_finish(ProgressFinish::Abandon);
                 bars.add(bar.with_style(style.clone()).with_prefix(name.clone()))
             });
-            DiskProgress { name, size_bytes: disk.size_bytes, done: AtomicBool::new(false), bar }
+            DiskProgress { name, expected_bytes, done: AtomicBool::new(false), bar }
         });
         Self { output: *output, disks: disks.collect() }
     }
@@ -51,7 +50,7 @@ impl Progress {
         if let Some(bar) = &disk.bar {
             bar.set_position(bytes);
         }
-        if bytes >= disk.size_bytes && !disk.done.swap(true, Ordering::Relaxed) {
+        if bytes >= disk.expected_bytes && !disk.done.swap(true, Ordering::Relaxed) {
             match &disk.bar {
                 Some(bar) => bar.finish(),
                 None => self.output.note(&format!("{}: {}", disk.name, readable(bytes))),
