@@ -6,32 +6,32 @@
 //! goes through it step by step.
 
 mod build;
+mod error;
+mod plan;
 mod recover;
 
-use std::collections::BTreeSet;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use blockyard_qcow2 as qcow2;
 use serde_json::json;
 use tokio::sync::{Mutex, watch};
 
-use super::state::{PointState, Trust};
-use super::{Points, paths};
+use super::Points;
+use super::state::PointState;
 use crate::clock::UtcTime;
-use crate::id::{BackupId, RepositoryId, TaskId};
+use crate::id::{BackupId, TaskId};
 use crate::repository::directory;
-use crate::repository::layout::BackupPaths;
-use crate::repository::manifest::{Manifest, ManifestError};
+use crate::repository::manifest::Manifest;
 use crate::repository::merging::{self, Exchange};
 use crate::store::events::{self, Actor};
-use crate::store::points::{self, PointDiskRow, PointRow};
-use crate::store::repositories::{self, Repository};
-use crate::store::{Connection, StoreError, leases};
+use crate::store::leases;
+use crate::store::points;
 
+pub use error::MergeError;
+use plan::{Plan, refuse_untrusted};
 pub(crate) use recover::recover;
 
 /// The first pause before a step after the exchange is repeated; it doubles up to [`PAUSE_MAX`].
@@ -40,8 +40,6 @@ const PAUSE: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 /// How long a stopping service waits for a merge: it ends with the piece that it copies.
 const STOP_LIMIT: Duration = Duration::from_secs(30);
-/// Owners of pins that are tasks begin so: what reads or changes the files of points, and is no job and no export.
-const TASK: &str = "task-";
 
 /// A point that was made anew.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,153 +65,12 @@ pub struct MergeProgress {
     pub total_bytes: u64,
 }
 
-/// Why a point was not made anew. Nothing was changed then, but where it is said.
-#[derive(Debug, thiserror::Error)]
-pub enum MergeError {
-    /// There is no such point, or only its record.
-    #[error("there is no point {0}")]
-    NotFound(BackupId),
-    /// It, or something below it, is not there as it was committed.
-    #[error("the point {point} is {state}")]
-    NotCommitted {
-        /// Which one.
-        point: BackupId,
-        /// What it is.
-        state: PointState,
-    },
-    /// All its disks are full.
-    #[error("the point {0} has no parent")]
-    NoParent(BackupId),
-    /// What would be copied is known to be wrong, or may be.
-    #[error("the point {point} is {trust}")]
-    Untrusted {
-        /// Which one.
-        point: BackupId,
-        /// What is known of it.
-        trust: Trust,
-    },
-    /// Something else works on its files.
-    #[error("the point {point} is in use by {holder}")]
-    Busy {
-        /// Which one.
-        point: BackupId,
-        /// The id of the task.
-        holder: String,
-    },
-    /// The repository cannot be used now.
-    #[error("the repository {id} cannot be used: {reason}")]
-    RepositoryUnavailable {
-        /// Which one.
-        id: RepositoryId,
-        /// Why.
-        reason: String,
-    },
-    /// Too little is free (`insufficient_storage`).
-    #[error("a merge needs {needed_bytes} bytes in the repository {id}, and {free_bytes} are free beyond the reserve")]
-    InsufficientStorage {
-        /// Where.
-        id: RepositoryId,
-        /// As much as the images that are merged have now.
-        needed_bytes: u64,
-        /// What there is beyond `storage.min_free_bytes`.
-        free_bytes: u64,
-    },
-    /// The repository became full on the way (`insufficient_storage`).
-    #[error("the repository {0} became full during a merge")]
-    StorageFull(RepositoryId),
-    /// The file system cannot do it at all.
-    #[error(
-        "the file system of {} cannot exchange two folders in one step (renameat2 with RENAME_EXCHANGE): move the repository \
-         to ext4, XFS, Btrfs or another local file system of Linux, or keep what the points build upon",
-        path.display()
-    )]
-    NoExchange {
-        /// The folder of the VM.
-        path: PathBuf,
-    },
-    /// The chain on disk is not the one that is recorded.
-    #[error("disk {disk_id} of {point} does not lie upon what its record says")]
-    Mismatch {
-        /// Whose disk.
-        point: BackupId,
-        /// Which one.
-        disk_id: u32,
-    },
-    /// An image cannot be read or made.
-    #[error("disk {disk_id}: {source}")]
-    Image {
-        /// Which one.
-        disk_id: u32,
-        /// What the engine says.
-        source: qcow2::Error,
-    },
-    /// What was made does not read as what it was to replace. There is an alert.
-    #[error("disk {disk_id} would read differently from byte {offset} on")]
-    Unequal {
-        /// Which one.
-        disk_id: u32,
-        /// The first byte.
-        offset: u64,
-    },
-    /// The point's own manifest cannot be used.
-    #[error(transparent)]
-    Manifest(#[from] ManifestError),
-    /// The file system failed.
-    #[error("the repository failed: {0}")]
-    Files(#[from] io::Error),
-    /// The database failed. Where the exchange was made before, the next start records it.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    /// The service is stopping.
-    #[error("the service is stopping")]
-    Stopping,
-    /// A bug.
-    #[error("the merge ended by a panic")]
-    Panicked,
-}
-
-impl MergeError {
-    /// The same for callers: without what may name paths.
-    pub fn public(&self) -> String {
-        match self {
-            Self::NoExchange { .. } => "the file system cannot exchange two folders in one step".to_owned(),
-            Self::Image { disk_id, .. } => format!("disk {disk_id}: an image cannot be read or made"),
-            Self::Manifest(_) => "the manifest of the point cannot be used".to_owned(),
-            Self::Files(error) => format!("the repository failed ({})", error.kind()),
-            Self::Store(_) => "the database failed".to_owned(),
-            other => other.to_string(),
-        }
-    }
-}
-
 /// What merges share: they take turns.
 #[derive(Debug, Default)]
 pub(super) struct Merges {
     turn: Mutex<()>,
     stop: Arc<AtomicBool>,
     progress: Arc<watch::Sender<Option<MergeProgress>>>,
-}
-
-/// Everything that was decided in the transaction in which the point was pinned.
-#[derive(Debug)]
-struct Plan {
-    point: PointRow,
-    repository: Repository,
-    paths: BackupPaths,
-    disks: Vec<PlannedDisk>,
-    /// The direct parents, oldest first.
-    absorbed: Vec<PointRow>,
-    needed_bytes: u64,
-}
-
-/// One disk of the point.
-#[derive(Debug)]
-struct PlannedDisk {
-    row: PointDiskRow,
-    /// The image of the parent; nothing for a disk that is carried over.
-    parent: Option<(BackupId, PointDiskRow)>,
-    /// What will lie below, with the name of its image; nothing for what will be a full.
-    base: Option<(BackupId, PointDiskRow)>,
 }
 
 impl Points {
@@ -292,37 +149,6 @@ impl Points {
         let absorbed: Vec<BackupId> = plan.absorbed.iter().map(|point| point.id.clone()).collect();
         tracing::info!(point = %child, ?absorbed, generation = manifest.generation, "a point was made anew");
         Ok(Merged { point: child.clone(), absorbed, generation: manifest.generation, file_bytes })
-    }
-
-    /// The transaction in which everything that a merge relies on is seen, and pinned.
-    async fn pin(&self, child: &BackupId, task: &TaskId) -> Result<Plan, MergeError> {
-        let mut transaction = self.shared.store.write().await?;
-        let point = points::find(&mut transaction, child).await?;
-        let point = point.filter(|point| point.state != PointState::Deleted);
-        let point = point.ok_or_else(|| MergeError::NotFound(child.clone()))?;
-        for (id, state) in points::ancestry(&mut transaction, child).await? {
-            if state != PointState::Committed {
-                return Err(MergeError::NotCommitted { point: id, state });
-            }
-        }
-        let (disks, absorbed) = plan_disks(&mut transaction, child).await?;
-        for concerned in absorbed.iter().chain([&point]) {
-            refuse_unfit(&mut transaction, concerned).await?;
-        }
-        let repository = repositories::find(&mut transaction, &point.repository_id).await?;
-        let repository = repository.ok_or_else(|| MergeError::RepositoryUnavailable {
-            id: point.repository_id.clone(),
-            reason: "it was removed".to_owned(),
-        })?;
-        leases::pin_chain(&mut transaction, child, task.as_str(), &self.shared.boot_id).await?;
-        transaction.commit().await?;
-        // The new image holds what one of the two holds, cluster by cluster.
-        let needed_bytes = disks
-            .iter()
-            .filter_map(|disk| Some(disk.row.file_bytes + disk.parent.as_ref()?.1.file_bytes))
-            .fold(0, u64::saturating_add);
-        let paths = paths(&repository, &point);
-        Ok(Plan { point, repository, paths, disks, absorbed, needed_bytes })
     }
 
     /// The repository is ours, and has room.
@@ -456,59 +282,4 @@ async fn blocking<T: Send + 'static>(
 ) -> Result<T, MergeError> {
     let plan = Arc::clone(plan);
     tokio::task::spawn_blocking(move || step(&plan)).await.unwrap_or(Err(MergeError::Panicked))
-}
-
-/// What becomes of each disk, and the points that are absorbed by that, oldest first.
-async fn plan_disks(
-    connection: &mut Connection,
-    child: &BackupId,
-) -> Result<(Vec<PlannedDisk>, Vec<PointRow>), MergeError> {
-    let (mut disks, mut parents) = (Vec::new(), BTreeSet::new());
-    for row in points::disks(connection, child).await? {
-        let mismatch = || MergeError::Mismatch { point: child.clone(), disk_id: row.disk_id };
-        let (mut parent, mut base) = (None, None);
-        if let Some(id) = &row.parent_id {
-            let below = disk_of(connection, id, row.disk_id).await?.ok_or_else(mismatch)?;
-            if let Some(id) = &below.parent_id {
-                let below = disk_of(connection, id, row.disk_id).await?.ok_or_else(mismatch)?;
-                base = Some((id.clone(), below));
-            }
-            parents.insert(id.clone());
-            parent = Some((id.clone(), below));
-        }
-        disks.push(PlannedDisk { row, parent, base });
-    }
-    let mut absorbed = Vec::new();
-    for id in parents {
-        absorbed.push(points::find(connection, &id).await?.ok_or(MergeError::NotFound(id))?);
-    }
-    if absorbed.is_empty() {
-        return Err(MergeError::NoParent(child.clone()));
-    }
-    absorbed.sort_by_key(|point| point.sequence);
-    Ok((disks, absorbed))
-}
-
-async fn disk_of(
-    connection: &mut Connection,
-    point: &BackupId,
-    disk_id: u32,
-) -> Result<Option<PointDiskRow>, StoreError> {
-    Ok(points::disks(connection, point).await?.into_iter().find(|disk| disk.disk_id == disk_id))
-}
-
-async fn refuse_unfit(connection: &mut Connection, point: &PointRow) -> Result<(), MergeError> {
-    refuse_untrusted(point)?;
-    let holders = leases::holders(connection, &point.id).await?;
-    match holders.into_iter().find(|holder| holder.starts_with(TASK)) {
-        Some(holder) => Err(MergeError::Busy { point: point.id.clone(), holder }),
-        None => Ok(()),
-    }
-}
-
-fn refuse_untrusted(point: &PointRow) -> Result<(), MergeError> {
-    match point.trust {
-        Trust::Suspect | Trust::Corrupt => Err(MergeError::Untrusted { point: point.id.clone(), trust: point.trust }),
-        Trust::Unverified | Trust::Verified => Ok(()),
-    }
 }

@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use blockyard_qcow2::{self as qcow2, Access, Backing, BackingFormat, CreateOptions, Disk, Image, OpenOptions};
 use tokio::sync::watch;
 
-use super::{MergeError, MergeProgress, Plan, PlannedDisk};
+use super::plan::{Plan, PlannedDisk};
+use super::{MergeError, MergeProgress};
 use crate::backup::state::BackupType;
 use crate::id::BackupId;
 use crate::repository::manifest::{Manifest, ManifestDisk};
