@@ -29,6 +29,7 @@ mod watch;
 use std::ffi::OsString;
 use std::process::ExitCode;
 use std::str::FromStr;
+use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
@@ -81,6 +82,10 @@ enum Command {
     Doctor(doctor::Arguments),
 }
 
+/// How long a process that is done waits for threads that still read or write files: what an interrupted command was making is
+/// removed by them. A guess.
+const THREADS_LIMIT: Duration = Duration::from_secs(10);
+
 /// Runs one command and tells the shell how it went.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let cli = match Cli::try_parse_from(arguments) {
@@ -103,7 +108,10 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(runtime) => runtime,
         Err(source) => return output.failure(&CliError::Runtime { source }),
     };
-    match runtime.block_on(dispatch(cli, &output)) {
+    let done = runtime.block_on(dispatch(cli, &output));
+    // A thread that waits for a disk that hangs must not keep a process that is done.
+    runtime.shutdown_timeout(THREADS_LIMIT);
+    match done {
         Ok(exit) => exit.into(),
         Err(error) => output.failure(&error),
     }

@@ -17,6 +17,7 @@ pub mod inspect;
 pub mod leaves;
 pub mod merge;
 pub mod pace;
+pub(crate) mod pins;
 pub mod protect;
 pub mod prune;
 pub mod retention;

@@ -7,7 +7,6 @@
 mod chain;
 pub mod live;
 mod overlay;
-mod pins;
 mod raw;
 
 use std::collections::BTreeMap;

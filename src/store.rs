@@ -182,6 +182,11 @@ impl Store {
         Ok(())
     }
 
+    /// Whether [`Self::close`] was called.
+    pub fn is_closed(&self) -> bool {
+        self.pool.is_closed()
+    }
+
     /// Waits for running statements and closes the file. Later calls fail.
     pub async fn close(&self) {
         self.pool.close().await;

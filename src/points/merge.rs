@@ -27,11 +27,11 @@ use crate::repository::directory;
 use crate::repository::manifest::Manifest;
 use crate::repository::merging::{self, Exchange};
 use crate::store::events::{self, Actor};
-use crate::store::leases;
 use crate::store::points;
 
 pub use error::MergeError;
 use plan::{Plan, refuse_untrusted};
+use recover::Settled;
 pub(crate) use recover::recover;
 
 /// The first pause before a step after the exchange is repeated; it doubles up to [`PAUSE_MAX`].
@@ -93,9 +93,8 @@ impl Points {
         let whole = tokio::spawn(async move {
             let merges = &points.shared.merges;
             let _turn = merges.turn.lock().await;
-            let (inner, id, owner) = (points.clone(), child.clone(), task.clone());
-            let merged = tokio::spawn(async move { Box::pin(inner.merge_pinned(&id, &owner)).await }).await;
-            points.release_merge(&task).await;
+            let inner = points.clone();
+            let merged = tokio::spawn(async move { Box::pin(inner.merge_in_turn(&child, &task)).await }).await;
             merges.progress.send_replace(None);
             merged.unwrap_or(Err(MergeError::Panicked))
         });
@@ -125,26 +124,37 @@ impl Points {
         self.shared.merges.stop.load(Ordering::Relaxed)
     }
 
-    async fn merge_pinned(&self, child: &BackupId, task: &TaskId) -> Result<Merged, MergeError> {
+    async fn merge_in_turn(&self, child: &BackupId, task: &TaskId) -> Result<Merged, MergeError> {
         if self.merges_stop() {
             return Err(MergeError::Stopping);
         }
-        let plan = Arc::new(self.pin(child, task).await?);
-        self.prepare_repository(&plan).await?;
-        recover::settle(&self.shared.store, &plan.paths, &plan.point).await?;
-        let built = self.build(&plan).await;
+        let (plan, pins) = self.pin(child, task).await?;
+        let merged = self.merge_pinned(child, &Arc::new(plan)).await;
+        pins.release().await;
+        merged
+    }
+
+    async fn merge_pinned(&self, child: &BackupId, plan: &Arc<Plan>) -> Result<Merged, MergeError> {
+        self.prepare_repository(plan).await?;
+        if let Settled::LeftAlone(reason) = recover::settle(&self.shared.store, &plan.paths, &plan.point).await? {
+            return Err(MergeError::Leftover { point: child.clone(), reason });
+        }
+        let built = self.build(plan).await;
         let published = match built {
-            Ok(manifest) => self.publish(&plan, &manifest).await.map(|()| manifest),
+            Ok(manifest) => self.publish(plan, &manifest).await.map(|()| manifest),
             Err(error) => Err(error),
         };
         let manifest = match published {
             Ok(manifest) => manifest,
             Err(error) => {
-                self.remove_merging(&plan).await;
+                // Which folder is which is judged anew: an exchange may have happened although it was reported as failed.
+                if let Err(error) = recover::settle(&self.shared.store, &plan.paths, &plan.point).await {
+                    tracing::error!(point = %child, %error, "what a merge left is cleared up by the next merge or start");
+                }
                 return Err(error);
             }
         };
-        self.forward(&plan, &manifest).await?;
+        self.forward(plan, &manifest).await?;
         let file_bytes = manifest.disks.iter().map(|disk| disk.file_bytes).sum();
         let absorbed: Vec<BackupId> = plan.absorbed.iter().map(|point| point.id.clone()).collect();
         tracing::info!(point = %child, ?absorbed, generation = manifest.generation, "a point was made anew");
@@ -260,17 +270,6 @@ impl Points {
         if let Err(error) = blocking(plan, |plan| Ok(merging::remove_merging(&plan.paths)?)).await {
             let path = plan.paths.merging.display();
             tracing::error!(%path, %error, "what a merge left could not be removed; the next merge or start will");
-        }
-    }
-
-    async fn release_merge(&self, task: &TaskId) {
-        let released = async {
-            let mut transaction = self.shared.store.write().await?;
-            leases::release_all(&mut transaction, task.as_str()).await?;
-            transaction.commit().await
-        };
-        if let Err(error) = released.await {
-            tracing::error!(%task, %error, "the pins of a merge stay until the next start");
         }
     }
 }

@@ -11,6 +11,7 @@ use serde_json::json;
 
 use super::Points;
 use super::delete::{DeleteError, Reach};
+use super::merge::MergeError;
 use super::retention::{self, Attempt, Candidate, Decision, Verdict};
 use crate::clock::UtcTime;
 use crate::id::{BackupId, RepositoryId, VmId};
@@ -66,6 +67,8 @@ pub struct Outcome {
     pub frees_bytes: u64,
     /// Why it stays although no rule keeps it.
     pub error: Option<String>,
+    /// Who has to end first, when that is all that keeps it.
+    pub busy: Option<String>,
 }
 
 /// The points of one VM in a repository and what the rules say of them, as of one transaction.
@@ -111,7 +114,7 @@ struct Pruning {
     vm_name: String,
     done: Vec<Outcome>,
     /// Points that could not go, and why.
-    failed: BTreeMap<BackupId, String>,
+    failed: BTreeMap<BackupId, Failure>,
     /// Points that nothing builds upon any more: what did, and the bytes of both before.
     merged: BTreeMap<BackupId, (BackupId, u64)>,
 }
@@ -123,7 +126,8 @@ impl Pruning {
             vm_name: self.vm_name.clone(),
             committed_at: scene.committed_at(&verdict.id).unwrap_or_else(UtcTime::now),
             frees_bytes: scene.frees_bytes(verdict),
-            error: self.failed.get(&verdict.id).cloned(),
+            error: self.failed.get(&verdict.id).map(|failure| failure.text.clone()),
+            busy: self.failed.get(&verdict.id).and_then(|failure| failure.busy.clone()),
             verdict: verdict.clone(),
         }
     }
@@ -139,8 +143,8 @@ impl Pruning {
     }
 
     /// A point that stays although it should not.
-    fn stays(&mut self, scene: &Scene, verdict: &Verdict, error: String) {
-        tracing::warn!(point = %verdict.id, error, "retention could not let a restore point go");
+    fn stays(&mut self, scene: &Scene, verdict: &Verdict, error: Failure) {
+        tracing::warn!(point = %verdict.id, error = error.text, "retention could not let a restore point go");
         self.failed.insert(verdict.id.clone(), error);
         let kept = Verdict { id: verdict.id.clone(), decision: Decision::Keep, reasons: Vec::new() };
         let outcome = self.outcome(scene, &kept);
@@ -163,6 +167,20 @@ impl Pruning {
         self.done
             .sort_by(|one, other| (other.committed_at, &other.verdict.id).cmp(&(one.committed_at, &one.verdict.id)));
         self.done
+    }
+}
+
+/// Why a point could not go.
+#[derive(Clone, Debug)]
+struct Failure {
+    text: String,
+    /// The task that has to end first.
+    busy: Option<String>,
+}
+
+impl From<String> for Failure {
+    fn from(text: String) -> Self {
+        Self { text, busy: None }
     }
 }
 
@@ -285,7 +303,7 @@ impl Points {
         let failed = match &verdict.decision {
             Decision::Merge { into } if pruning.merged.contains_key(&verdict.id) => {
                 drop(transaction);
-                Some(format!("{into} still builds upon it"))
+                Some(format!("{into} still builds upon it").into())
             }
             Decision::Merge { into } => {
                 drop(transaction);
@@ -302,9 +320,9 @@ impl Points {
                 match self.begin_deletion(&mut transaction, &verdict.id, reach, by).await {
                     Ok(begun) => {
                         transaction.commit().await?;
-                        self.finish_deletion(begun).await.err().map(|error| error.to_string())
+                        self.finish_deletion(begun).await.err().map(|error| error.to_string().into())
                     }
-                    Err(error) => Some(error.to_string()),
+                    Err(error) => Some(error.to_string().into()),
                 }
             }
         };
@@ -316,10 +334,12 @@ impl Points {
     }
 
     /// Makes a point anew without its parent; why that could not be done.
-    async fn absorb(&self, child: &BackupId) -> Option<String> {
+    async fn absorb(&self, child: &BackupId) -> Option<Failure> {
         let error = self.merge(child).await.err()?;
         tracing::warn!(point = %child, %error, "a point could not be made anew without its parent");
-        Some(error.public())
+        let text = error.public();
+        let busy = if let MergeError::Busy { holder, .. } = error { Some(holder) } else { None };
+        Some(Failure { text, busy })
     }
 
     /// Prunes, on behalf of the repository's rules, the points of each VM after a job of it has committed. Outside the job: the VM
@@ -389,7 +409,10 @@ impl Points {
             Ok(outcomes) => {
                 for outcome in outcomes {
                     holders.extend(outcome.verdict.held_by().into_iter().flatten());
-                    failures.extend(outcome.error.map(|error| format!("{}: {error}", outcome.verdict.id)));
+                    match (outcome.busy, outcome.error) {
+                        (Some(holder), _) => holders.extend([holder]),
+                        (None, error) => failures.extend(error.map(|error| format!("{}: {error}", outcome.verdict.id))),
+                    }
                 }
             }
         }

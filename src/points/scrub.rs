@@ -19,6 +19,8 @@ const LOOK: Duration = Duration::from_secs(60);
 /// How long a point that could not be read is left alone, in seconds. A guess: a day gives a person time, and its log lines a
 /// bound.
 const RETRY_S: f64 = 86_400.0;
+/// How long one is left alone that another task has, in seconds: merges and verifications end by themselves.
+const BUSY_RETRY_S: f64 = 30.0;
 const DAY_S: u64 = 86_400;
 
 /// What one step did.
@@ -28,23 +30,39 @@ pub enum Scrubbed {
     Nothing,
     /// A point was read.
     Point(BackupId, Outcome),
-    /// A point cannot be read now; it is left alone for a day, or until the next start.
+    /// Another task has the point; it is left alone for a little while.
     Passed(BackupId),
 }
 
-/// Points that could not be read, and when that was.
+/// Why a point was passed over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Why {
+    /// It could not be read.
+    Unreadable,
+    /// Another task had it.
+    Busy,
+}
+
+/// Points that could not be read, when that was, and why.
 #[derive(Debug, Default)]
-pub struct Passed(Mutex<HashMap<BackupId, UtcTime>>);
+pub struct Passed(Mutex<HashMap<BackupId, (UtcTime, Why)>>);
 
 impl Passed {
-    fn note(&self, id: &BackupId, now: UtcTime) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(id.clone(), now);
+    fn note(&self, id: &BackupId, now: UtcTime, why: Why) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(id.clone(), (now, why));
     }
 
-    /// Whether it was passed over lately.
-    pub fn holds(&self, id: &BackupId, now: UtcTime) -> bool {
+    /// Whether it is left alone for now.
+    fn holds(&self, id: &BackupId, now: UtcTime) -> bool {
+        let retry = |why| if why == Why::Busy { BUSY_RETRY_S } else { RETRY_S };
         let passed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        passed.get(id).is_some_and(|then| now.seconds_since(*then) < RETRY_S)
+        passed.get(id).is_some_and(|(then, why)| now.seconds_since(*then) < retry(*why))
+    }
+
+    /// Whether it could not be read lately.
+    fn failed(&self, id: &BackupId, now: UtcTime) -> bool {
+        let passed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        passed.get(id).is_some_and(|(then, why)| *why == Why::Unreadable && now.seconds_since(*then) < RETRY_S)
     }
 }
 
@@ -84,13 +102,13 @@ impl Points {
             Ok(ended) => {
                 let outcome = ended.view().outcome.unwrap_or(Outcome::Failed);
                 if outcome == Outcome::Failed {
-                    self.shared.passed.note(&id, now);
+                    self.shared.passed.note(&id, now, Why::Unreadable);
                 }
                 Ok(Scrubbed::Point(id, outcome))
             }
             Err(VerifyError::Store(error)) => Err(error),
             Err(VerifyError::NotFound(_) | VerifyError::InUse { .. } | VerifyError::Stopping) => {
-                self.shared.passed.note(&id, now);
+                self.shared.passed.note(&id, now, Why::Busy);
                 Ok(Scrubbed::Passed(id))
             }
         }
@@ -143,7 +161,7 @@ impl Points {
         }
         match point {
             Some((trust, true)) if trust != state::Trust::Unverified => trust.as_str(),
-            Some(_) if self.shared.passed.holds(id, UtcTime::now()) => "failed",
+            Some(_) if self.shared.passed.failed(id, UtcTime::now()) => "failed",
             _ => waits,
         }
     }

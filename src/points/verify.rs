@@ -12,6 +12,7 @@ use tokio::task::JoinSet;
 use super::finding::{Finding, Severity};
 use super::inspect::{self, Inspection, Subject, SubjectDisk};
 use super::pace::{Gate, Held, Reading};
+use super::pins::Pins;
 use super::settle::is_there;
 use super::state::Trust;
 use super::take::{Content, ExamineError, Examined, examine};
@@ -23,8 +24,6 @@ use crate::store::{StoreError, leases, points, repositories, trust};
 
 /// How often a point is read again whose folder was exchanged meanwhile. A guess: its pins should not let it happen once.
 const EXCHANGES_MAX: usize = 3;
-/// The pause before pins that could not be given back are tried again.
-const PAUSE: Duration = Duration::from_secs(1);
 /// How long a stop waits for verifications; a file system that hangs must not hold it for ever.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
 
@@ -110,6 +109,23 @@ impl Default for Verifications {
     }
 }
 
+/// A verification that holds its points. Dropped before its end, by a panic or a caller that went away, it has failed and holds
+/// nothing.
+struct Begun {
+    verification: Arc<Verification>,
+    points: Points,
+    pins: Pins,
+}
+
+impl Drop for Begun {
+    fn drop(&mut self) {
+        self.points.shared.verifications.known().open.remove(&self.verification.id);
+        if self.verification.view().phase != Phase::Ended {
+            self.verification.change(|view| (view.phase, view.outcome) = (Phase::Ended, Some(Outcome::Failed)));
+        }
+    }
+}
+
 impl Points {
     /// Begins to verify a point, or finds that just that is under way. It is pinned when this returns.
     ///
@@ -120,11 +136,12 @@ impl Points {
         if let Some(open) = open {
             return Ok(open);
         }
-        let verification = self.begin_verification(id, request).await?;
-        let (points, task) = (self.clone(), Arc::clone(&verification));
+        let begun = self.begin_verification(id, request).await?;
+        let verification = Arc::clone(&begun.verification);
+        let points = self.clone();
         self.shared.verifications.spawn(async move {
             let turn = points.turn().await;
-            Box::pin(points.run_verification(&task)).await;
+            Box::pin(points.run_verification(begun)).await;
             drop(turn);
         });
         Ok(verification)
@@ -135,8 +152,9 @@ impl Points {
     /// # Errors
     /// See [`VerifyError`].
     pub(super) async fn verify_now(&self, id: &BackupId, request: Request) -> Result<Arc<Verification>, VerifyError> {
-        let verification = self.begin_verification(id, request).await?;
-        Box::pin(self.run_verification(&verification)).await;
+        let begun = self.begin_verification(id, request).await?;
+        let verification = Arc::clone(&begun.verification);
+        Box::pin(self.run_verification(begun)).await;
         Ok(verification)
     }
 
@@ -207,7 +225,7 @@ impl Points {
     }
 
     /// Pins a point with all below it, in the transaction in which nobody else is seen to change any of them.
-    async fn begin_verification(&self, id: &BackupId, request: Request) -> Result<Arc<Verification>, VerifyError> {
+    async fn begin_verification(&self, id: &BackupId, request: Request) -> Result<Begun, VerifyError> {
         let verifications = &self.shared.verifications;
         if verifications.gate.is_stopped() {
             return Err(VerifyError::Stopping);
@@ -228,6 +246,7 @@ impl Points {
                 chain.push(row);
             }
         }
+        let pins = Pins::of(&self.shared.store, task.as_str());
         leases::pin_chain(&mut transaction, id, task.as_str(), &self.shared.boot_id).await?;
         // Parents are committed before what builds upon them.
         chain.sort_by_key(|row| row.sequence);
@@ -242,16 +261,14 @@ impl Points {
             known.open.insert(task.clone(), Arc::clone(&verification));
             known.last.insert(id.clone(), Arc::clone(&verification));
         }
-        if let Err(error) = transaction.commit().await {
-            verifications.known().open.remove(&task);
-            verification.change(|view| (view.phase, view.outcome) = (Phase::Ended, Some(Outcome::Failed)));
-            return Err(error.into());
-        }
-        Ok(verification)
+        let begun = Begun { verification, points: self.clone(), pins };
+        transaction.commit().await?;
+        Ok(begun)
     }
 
     /// Reads and settles its points, the lowest first, and gives the pins back before the end can be seen.
-    async fn run_verification(&self, verification: &Verification) {
+    async fn run_verification(&self, mut task: Begun) {
+        let verification = &Arc::clone(&task.verification);
         let begun = Instant::now();
         verification.change(|view| {
             view.phase = Phase::Running;
@@ -274,7 +291,7 @@ impl Points {
             outcome = outcome.max(Some(point.outcome));
             verification.change(|view| view.points.push(point));
         }
-        self.release(&verification.id).await;
+        std::mem::replace(&mut task.pins, Pins::none()).release().await;
         // One that was stopped found nothing.
         let outcome = outcome.unwrap_or(Outcome::Failed);
         let [_, bytes, ..] = verification.progress();
@@ -290,24 +307,6 @@ impl Points {
             view.outcome = Some(outcome);
             view.ended_at = Some(UtcTime::now());
         });
-    }
-
-    async fn release(&self, task: &TaskId) {
-        loop {
-            let released = async {
-                let mut transaction = self.shared.store.write().await?;
-                leases::release_all(&mut transaction, task.as_str()).await?;
-                transaction.commit().await
-            };
-            match released.await {
-                Ok(()) => return,
-                Err::<(), StoreError>(error) => tracing::error!(%task, %error, "pins could not be given back"),
-            }
-            if self.shared.verifications.gate.is_stopped() {
-                return;
-            }
-            tokio::time::sleep(PAUSE).await;
-        }
     }
 
     /// Nothing when the service stops.

@@ -9,7 +9,6 @@ use tokio::time::Instant;
 
 use super::chain::{self, Found};
 use super::overlay::{self, OverlayFile};
-use super::pins::Pins;
 use super::{Mode, NewExport, RestoreError, Shared};
 use crate::clock::UtcTime;
 use crate::export::ImageExport;
@@ -19,6 +18,7 @@ use crate::id::{BackupId, ExportId};
 use crate::listeners::live::ServedDisk;
 use crate::listeners::ports::{BoundPort, PortError};
 use crate::listeners::{DiskListener, ListenerFigures};
+use crate::points::pins::Pins;
 use crate::store::leases;
 
 /// How long requests in flight may take at the end, and clients to go. A guess: a client that is told ESHUTDOWN hangs up at
@@ -235,7 +235,7 @@ async fn pin(shared: &Shared, id: &ExportId, new: &NewExport, port: &BoundPort) 
     leases::take_over(&mut transaction, leases::LeaseKind::Port, &number, id.as_str(), boot_id).await?;
     leases::record_export(&mut transaction, id, deadline, boot_id).await?;
     // Before the commit, whose outcome may stay unknown.
-    let pins = Pins::of(&shared.store, id);
+    let pins = Pins::of(&shared.store, id.as_str());
     transaction.commit().await?;
     Ok((found, pins))
 }

@@ -10,9 +10,9 @@ use bytes::Bytes;
 use futures_util::stream::{self, Stream};
 
 use super::chain;
-use super::pins::Pins;
 use super::{Damage, RestoreError, Shared};
 use crate::id::{BackupId, ExportId};
+use crate::points::pins::Pins;
 
 /// Bytes that are read at a time, and about what a download has in memory besides what the socket holds.
 const PIECE: u64 = 1 << 20;
@@ -40,7 +40,7 @@ pub(super) async fn open(
     let owner = ExportId::new();
     let mut transaction = shared.store.write().await?;
     let found = chain::pin(&mut transaction, shared, &owner, &point_id, disk_id, damage).await?;
-    let pins = Pins::of(&shared.store, &owner);
+    let pins = Pins::of(&shared.store, owner.as_str());
     transaction.commit().await?;
     let (found, image) = match chain::open(shared, found, damage).await {
         Ok(opened) => opened,

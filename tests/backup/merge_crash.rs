@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use blockyard::id::BackupId;
+use blockyard::points::merge::MergeError;
 use blockyard::serve::Service;
 
 use crate::crash::{inject, kill_at};
@@ -290,8 +291,15 @@ async fn what_is_not_proven_to_be_the_rest_of_a_merge_is_left_alone() {
         std::fs::create_dir(&left).unwrap();
         std::fs::write(left.join("precious"), b"mine").unwrap();
         prepare(&stopped);
+        let is_known = left == stopped.merging();
         let rig = start(stopped.folder.take().unwrap(), stopped.rest.take().unwrap()).await;
         assert_eq!(std::fs::read(left.join("precious")).unwrap(), b"mine", "{what}");
+        if is_known {
+            let merged = rig.service.service.app().points.merge(stopped.merged()).await;
+            let refused = matches!(merged, Err(MergeError::Leftover { .. } | MergeError::NotCommitted { .. }));
+            assert!(refused, "{what}: {merged:?}");
+            assert_eq!(std::fs::read(left.join("precious")).unwrap(), b"mine", "{what}");
+        }
         let (folder, rest) = stop(rig).await;
         (stopped.folder, stopped.rest) = (Some(folder), Some(rest));
     }

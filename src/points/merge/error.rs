@@ -43,6 +43,14 @@ pub enum MergeError {
         /// The id of the task.
         holder: String,
     },
+    /// Something lies where the point would be made anew, and is not proven to be needless. It is left alone.
+    #[error("what an earlier merge of {point} left must be looked at first: {reason}")]
+    Leftover {
+        /// Which one.
+        point: BackupId,
+        /// Why it is not removed.
+        reason: String,
+    },
     /// The repository cannot be used now.
     #[error("the repository {id} cannot be used: {reason}")]
     RepositoryUnavailable {
@@ -124,6 +132,7 @@ impl MergeError {
             Self::Manifest(_) => "the manifest of the point cannot be used".to_owned(),
             Self::Files(error) => format!("the repository failed ({})", error.kind()),
             Self::Store(_) => "the database failed".to_owned(),
+            Self::Leftover { point, .. } => format!("what an earlier merge of {point} left must be looked at first"),
             other => other.to_string(),
         }
     }

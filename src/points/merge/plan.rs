@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use super::MergeError;
 use crate::id::{BackupId, TaskId};
+use crate::points::pins::Pins;
 use crate::points::state::{PointState, Trust};
 use crate::points::{Points, paths};
 use crate::repository::layout::BackupPaths;
@@ -38,7 +39,7 @@ pub(super) struct PlannedDisk {
 
 impl Points {
     /// The transaction in which everything that a merge relies on is seen, and pinned.
-    pub(super) async fn pin(&self, child: &BackupId, task: &TaskId) -> Result<Plan, MergeError> {
+    pub(super) async fn pin(&self, child: &BackupId, task: &TaskId) -> Result<(Plan, Pins), MergeError> {
         let mut transaction = self.shared.store.write().await?;
         let point = points::find(&mut transaction, child).await?;
         let point = point.filter(|point| point.state != PointState::Deleted);
@@ -57,6 +58,7 @@ impl Points {
             id: point.repository_id.clone(),
             reason: "it was removed".to_owned(),
         })?;
+        let pins = Pins::of(&self.shared.store, task.as_str());
         leases::pin_chain(&mut transaction, child, task.as_str(), &self.shared.boot_id).await?;
         transaction.commit().await?;
         // The new image holds what one of the two holds, cluster by cluster.
@@ -65,7 +67,7 @@ impl Points {
             .filter_map(|disk| Some(disk.row.file_bytes + disk.parent.as_ref()?.1.file_bytes))
             .fold(0, u64::saturating_add);
         let paths = paths(&repository, &point);
-        Ok(Plan { point, repository, paths, disks, absorbed, needed_bytes })
+        Ok((Plan { point, repository, paths, disks, absorbed, needed_bytes }, pins))
     }
 }
 

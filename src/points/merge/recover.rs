@@ -55,8 +55,17 @@ pub(crate) async fn recover(store: &Store, repository: &Repository) -> Result<()
     Ok(())
 }
 
+/// What became of the rest of a merge that was cut.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Settled {
+    /// Nothing is left of it, or there was none.
+    Clear,
+    /// It is not proven to be needless, or could not be removed, and why.
+    LeftAlone(String),
+}
+
 /// Clears up after a merge of one point that was cut; nothing to do when there was none.
-pub(super) async fn settle(store: &Store, paths: &BackupPaths, point: &PointRow) -> Result<(), StoreError> {
+pub(super) async fn settle(store: &Store, paths: &BackupPaths, point: &PointRow) -> Result<Settled, StoreError> {
     let (beside, id) = (paths.clone(), point.id.clone());
     let judged = tokio::task::spawn_blocking(move || {
         let is_there = beside.merging.exists() || merging::probe(&beside).exists();
@@ -74,25 +83,29 @@ pub(super) async fn settle(store: &Store, paths: &BackupPaths, point: &PointRow)
         Ok(Some(Remains::Needless(manifest))) => manifest,
         Ok(Some(Remains::Unclear(reason))) => {
             tracing::error!(point = %point.id, %path, reason, "what a merge left is left alone");
-            return Ok(());
+            return Ok(Settled::LeftAlone(reason));
         }
-        Ok(None) | Err(_) => return Ok(()),
+        Ok(None) => return Ok(Settled::Clear),
+        Err(_) => return Ok(Settled::LeftAlone("looking at it ended by a panic".to_owned())),
     };
     let lives = matches!(point.state, PointState::Committed | PointState::Missing);
     if !lives || manifest.repository_id != point.repository_id {
         tracing::warn!(point = %point.id, state = %point.state, %path, "what a merge left is left alone");
-        return Ok(());
+        return Ok(Settled::LeftAlone(format!("the point is {} or of another repository", point.state)));
     }
     let followed = follow(store, &manifest).await?;
     let beside = paths.clone();
     match tokio::task::spawn_blocking(move || merging::remove_merging(&beside)).await {
         Ok(Ok(())) => {
             tracing::warn!(point = %point.id, followed, generation = manifest.generation, "a merge that was cut is cleared up");
+            Ok(Settled::Clear)
         }
-        Ok(Err(error)) => tracing::error!(%path, %error, "what a merge left could not be removed"),
-        Err(_) => {}
+        Ok(Err(error)) => {
+            tracing::error!(%path, %error, "what a merge left could not be removed");
+            Ok(Settled::LeftAlone(error.to_string()))
+        }
+        Err(_) => Ok(Settled::LeftAlone("removing it ended by a panic".to_owned())),
     }
-    Ok(())
 }
 
 /// Brings the record of a point that was merged to its published manifest; whether there was anything to do.
