@@ -67,7 +67,7 @@ impl App {
         let listeners = ListenerOptions::new(&config.nbd, tls);
         let backups =
             Backups::new(Arc::clone(&config), store.clone(), Arc::clone(&locks), listeners.clone(), &boot_id)?;
-        let points = Points::new(Arc::clone(&config), store.clone(), Arc::clone(&locks), &boot_id);
+        let points = Points::new(Arc::clone(&config), store.clone(), Arc::clone(&locks), backups.clone(), &boot_id);
         let restores = Restores::new(Arc::clone(&config), store.clone(), listeners.clone(), &boot_id);
         let phase = watch::Sender::new(Phase::Starting);
         Ok(Self { config, store, tokens, backups, points, restores, listeners, locks, boot_id, phase })

@@ -1,9 +1,17 @@
 //! The life of a restore point after its commit.
 //!
-//! Whoever opens the files of a point pins it first, with everything below it, in the transaction in which it sees the point
-//! committed ([`leases::pin_chain`](crate::store::leases::pin_chain)); whoever removes files does so only to a point that, in
-//! one transaction, nobody pins and nothing builds upon. So no file goes under a reader, whatever runs side by side.
+//! Whoever opens the files of a point to rely on them pins it first, with everything below it, in the transaction in which it
+//! sees the point committed ([`leases::pin_chain`](crate::store::leases::pin_chain)); whoever removes files does so only to a
+//! point that, in one transaction, nobody pins and nothing builds upon. So no file goes under a reader, whatever runs side by
+//! side.
+//!
+//! Four look without a pin, and can: what they read may be gone or exchanged under them, and nothing is done to a point for what
+//! they say. [`Points::inspect`] tells findings that nobody settles; [`Points::compare`](compare) reads leaves, and tells
+//! "unknown" without them; the check of a repository ([`check`]) judges again what tasks hold or what has changed, and concludes
+//! only from the folder's presence; a new backup looks at the chain that it means to build upon before it is accepted, and pins it
+//! in the transaction that accepts it, if its records still stand.
 
+pub(crate) mod chain;
 pub mod check;
 pub mod compare;
 pub mod content;
@@ -34,6 +42,7 @@ use std::sync::{Arc, Mutex};
 
 use tokio::sync::watch;
 
+use crate::backup::Backups;
 use crate::config::Config;
 use crate::id::BackupId;
 use crate::repository::layout::BackupPaths;
@@ -54,6 +63,8 @@ struct Shared {
     config: Arc<Config>,
     store: Store,
     locks: Arc<RepositoryLocks>,
+    /// The jobs, whose space is not ours to take.
+    backups: Backups,
     /// Names this process start; pins of another one are void.
     boot_id: String,
     verifications: verify::Verifications,
@@ -68,12 +79,19 @@ struct Shared {
 }
 
 impl Points {
-    /// The points that `store` has records of.
-    pub fn new(config: Arc<Config>, store: Store, locks: Arc<RepositoryLocks>, boot_id: &str) -> Self {
+    /// The points that `store` has records of, beside the jobs that make more of them.
+    pub fn new(
+        config: Arc<Config>,
+        store: Store,
+        locks: Arc<RepositoryLocks>,
+        backups: Backups,
+        boot_id: &str,
+    ) -> Self {
         let shared = Shared {
             config,
             store,
             locks,
+            backups,
             boot_id: boot_id.to_owned(),
             verifications: verify::Verifications::new(),
             passed: scrub::Passed::default(),

@@ -140,10 +140,16 @@ impl Store {
         Ok(Self { pool, commits: Arc::new(watch::Sender::new(())), ballast: Arc::new(ballast) })
     }
 
-    /// A connection for reading. Statements on it see each other's commits; several that must agree belong into one
-    /// [`Store::write`].
+    /// A connection for reading. Each statement sees what is committed by then; several that must agree belong into one
+    /// [`Store::snapshot`], or into [`Store::write`] when something is to follow from them.
     pub async fn read(&self) -> Result<PoolConnection<Sqlite>, StoreError> {
         Ok(self.pool.acquire().await?)
+    }
+
+    /// A connection whose statements all see the state that the first of them saw, whatever is committed meanwhile. Holds up
+    /// no writer, and must not be written through. Keep it short: the log of the database cannot shrink below it.
+    pub async fn snapshot(&self) -> Result<Transaction<'static, Sqlite>, StoreError> {
+        Ok(self.pool.begin().await?)
     }
 
     /// A transaction that owns the write lock from its first moment, so that it never fails half-way because another

@@ -161,3 +161,43 @@ fn packages_share_versions_and_lints() {
         }
     }
 }
+
+#[test]
+fn every_kind_of_event_and_every_alert_has_a_row_in_its_page() {
+    let page = &sources("docs/events.md", ".md")[0].text;
+    let row = |word: &str| page.lines().any(|line| line.starts_with(&format!("| `{word}` |")));
+    for kind in blockyard::store::events::KINDS {
+        assert!(row(kind), "docs/events.md has no row for the kind {kind}");
+    }
+    let words = |line: &str| -> Vec<String> {
+        let quoted = line.split('"').skip(1).step_by(2);
+        quoted.filter(|word| !word.is_empty()).map(str::to_owned).collect()
+    };
+    let mut alerts = 0;
+    for file in sources("src", ".rs") {
+        for value in file.code().filter_map(|line| line.strip_prefix("\"alert\": ")) {
+            let value = value.split(',').next().unwrap();
+            // A name stands for the words of the line that gives it to them.
+            let named =
+                |line: &&str| line.contains(&format!("const {value}:")) || line.contains(&format!("let {value} ="));
+            let words = match value.starts_with('"') {
+                true => words(value),
+                false => file.code().filter(named).flat_map(words).collect(),
+            };
+            assert!(!words.is_empty(), "{}: which alert is {value}?", file.path);
+            for word in words {
+                assert!(row(&word), "docs/events.md has no row for the alert {word}");
+                alerts += 1;
+            }
+        }
+    }
+    assert_eq!(
+        alerts,
+        page.lines()
+            .skip_while(|line| !line.starts_with("| `alert` | when"))
+            .skip(2)
+            .take_while(|line| line.starts_with('|'))
+            .count(),
+        "docs/events.md has alerts that nobody tells"
+    );
+}

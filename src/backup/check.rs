@@ -1,19 +1,19 @@
 //! Everything that can refuse a backup before anything is touched, in the order of the contract: VM, disks, repository, what
 //! can be built upon, login, node, space. Whether the VM is free is asked last, by claiming it.
 
-use std::io;
+use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use blockyard_qcow2 as qcow2;
 use rustix::fs::Access;
 
 use super::Shared;
-use super::plan::{self, Choice, DiskPlan, Newest};
+use super::plan::{self, Choice, DiskPlan, Newest, PlanError};
 use super::start::{NewBackup, StartError, VmChoice};
-use super::state::{BackupType, TypeReason};
+use super::state::{BackupType, RequestedType, TypeReason};
 use crate::config::{ExportNames, Node};
 use crate::id::new_ulid;
+use crate::points::chain::{RecordedChain, Settling};
 use crate::repository::{directory, layout};
 use crate::secret::{Secret, SecretError};
 use crate::store::points::{self, ChainImage};
@@ -59,13 +59,10 @@ pub(super) async fn check(shared: &Shared, new: &NewBackup) -> Result<Checked, S
         .await?
         .ok_or_else(|| StartError::RepositoryNotFound(new.repository_id.clone()))?;
     let disks = plan::present(vms::disks(&mut connection, &vm.id).await?)?;
-    let newest = newest(&mut connection, &vm, &repository).await?;
     let last_order = backups::last_seal_order(&mut connection, &vm.id).await?;
     drop(connection);
     check_repository(shared, &repository).await?;
-    let max_chain_depth = shared.config.storage.max_chain_depth;
-    let choice = Choice { requested: new.requested_type, newest, max_chain_depth };
-    let (plans, newest) = choose(shared, &vm, &repository, disks, choice).await?;
+    let (plans, newest) = plan(shared, &vm, &repository, &disks, new.requested_type).await?;
     let estimated_bytes = estimate(shared, &plans, newest.as_ref());
     let (username, password) = credential(shared, &vm).await?;
     let node = shared.config.nodes.get(&vm.node).cloned().filter(|_| shared.node(&vm.node).is_some());
@@ -84,60 +81,77 @@ async fn newest(connection: &mut Connection, vm: &Vm, repository: &Repository) -
     Ok(Some(Newest { point, disks }))
 }
 
-/// Plans the disks, on a thread where it may wait for the images of the newest point. Hands that point back.
+/// Plans the disks upon the newest point, which is handed back. A point below may be made anew at this moment: what does not
+/// fit is looked at again as long as that explains it.
+async fn plan(
+    shared: &Shared,
+    vm: &Vm,
+    repository: &Repository,
+    disks: &[VmDisk],
+    requested: RequestedType,
+) -> Result<(Vec<DiskPlan>, Option<Newest>), StartError> {
+    let max_chain_depth = shared.config.storage.max_chain_depth;
+    let mut settling = Settling::new(&shared.store);
+    loop {
+        let newest = newest(&mut *shared.store.snapshot().await?, vm, repository).await?;
+        let choice = Choice { requested, newest, max_chain_depth };
+        let Planned { plans, newest, chains } = choose(shared, vm, repository, disks.to_vec(), choice).await?;
+        if let (Chains::Unfit, Some(newest)) = (chains, &newest) {
+            let read: Vec<_> = newest.disks.iter().map(|(disk, chain)| (disk.disk_id, chain.as_slice())).collect();
+            if settling.look_again(&newest.point.id, &read).await? {
+                continue;
+            }
+        }
+        return Ok((plans?, newest));
+    }
+}
+
+/// What came of looking at the newest point.
+struct Planned {
+    plans: Result<Vec<DiskPlan>, PlanError>,
+    newest: Option<Newest>,
+    chains: Chains,
+}
+
+/// Whether the images that were looked at are as they are recorded.
+#[derive(Clone, Copy)]
+enum Chains {
+    Fit,
+    Unfit,
+}
+
+/// Plans the disks, on a thread where it may wait for the images of the newest point.
 async fn choose(
     shared: &Shared,
     vm: &Vm,
     repository: &Repository,
     disks: Vec<VmDisk>,
     choice: Choice,
-) -> Result<(Vec<DiskPlan>, Option<Newest>), StartError> {
+) -> Result<Planned, StartError> {
     let secret = (shared.config.nbd.export_names == ExportNames::Unguessable).then(new_secret);
     let (root, vm_name) = (PathBuf::from(&repository.path), vm.name.clone());
     let planned = tokio::task::spawn_blocking(move || {
-        let examine = |chain: &[ChainImage], size| examine(&root, chain, size);
+        let chains = Cell::new(Chains::Fit);
+        let examine =
+            |chain: &[ChainImage], size| examine(&root, chain, size).inspect_err(|_| chains.set(Chains::Unfit));
         let plans = plan::disks(&disks, &choice, examine, |disk_id| match &secret {
             Some(secret) => layout::unguessable_export_name(&vm_name, secret, disk_id),
             None => layout::export_name(&vm_name, disk_id),
-        })?;
-        Ok((plans, choice.newest))
+        });
+        Planned { plans, newest: choice.newest, chains: chains.get() }
     });
-    planned.await.map_err(|_| StartError::Panicked)?
+    planned.await.map_err(|_| StartError::Panicked)
 }
 
-/// Whether a chain can be built upon: every file has the length with which it was published, and its top opens with all below
-/// it, closed and of the right size. What is damaged beyond that is for a verification to find.
-fn examine(repository: &Path, chain: &[ChainImage], size_bytes: u64) -> Result<(), TypeReason> {
-    let unusable = |error: qcow2::Error| {
-        tracing::warn!(%error, "a chain cannot be built upon");
-        match error {
-            qcow2::Error::Open { source, .. } if source.kind() == io::ErrorKind::NotFound => TypeReason::ParentMissing,
-            _ => TypeReason::ParentCorrupt,
-        }
+/// Whether a chain can be built upon. What is damaged beyond what [`RecordedChain`] sees is for a verification to find.
+fn examine(repository: &Path, images: &[ChainImage], size_bytes: u64) -> Result<(), TypeReason> {
+    let chain = RecordedChain { repository, images, size_bytes };
+    let unfit = match chain.open(EXAMINE_CACHE_BYTES) {
+        Ok(_) => return Ok(()),
+        Err(unfit) => unfit,
     };
-    let changed = |path: &Path| {
-        tracing::warn!(path = %path.display(), "an image is not what was published and cannot be built upon");
-        TypeReason::ParentCorrupt
-    };
-    for image in chain {
-        let path = repository.join(&image.dir).join(&image.file);
-        let length = directory::file_bytes(&path);
-        if length.map_err(|source| unusable(qcow2::Error::Open { path: path.clone(), source }))? != image.file_bytes {
-            return Err(changed(&path));
-        }
-    }
-    let top = chain.first().ok_or(TypeReason::ParentMissing)?;
-    let folder = repository.join(&top.dir);
-    let options = qcow2::OpenOptions {
-        backing_root: folder.parent().map(Path::to_owned),
-        cache_bytes: EXAMINE_CACHE_BYTES,
-        ..qcow2::OpenOptions::new(qcow2::Access::ReadOnly)
-    };
-    let image = qcow2::Image::open(&folder.join(&top.file), &options).map_err(unusable)?;
-    if image.size() != size_bytes || image.is_dirty() {
-        return Err(changed(image.path()));
-    }
-    Ok(())
+    tracing::warn!(top = ?chain.top(), error = %unfit, "a chain cannot be built upon");
+    if unfit.is_missing() { Err(TypeReason::ParentMissing) } else { Err(TypeReason::ParentCorrupt) }
 }
 
 /// Something for an export name that nobody can guess: 80 random bits of a ULID are what the names have room for.
@@ -192,13 +206,7 @@ async fn check_space(shared: &Shared, repository: &Repository, needed_bytes: u64
         id: repository.id.clone(),
         reason: error.kind().to_string(),
     })?;
-    let promised: u64 = shared
-        .registry
-        .all()
-        .iter()
-        .filter(|job| job.facts().repository.path == repository.path)
-        .map(|job| job.outstanding_bytes())
-        .sum();
+    let promised = shared.registry.promised_bytes(&repository.path);
     let free_bytes = free.saturating_sub(promised).saturating_sub(shared.config.storage.min_free_bytes);
     if free_bytes < needed_bytes {
         return Err(StartError::InsufficientStorage { id: repository.id.clone(), needed_bytes, free_bytes });

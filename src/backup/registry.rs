@@ -150,6 +150,13 @@ impl Registry {
         self.lock().jobs.values().cloned().collect()
     }
 
+    /// What running jobs are still expected to store in the repository at this path, in bytes.
+    pub(super) fn promised_bytes(&self, repository: &str) -> u64 {
+        let jobs = self.all();
+        let here = jobs.iter().filter(|job| job.facts().repository.path == repository);
+        here.map(|job| job.outstanding_bytes()).fold(0, u64::saturating_add)
+    }
+
     /// How many jobs ended in each terminal state.
     pub(super) fn ended(&self) -> BTreeMap<JobState, u64> {
         self.lock().ended.clone()

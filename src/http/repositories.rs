@@ -2,7 +2,10 @@
 
 mod folder;
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::path::{Component, Path as FsPath, PathBuf};
+use std::time::Duration;
 
 use axum::Json;
 use axum::extract::{Path, State};
@@ -22,7 +25,10 @@ use crate::app::AppState;
 use crate::clock::UtcTime;
 use crate::id::RepositoryId;
 use crate::store::repositories::{self, Repository, RepositoryDescription, Retention};
-use crate::store::{Connection, StoreError};
+use crate::store::{Connection, StoreError, WriteTransaction};
+
+/// A path that does not lead anywhere within this time is on a mount that hangs. A guess: a healthy one answers in microseconds.
+const RESOLVE_LIMIT: Duration = Duration::from_secs(2);
 
 pub(super) fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::new().merge(folder::routes()).routes(routes!(list_repositories, add_repository)).routes(routes!(
@@ -139,8 +145,8 @@ async fn add_repository(
 ) -> Result<Response, Problem> {
     let id = body.id.clone().unwrap_or_else(|| RepositoryId::from_name(&body.name));
     let description = describe(body).await?;
-    let mut transaction = app.store.write().await?;
-    refuse_taken_folder(&mut transaction, &id, &description.path).await?;
+    let (mut transaction, taken) = begin_with_folder(&app, &id, &description.path).await?;
+    refuse_taken(taken)?;
     if let Err(error) = repositories::insert(&mut transaction, &id, &description).await {
         return Err(match error {
             StoreError::Exists(_) => exists(&id, format!("There is a repository with the id {id} already.")),
@@ -176,12 +182,13 @@ async fn replace_repository(
         return Err(Problem::invalid_field("/id", format!("must be {id} or left out: an id cannot change")));
     }
     let description = describe(body).await?;
-    let mut transaction = app.store.write().await?;
+    let known = load(&mut *app.store.read().await?, &id).await?;
+    let (mut transaction, taken) = begin_with_folder(&app, &known.id, &description.path).await?;
     let repository = load(&mut transaction, &id).await?;
     etag::check(&headers, repository.revision)?;
     if repository.path != description.path {
         refuse_in_use(&mut transaction, &repository).await?;
-        refuse_taken_folder(&mut transaction, &repository.id, &description.path).await?;
+        refuse_taken(taken)?;
     }
     repositories::replace(&mut transaction, &repository.id, &description).await?;
     let repository = load(&mut transaction, &id).await?;
@@ -234,17 +241,49 @@ async fn refuse_in_use(connection: &mut Connection, repository: &Repository) -> 
     }
 }
 
-/// Two repositories in one folder would remove each other's files, also when one of them came by a link.
-async fn refuse_taken_folder(connection: &mut Connection, id: &RepositoryId, path: &str) -> Result<(), Problem> {
-    let canonical = tokio::fs::canonicalize(path).await.ok();
-    for other in repositories::all(connection).await? {
-        let same =
-            other.path == path || (canonical.is_some() && tokio::fs::canonicalize(&other.path).await.ok() == canonical);
-        if same && other.id != *id {
-            return Err(exists(&other.id, format!("Repository {} has this folder already.", other.id)));
+/// Begins the transaction that gives a repository its folder, with the other repository that has that folder, if one has. Two
+/// repositories in one folder would remove each other's files, also when one of them came by a link.
+///
+/// Where paths lead is found out before: a mount that hangs holds up this request, and no writer.
+async fn begin_with_folder(
+    app: &AppState,
+    id: &RepositoryId,
+    path: &str,
+) -> Result<(WriteTransaction, Option<RepositoryId>), Problem> {
+    let canonical = resolve(path).await;
+    let mut resolved: BTreeMap<String, Option<PathBuf>> = BTreeMap::new();
+    loop {
+        for other in repositories::all(&mut *app.store.read().await?).await? {
+            if let Entry::Vacant(unknown) = resolved.entry(other.path) {
+                let leads_to = resolve(unknown.key()).await;
+                unknown.insert(leads_to);
+            }
         }
+        let mut transaction = app.store.write().await?;
+        let all = repositories::all(&mut transaction).await?;
+        // One that was added meanwhile has to be resolved first.
+        if !all.iter().all(|other| resolved.contains_key(&other.path)) {
+            continue;
+        }
+        let same = |other: &&Repository| {
+            let leads_to = resolved.get(&other.path).and_then(Option::as_ref);
+            other.id != *id && (other.path == path || (leads_to.is_some() && leads_to == canonical.as_ref()))
+        };
+        let taken = all.iter().find(same).map(|other| other.id.clone());
+        return Ok((transaction, taken));
     }
-    Ok(())
+}
+
+fn refuse_taken(taken: Option<RepositoryId>) -> Result<(), Problem> {
+    match taken {
+        Some(other) => Err(exists(&other, format!("Repository {other} has this folder already."))),
+        None => Ok(()),
+    }
+}
+
+/// Where a path leads; nothing when it leads nowhere, or is on a mount that does not answer.
+async fn resolve(path: &str) -> Option<PathBuf> {
+    tokio::time::timeout(RESOLVE_LIMIT, tokio::fs::canonicalize(path)).await.ok()?.ok()
 }
 
 /// Checks a body and puts it into the words of the database.

@@ -1,23 +1,29 @@
 //! A repository held against its records, both ways: points without their folders, folders without their points, and whether each
 //! point's files are those that were recorded, down its chains.
 //!
+//! Points that are being made anew meanwhile are judged when their record is what their files are.
+//!
 //! Heads of images are read, content is not: that is what a verification does. Nothing in the repository is changed; of the
 //! records, only whether a point's folder is there.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod judgement;
+
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use judgement::{Before, Judged, Looked};
+
 use super::Points;
+use super::chain::Settling;
 use super::folder::{FolderError, on_disk};
-use super::state::PointState;
 use crate::clock::UtcTime;
 use crate::id::{BackupId, RepositoryId};
 use crate::repository::manifest::Manifest;
 use crate::repository::survey::{self, Fault, OtherKind, PointFolder};
-use crate::store::points::{self, PointDiskRow, PointRow};
+use crate::store::points;
 use crate::store::{Connection, StoreError, backups, repositories};
 
 /// What a check found.
@@ -107,7 +113,8 @@ impl Points {
     /// There is no such repository, it cannot be used or looked at, or the database fails.
     pub async fn check(&self, id: &RepositoryId) -> Result<CheckReport, FolderError> {
         let repository = self.own(id).await?;
-        let before = points::all_in(&mut *self.shared.store.read().await?, id).await?;
+        let mut settling = Settling::new(&self.shared.store);
+        let mut before = Before::read(&self.shared.store, id).await?;
         let (root, name) = (PathBuf::from(&repository.path), id.clone());
         let looked = on_disk(&repository, move || {
             let survey = survey::survey(&root)?;
@@ -115,43 +122,31 @@ impl Points {
                 let manifest = survey::read(&root, &folder, &name);
                 (folder, manifest)
             });
-            Ok((read.collect::<Vec<(PointFolder, Result<Manifest, Fault>)>>(), survey.others))
+            Ok((read.collect::<Vec<Looked>>(), survey.others))
         });
-        let (folders, others) = looked.await?;
+        let (mut folders, others) = looked.await?;
 
-        let mut transaction = self.shared.store.write().await?;
-        let mut findings = Vec::new();
-        let by_dir: BTreeMap<String, &Result<Manifest, Fault>> =
-            folders.iter().map(|(folder, manifest)| (folder.dir(), manifest)).collect();
-        let (mut recorded, mut bad) = (0, BTreeSet::new());
-        // In the order of their commits, so that what is wrong below is known before what stands upon it.
-        for point in points::all_in(&mut transaction, id).await? {
-            // Those on their way out, and those that were committed after the look began, are not judged.
-            if point.state == PointState::Deleting || !before.iter().any(|known| known.id == point.id) {
-                continue;
-            }
-            recorded += 1;
-            let (kind, detail) = match by_dir.get(&point.dir) {
-                None => {
-                    if point.state == PointState::Committed {
-                        points::set_presence(&mut transaction, &point, PointState::Missing).await?;
-                    }
-                    (FindingKind::Missing, "the folder is not there".to_owned())
+        let mut given_up = false;
+        let (mut transaction, judged) = loop {
+            settling.seen();
+            let mut transaction = self.shared.store.write().await?;
+            let judged = judgement::judge_all(&mut transaction, id, &before, &folders).await?;
+            let (doubted, sign) = before.doubt(&mut transaction, &judged.bad).await?;
+            let Some(sign) = sign.filter(|_| !given_up) else { break (transaction, judged) };
+            // Nothing is kept of this judgement. A point that is made anew has its files a moment before its record.
+            drop(transaction);
+            given_up = !settling.wait(sign).await;
+            before.read_again(&self.shared.store, &doubted).await?;
+            let (root, name) = (PathBuf::from(&repository.path), id.clone());
+            folders = on_disk(&repository, move || {
+                for (folder, manifest) in folders.iter_mut().filter(|(folder, _)| doubted.contains(&folder.id)) {
+                    *manifest = survey::read(&root, folder, &name);
                 }
-                Some(found) => {
-                    if point.state == PointState::Missing {
-                        points::set_presence(&mut transaction, &point, PointState::Committed).await?;
-                        findings.push(finding(FindingKind::Back, &point, "the folder is there again".to_owned()));
-                    }
-                    match judge(&mut transaction, &point, found, &bad).await? {
-                        None => continue,
-                        Some(detail) => (FindingKind::Damaged, detail),
-                    }
-                }
-            };
-            bad.insert(point.id.clone());
-            findings.push(finding(kind, &point, detail));
-        }
+                Ok(folders)
+            })
+            .await?;
+        };
+        let Judged { recorded, bad, mut findings } = judged;
         let running: BTreeSet<BackupId> =
             backups::unfinished(&mut transaction).await?.into_iter().map(|backup| backup.id).collect();
         for (folder, manifest) in &folders {
@@ -159,7 +154,11 @@ impl Points {
         }
         for other in others {
             let busy = match &other.id {
-                Some(id) => running.contains(id) || points::is_worked_on(&mut transaction, id).await?,
+                Some(id) => {
+                    running.contains(id)
+                        || before.is_worked_on(id)
+                        || points::is_worked_on(&mut transaction, id).await?
+                }
                 None => false,
             };
             if !busy {
@@ -176,49 +175,6 @@ impl Points {
         let intact = recorded - bad.len();
         Ok(CheckReport { repository_id: id.clone(), checked_at, result, points: recorded, intact, findings })
     }
-}
-
-fn finding(kind: FindingKind, point: &PointRow, detail: String) -> Finding {
-    Finding { kind, path: point.dir.clone(), point_id: Some(point.id.clone()), detail }
-}
-
-/// What is wrong with a point whose folder is there.
-async fn judge(
-    connection: &mut Connection,
-    point: &PointRow,
-    found: &Result<Manifest, Fault>,
-    bad: &BTreeSet<BackupId>,
-) -> Result<Option<String>, StoreError> {
-    let manifest = match found {
-        Ok(manifest) => manifest,
-        Err(fault) => return Ok(Some(fault.to_string())),
-    };
-    let disks = points::disks(connection, &point.id).await?;
-    if disks.len() != manifest.disks.len() || manifest.vm.id != point.vm_id {
-        return Ok(Some("the manifest has another VM or other disks than the record".to_owned()));
-    }
-    for disk in disks {
-        if !agrees(&disk, manifest) {
-            return Ok(Some(format!("disk {} is another in the manifest than in the record", disk.disk_id)));
-        }
-        if let Some(parent) = disk.parent_id.filter(|parent| bad.contains(parent)) {
-            return Ok(Some(format!("disk {} builds upon {parent}, which is not intact", disk.disk_id)));
-        }
-    }
-    Ok(None)
-}
-
-fn agrees(disk: &PointDiskRow, manifest: &Manifest) -> bool {
-    manifest.disks.iter().any(|told| {
-        told.disk_id == disk.disk_id
-            && told.device_key == disk.device_key
-            && told.size_bytes == disk.size_bytes
-            && told.file == disk.file
-            && told.file_bytes == disk.file_bytes
-            && told.backup_type == disk.backup_type
-            && told.parent_id == disk.parent_id
-            && told.change_id == disk.change_id
-    })
 }
 
 /// A folder that no record leads to, unless a job is about to make one.

@@ -171,12 +171,16 @@ async fn take(
     folder: &PointFolder,
     manifest: &Manifest,
 ) -> Result<Taken, FolderError> {
+    // The pieces of a disk may be many: they are put together before all other writers have to wait.
+    let coverages: Vec<Coverage> = manifest.disks.iter().map(coverage).collect();
+    let whole = manifest.disks.iter().zip(&coverages).all(|(disk, coverage)| is_whole(disk, coverage));
+    let (backup, backup_disks) = job(manifest, &coverages, whole);
+    let remembered: Vec<VmDisk> = manifest.disks.iter().map(vm_disk).collect();
     let mut transaction = store.write().await?;
     // Somebody may have been faster.
     if !matches!(recorded(&mut transaction, folder).await?, Recorded::No) {
         return Ok(Taken::Skipped("it is recorded meanwhile".to_owned()));
     }
-    let whole = manifest.disks.iter().all(is_whole);
     let mut trust = if whole { Trust::Unverified } else { Trust::Suspect };
     let mut disks = Vec::with_capacity(manifest.disks.len());
     for disk in &manifest.disks {
@@ -194,7 +198,6 @@ async fn take(
         }
         disks.push(PointDiskRow { chain_depth, ..crate::backup::point_disk(disk) });
     }
-    let remembered: Vec<VmDisk> = manifest.disks.iter().map(vm_disk).collect();
     let vm = &manifest.vm;
     let vm = RememberedVm {
         id: &vm.id,
@@ -213,7 +216,6 @@ async fn take(
         }
         Err(error) => return Err(error.into()),
     }
-    let (backup, backup_disks) = job(manifest, whole);
     backups::insert_committed(&mut transaction, &backup, &backup_disks).await?;
     let point = NewPoint {
         id: &folder.id,
@@ -252,8 +254,8 @@ async fn below(
 }
 
 /// Whether an image has every byte that it should: a full one received the whole disk.
-fn is_whole(disk: &ManifestDisk) -> bool {
-    disk.backup_type == BackupType::Incremental || coverage(disk).is_whole(disk.size_bytes)
+fn is_whole(disk: &ManifestDisk, coverage: &Coverage) -> bool {
+    disk.backup_type == BackupType::Incremental || coverage.is_whole(disk.size_bytes)
 }
 
 fn coverage(disk: &ManifestDisk) -> Coverage {
@@ -277,7 +279,7 @@ fn vm_disk(disk: &ManifestDisk) -> VmDisk {
 }
 
 /// The job that made the point, as far as its manifest tells.
-fn job(manifest: &Manifest, whole: bool) -> (BackupRow, Vec<BackupDiskRow>) {
+fn job(manifest: &Manifest, coverages: &[Coverage], whole: bool) -> (BackupRow, Vec<BackupDiskRow>) {
     let mut warnings = vec!["imported: recorded from the manifest of the restore point".to_owned()];
     if !whole {
         warnings.push("coverage_incomplete: a full image did not receive every byte of its disk".to_owned());
@@ -302,7 +304,7 @@ fn job(manifest: &Manifest, whole: bool) -> (BackupRow, Vec<BackupDiskRow>) {
         started_at: None,
         completed_at: Some(manifest.committed_at),
     };
-    let disks = manifest.disks.iter().map(|disk| BackupDiskRow {
+    let disks = manifest.disks.iter().zip(coverages).map(|(disk, coverage)| BackupDiskRow {
         disk_id: disk.disk_id,
         device_key: disk.device_key,
         vmdk_uuid: disk.vmdk_uuid.clone(),
@@ -318,7 +320,7 @@ fn job(manifest: &Manifest, whole: bool) -> (BackupRow, Vec<BackupDiskRow>) {
         export_name: None,
         state: DiskState::Sealed,
         error_message: None,
-        covered_bytes: coverage(disk).covered_bytes(),
+        covered_bytes: coverage.covered_bytes(),
         written_bytes: disk.written_bytes,
         zeroed_bytes: disk.zeroed_bytes,
         zeroed_over_data_bytes: disk.zeroed_over_data_bytes,

@@ -163,13 +163,13 @@ impl Points {
 
     /// The repository is ours, and has room.
     async fn prepare_repository(&self, plan: &Arc<Plan>) -> Result<(), MergeError> {
-        let (locks, min_free) = (Arc::clone(&self.shared.locks), self.shared.config.storage.min_free_bytes);
+        let (locks, room) = (Arc::clone(&self.shared.locks), self.room(plan));
         blocking(plan, move |plan| {
             let (id, path) = (&plan.repository.id, Path::new(&plan.repository.path));
             let unavailable = |reason| MergeError::RepositoryUnavailable { id: id.clone(), reason };
             locks.acquire(id.as_str(), path).map_err(|error| unavailable(error.public()))?;
-            let (free, _) = directory::space(path).map_err(|error| unavailable(error.kind().to_string()))?;
-            let (free_bytes, needed_bytes) = (free.saturating_sub(min_free), plan.needed_bytes);
+            let free_bytes = room().map_err(|error| unavailable(error.kind().to_string()))?;
+            let needed_bytes = plan.needed_bytes;
             if free_bytes < needed_bytes {
                 return Err(MergeError::InsufficientStorage { id: id.clone(), needed_bytes, free_bytes });
             }
@@ -178,15 +178,26 @@ impl Points {
         .await
     }
 
+    /// How many bytes a merge may take of the repository now. What jobs were accepted for is theirs, although it is not written
+    /// yet. Asking blocks.
+    fn room(&self, plan: &Plan) -> impl Fn() -> io::Result<u64> + Send + 'static {
+        let (backups, path) = (self.shared.backups.clone(), plan.repository.path.clone());
+        let min_free = self.shared.config.storage.min_free_bytes;
+        move || {
+            let (free, _) = directory::space(Path::new(&path))?;
+            Ok(free.saturating_sub(backups.promised_bytes(&path)).saturating_sub(min_free))
+        }
+    }
+
     /// Makes the folder with everything in it. Whatever this made is the caller's to remove when it fails.
     async fn build(&self, plan: &Arc<Plan>) -> Result<Manifest, MergeError> {
         let merges = &self.shared.merges;
-        let (stop, progress) = (Arc::clone(&merges.stop), Arc::clone(&merges.progress));
+        let (stop, progress, room) = (Arc::clone(&merges.stop), Arc::clone(&merges.progress), self.room(plan));
         let built = blocking(plan, move |plan| {
             if merging::create_merging(&plan.paths)? == Exchange::Impossible {
                 return Err(MergeError::NoExchange { path: plan.paths.vm.clone() });
             }
-            build::build(plan, &stop, &progress)
+            build::build(plan, &room, &stop, &progress)
         })
         .await;
         if let Err(MergeError::Unequal { disk_id, offset }) = &built {

@@ -247,7 +247,7 @@ impl Points {
             if let (Some((by, _)), Some(reach)) = (&by, &reach) {
                 while !*self.shared.stopping.borrow() && self.prune_one(&mut pruning, reach, *by).await? {}
             }
-            let scene = self.scene(&mut *self.shared.store.write().await?, &pruning).await?;
+            let scene = self.scene(&mut *self.shared.store.snapshot().await?, &pruning).await?;
             outcomes.extend(pruning.finished(&scene, mode));
         }
         Ok(outcomes)

@@ -72,15 +72,16 @@ fn is_unsupported(error: &io::Error) -> bool {
 }
 
 /// Brings a file of the published folder into the new one as it is: by a second name, or, where that cannot be had, by a
-/// copy.
+/// copy, for which `room` tells how many bytes may be taken now.
 ///
 /// # Errors
-/// Any error of the file system.
-pub fn carry_over(paths: &BackupPaths, file: &str) -> io::Result<()> {
+/// Any error of the file system; [`io::ErrorKind::StorageFull`] when a copy would take what is not ours.
+pub fn carry_over(paths: &BackupPaths, file: &str, room: impl FnOnce() -> io::Result<u64>) -> io::Result<()> {
     let (from, to) = (paths.published.join(file), paths.merging.join(file));
     match fs::hard_link(&from, &to) {
         Ok(()) => Ok(()),
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::AlreadyExists) => Err(error),
+        Err(_) if fs::metadata(&from)?.len() > room()? => Err(io::ErrorKind::StorageFull.into()),
         Err(_) => fs::copy(&from, &to).map(drop),
     }
 }
@@ -172,12 +173,26 @@ mod tests {
         fs::create_dir_all(&paths.published).unwrap();
         fs::write(paths.published.join("disk-0.qcow2"), b"x").unwrap();
         create_merging(&paths).unwrap();
-        carry_over(&paths, "disk-0.qcow2").unwrap();
-        assert!(carry_over(&paths, "disk-1.qcow2").is_err());
+        carry_over(&paths, "disk-0.qcow2", || Ok(0)).unwrap();
+        assert!(carry_over(&paths, "disk-1.qcow2", || Ok(9)).is_err());
         fs::write(paths.merging.join("new"), b"x").unwrap();
         let inode = |folder: &Path| fs::metadata(folder.join("disk-0.qcow2")).unwrap().ino();
         assert_eq!(inode(&paths.published), inode(&paths.merging));
         exchange(&paths, &BackupId::new(), 1).unwrap();
         assert!(paths.published.join("new").exists() && !paths.merging.join("new").exists());
+    }
+
+    #[test]
+    fn a_file_that_cannot_have_a_second_name_is_copied_only_into_room_that_is_ours() {
+        let (root, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir_in("/dev/shm").unwrap());
+        let paths = BackupPaths::new(root.path(), "db-4X7Z", "backup-1");
+        fs::create_dir_all(&paths.published).unwrap();
+        fs::write(paths.published.join("disk-0.qcow2"), b"x").unwrap();
+        std::os::unix::fs::symlink(elsewhere.path(), &paths.merging).unwrap();
+        let refused = carry_over(&paths, "disk-0.qcow2", || Ok(0)).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::StorageFull);
+        assert!(!elsewhere.path().join("disk-0.qcow2").exists());
+        carry_over(&paths, "disk-0.qcow2", || Ok(1)).unwrap();
+        assert_eq!(fs::read(elsewhere.path().join("disk-0.qcow2")).unwrap(), b"x");
     }
 }

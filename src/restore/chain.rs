@@ -1,28 +1,21 @@
-//! Opening a disk of a committed point: pinned in the transaction that sees it committed, then read-only, with all below it.
-//!
-//! What can be known without reading the disk is looked at here: trust, the presence and length of each file, that the top
-//! opens, is closed and of the right size. Damage beyond that is for a verification to find, or for the read that meets it.
+//! A disk of a committed point as a restore needs it: pinned in the transaction that sees it committed, with what its trust
+//! means for the caller, then opened by [`RecordedChain`].
 
-use std::io;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::path::PathBuf;
 
 use blockyard_qcow2 as qcow2;
 
 use super::{Damage, RestoreError, Shared};
 use crate::id::{BackupId, ExportId};
+use crate::points::chain::{RecordedChain, Settling, Unfit};
 use crate::points::state::{PointState, Trust};
-use crate::repository::layout::BackupPaths;
-use crate::repository::{directory, layout};
+use crate::repository::layout;
 use crate::store::points::{self, ChainImage, PointDiskRow};
 use crate::store::repositories;
 use crate::store::{Connection, WriteTransaction, backups, leases};
 
 /// Memory for the tables of the top image; each below has half of that above it. A guess: 16 MiB map 128 GiB of disk.
 const CACHE_BYTES: usize = 16 << 20;
-/// How often, and how long apart, a chain is looked at that is being made anew at this moment.
-const LOOKS: u32 = 50;
-const BETWEEN_LOOKS: Duration = Duration::from_millis(200);
 
 /// A disk that was found, and is pinned once its transaction is committed.
 #[derive(Clone, Debug)]
@@ -33,8 +26,6 @@ pub(super) struct Found {
     /// What the caller should know.
     pub(super) warnings: Vec<String>,
     repository: PathBuf,
-    /// Where a merge of the point would be at work.
-    merging: PathBuf,
     chain: Vec<ChainImage>,
 }
 
@@ -80,15 +71,12 @@ async fn find(
         return Err(RestoreError::Damaged { point_id: point_id.clone(), reason });
     }
     let vm_name = backups::find(connection, point_id).await?.map(|backup| backup.vm_name).unwrap_or_default();
-    let vm_directory = Path::new(&point.dir).parent().unwrap_or(Path::new("")).to_string_lossy().into_owned();
-    let repository = PathBuf::from(repository.path);
     Ok(Found {
         export_name: layout::point_export_name(&vm_name, point_id.as_str(), disk_id),
         warnings: warnings(point.trust, point.trust_reason.as_deref(), &chain),
-        merging: BackupPaths::new(&repository, &vm_directory, point_id.as_str()).merging,
         point_id: point.id,
         disk,
-        repository,
+        repository: PathBuf::from(repository.path),
         chain,
     })
 }
@@ -105,9 +93,7 @@ fn warnings(trust: Trust, reason: Option<&str>, chain: &[ChainImage]) -> Vec<Str
     }
 }
 
-/// Opens what was pinned. Tables are read when they are needed, so a deep chain opens as fast as a file.
-///
-/// A point may be made anew without its parent between the two: its record is then looked at again.
+/// Opens what was pinned, once files and record agree: a point may be made anew between the two.
 ///
 /// # Errors
 /// Files are not there, or not what was committed.
@@ -116,80 +102,42 @@ pub(super) async fn open(
     mut found: Found,
     damage: Damage,
 ) -> Result<(Found, qcow2::Image), RestoreError> {
-    for _ in 0..LOOKS {
+    let mut settling = Settling::new(&shared.store);
+    loop {
         let looked = found.clone();
-        let opened = tokio::task::spawn_blocking(move || open_image(&looked, damage));
-        let error = match opened.await.map_err(|_| RestoreError::Panicked)? {
+        let opened = tokio::task::spawn_blocking(move || match damage {
+            Damage::Refuse => looked.recorded().open(CACHE_BYTES),
+            Damage::Accept => looked.recorded().open_as_it_is(CACHE_BYTES),
+        });
+        let unfit = match opened.await.map_err(|_| RestoreError::Panicked)? {
             Ok(image) => return Ok((found, image)),
-            Err(error) => error,
+            Err(unfit) => unfit,
         };
-        let chain = points::chain(&mut *shared.store.read().await?, &found.point_id, found.disk.disk_id).await?;
-        if chain != found.chain {
-            let (point_id, disk_id) = (found.point_id.clone(), found.disk.disk_id);
-            found = find(&mut *shared.store.read().await?, &point_id, disk_id, damage).await?;
-        } else if found.merging.exists() {
-            tokio::time::sleep(BETWEEN_LOOKS).await;
-        } else {
-            return Err(error);
+        let (point_id, disk_id) = (found.point_id.clone(), found.disk.disk_id);
+        if !settling.look_again(&point_id, &[(disk_id, &found.chain)]).await? {
+            return Err(failed(&found, &unfit));
         }
+        found = find(&mut *shared.store.read().await?, &point_id, disk_id, damage).await?;
     }
-    Err(RestoreError::FilesMissing(found.point_id))
-}
-
-fn open_image(found: &Found, damage: Damage) -> Result<qcow2::Image, RestoreError> {
-    let damaged = |reason: String| RestoreError::Damaged { point_id: found.point_id.clone(), reason };
-    if damage == Damage::Refuse {
-        for image in &found.chain {
-            let path = found.repository.join(&image.dir).join(&image.file);
-            match directory::file_bytes(&path) {
-                Ok(length) if length == image.file_bytes => {}
-                Ok(length) => {
-                    let what =
-                        format!("{}/{} has {length} bytes instead of {}", image.dir, image.file, image.file_bytes);
-                    return Err(damaged(what));
-                }
-                Err(error) => return Err(failed(found, &qcow2::Error::Open { path, source: error })),
-            }
-        }
-    }
-    let path = found.image_path().ok_or_else(|| RestoreError::FilesMissing(found.point_id.clone()))?;
-    let options = qcow2::OpenOptions {
-        // The folder of the VM: a chain never leaves it.
-        backing_root: path.parent().and_then(Path::parent).map(Path::to_owned),
-        cache_bytes: CACHE_BYTES,
-        ..qcow2::OpenOptions::new(qcow2::Access::ReadOnly)
-    };
-    let image = qcow2::Image::open(&path, &options).map_err(|error| failed(found, &error))?;
-    if damage == Damage::Refuse && image.size() != found.disk.size_bytes {
-        return Err(damaged(format!("the disk has {} bytes instead of {}", image.size(), found.disk.size_bytes)));
-    }
-    if damage == Damage::Refuse && image.is_dirty() {
-        return Err(damaged("the image is not closed".to_owned()));
-    }
-    Ok(image)
 }
 
 /// What the engine says goes to the log: it may name paths.
-fn failed(found: &Found, error: &qcow2::Error) -> RestoreError {
-    tracing::error!(point_id = %found.point_id, disk_id = found.disk.disk_id, %error, "a restore point cannot be opened");
-    match error {
-        qcow2::Error::Open { source, .. } if source.kind() == io::ErrorKind::NotFound => {
-            RestoreError::FilesMissing(found.point_id.clone())
-        }
-        qcow2::Error::Open { source, .. } => RestoreError::Damaged {
-            point_id: found.point_id.clone(),
-            reason: format!("an image cannot be opened ({})", source.kind()),
-        },
-        _ => RestoreError::Damaged {
-            point_id: found.point_id.clone(),
-            reason: "an image of it cannot be opened; the log has the reason".to_owned(),
-        },
+fn failed(found: &Found, unfit: &Unfit) -> RestoreError {
+    let point_id = found.point_id.clone();
+    tracing::error!(%point_id, disk_id = found.disk.disk_id, error = %unfit, "a restore point cannot be opened");
+    if unfit.is_missing() {
+        return RestoreError::FilesMissing(point_id);
     }
+    let reason = match unfit {
+        Unfit::Image(qcow2::Error::Open { source, .. }) => format!("an image cannot be opened ({})", source.kind()),
+        Unfit::Image(_) => "an image of it cannot be opened; the log has the reason".to_owned(),
+        Unfit::Empty | Unfit::Length { .. } | Unfit::Size { .. } | Unfit::NotClosed => unfit.to_string(),
+    };
+    RestoreError::Damaged { point_id, reason }
 }
 
 impl Found {
-    /// The image on top of the chain.
-    pub(super) fn image_path(&self) -> Option<PathBuf> {
-        self.chain.first().map(|top| self.repository.join(&top.dir).join(&top.file))
+    fn recorded(&self) -> RecordedChain<'_> {
+        RecordedChain { repository: &self.repository, images: &self.chain, size_bytes: self.disk.size_bytes }
     }
 }

@@ -27,6 +27,7 @@ mod lists;
 mod many;
 mod merge;
 mod merge_crash;
+mod merge_seam;
 mod metrics;
 mod names;
 mod nbd;

@@ -416,6 +416,47 @@ async fn a_repository_without_room_refuses_a_merge_or_ends_it_and_nothing_change
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_merge_leaves_what_a_running_backup_was_promised() {
+    let folder = tempfile::tempdir().unwrap();
+    let small = folder.path().join("main-is-small");
+    let mounted = Mounted::small(&small, "11m");
+    let plan = Plan {
+        disks: vec![(FIRST, content(1, 3 * MIB)), (SECOND, content(2, MIB + 512))],
+        toml: "[storage]\nmin_free_bytes = 0\nfull_estimate_ratio = 1.0\n".to_owned(),
+        ..Plan::default()
+    };
+    let mut rig = Rig::in_folder(folder, plan).await;
+    rig.service
+        .post("/api/v1/repositories", &json!({"id": "small", "name": "small", "path": small}))
+        .await
+        .expect_status(201);
+    rig.repository = small;
+    let mut body = rig.start_body();
+    body["repository_id"] = "small".into();
+    let mut history: Vec<(BackupId, Disks)> = Vec::new();
+    for round in 0..2 {
+        write_everywhere(&mut rig, round);
+        let started = rig.service.post("/api/v1/backups/vm", &body).await.expect_status(200).json();
+        let backup = rig.end_of(id_of(&started)).await;
+        assert_eq!(backup["state"], "committed", "{backup:#}");
+        history.push((id_of(&backup).parse().unwrap(), rig.disks.clone()));
+    }
+    rig.node.reconfigure(|config| config.faults.pause = Some(PausePoint::AfterBytes(64 << 10)));
+    body["backup_type"] = "full".into();
+    let started = rig.service.post("/api/v1/backups/vm", &body).await.expect_status(200).json();
+    rig.paused().await;
+    // There is room for either, not for both.
+    let refused = merge(&rig, &history[1].0).await;
+    assert!(matches!(&refused, Err(MergeError::InsufficientStorage { .. })), "{refused:?}");
+    rig.cancel(id_of(&started)).await;
+    rig.node.resume();
+    rig.end_of(id_of(&started)).await;
+    merge(&rig, &history[1].0).await.unwrap();
+    expect_whole(&rig, &history, "").await;
+    drop(mounted);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_service_that_stops_ends_a_merge_and_leaves_no_folder() {
     let mut rig = with(|plan| plan.disks = vec![(FIRST, content(1, 64 * MIB))]).await;
     let full = commit(&rig).await;

@@ -77,6 +77,14 @@ async fn second_repository_with_the_same_id_or_folder_is_refused() {
         let refused = service.post("/api/v1/repositories", &body).await.expect_problem(409, "repository_exists");
         assert_eq!(refused["links"]["existing"], "/api/v1/repositories/first");
     }
+    service.add_repository("third").await;
+    for path in [&first, &link] {
+        let body = json!({"name": "x", "path": path});
+        let refused = service.put("/api/v1/repositories/third", "*", &body).await;
+        assert_eq!(refused.expect_problem(409, "repository_exists")["links"]["existing"], "/api/v1/repositories/first");
+    }
+    let moved = json!({"name": "x", "path": other});
+    service.put("/api/v1/repositories/third", "*", &moved).await.expect_status(200);
 }
 
 #[tokio::test]

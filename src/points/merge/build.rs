@@ -1,5 +1,6 @@
 //! The folder `<id>.merging` with everything in it: images, proven to read as those of the point, and the manifest.
 
+use std::io;
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,8 +20,10 @@ use crate::store::points::PointDiskRow;
 const BLOCKS_EXTENSION: &str = "blocks";
 
 /// Fills the folder, which is there and empty. Blocks for as long as it takes to read everything three times.
+/// `room` tells how many bytes a copy may take.
 pub(super) fn build(
     plan: &Plan,
+    room: &dyn Fn() -> io::Result<u64>,
     stop: &AtomicBool,
     progress: &watch::Sender<Option<MergeProgress>>,
 ) -> Result<Manifest, MergeError> {
@@ -39,10 +42,10 @@ pub(super) fn build(
         let known = known.ok_or_else(|| mismatch(plan, disk_id))?;
         let blocks = Path::new(&disk.row.file).with_extension(BLOCKS_EXTENSION);
         if plan.paths.published.join(&blocks).exists() {
-            merging::carry_over(&plan.paths, &blocks.to_string_lossy())?;
+            merging::carry_over(&plan.paths, &blocks.to_string_lossy(), room)?;
         }
         if disk.parent.is_none() {
-            merging::carry_over(&plan.paths, &disk.row.file)?;
+            merging::carry_over(&plan.paths, &disk.row.file, room)?;
             disks.push(known.clone());
             continue;
         }
@@ -60,7 +63,7 @@ pub(super) fn build(
         before += 2 * disk.row.size_bytes;
     }
     let manifest = describe_all(published, absorbed, disks);
-    merging::finish_merging(&plan.paths, &manifest.encode().map_err(std::io::Error::from)?)?;
+    merging::finish_merging(&plan.paths, &manifest.encode().map_err(io::Error::from)?)?;
     Ok(directory::load(&plan.paths.merging, &plan.point.id)?)
 }
 
