@@ -41,8 +41,8 @@ pub struct SubjectDisk {
 }
 
 impl SubjectDisk {
-    /// BLAKE3 of the image, as it is recorded.
-    fn digest(&self) -> Option<Digest> {
+    /// BLAKE3 of the image, as it is recorded. One that a merge has made anew has none before it was read.
+    pub fn digest(&self) -> Option<Digest> {
         self.row.digest.as_deref().and_then(|digest| digest.parse().ok())
     }
 
@@ -326,24 +326,27 @@ impl Look<'_> {
 
     fn conclude(mut self, document: &Result<Digests, Lack>) -> Inspection {
         let recorded = self.subject.disks.iter().all(|disk| disk.digest().is_some() && disk.content().is_some());
+        let rooted = self.subject.disks.iter().all(|disk| disk.content().is_some());
         let nothing = self.subject.disks.iter().all(|disk| disk.digest().is_none() && disk.content().is_none());
         let state = match document {
             // The images are what it says, or what the database says: either proves them.
             Ok(_) if self.stale => Document::Stale,
             Ok(_) => Document::Sound,
             Err(Lack::Absent) if nothing => Document::Absent,
+            // A merge leaves none: images that it made are proven by what they read as.
+            Err(Lack::Absent) if rooted && !recorded => Document::Stale,
             Err(Lack::Absent) => {
                 self.warn("digests_missing", DIGESTS, "the file is not there");
                 if recorded { Document::Stale } else { Document::Kept }
             }
-            Err(Lack::Damaged) if recorded => Document::Stale,
+            Err(Lack::Damaged) if rooted => Document::Stale,
             Err(Lack::Damaged | Lack::Newer | Lack::Unreadable) => Document::Kept,
         };
         if self.stale && document.is_ok() && self.findings.is_empty() {
             self.warn("digests_stale", DIGESTS, "it tells of other images than those that are recorded");
         }
         let newer = matches!(document, Err(Lack::Newer | Lack::Unreadable));
-        if state == Document::Kept && !(newer && recorded) {
+        if state == Document::Kept && !(newer && rooted) {
             let detail = "nothing proves that the images are what was committed";
             self.findings.push(Finding::of_point(Severity::Suspect, "unproven", detail));
         }
