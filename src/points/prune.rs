@@ -11,6 +11,7 @@ use serde_json::json;
 
 use super::Points;
 use super::delete::{DeleteError, Reach};
+use super::merge::MergeError;
 use super::retention::{self, Attempt, Candidate, Decision, Verdict};
 use crate::clock::UtcTime;
 use crate::id::{BackupId, RepositoryId, VmId};
@@ -112,6 +113,8 @@ struct Pruning {
     done: Vec<Outcome>,
     /// Points that could not go, and why.
     failed: BTreeMap<BackupId, String>,
+    /// Points that could not be merged because of somebody who had not been there when it was decided. Once each.
+    busy: BTreeSet<BackupId>,
     /// Points that nothing builds upon any more: what did, and the bytes of both before.
     merged: BTreeMap<BackupId, (BackupId, u64)>,
 }
@@ -224,12 +227,20 @@ impl Points {
                 vm_name,
                 done: Vec::new(),
                 failed: BTreeMap::new(),
+                busy: BTreeSet::new(),
                 merged: BTreeMap::new(),
             };
-            if let (Some((by, _)), Some(reach)) = (&by, &reach) {
-                while !*self.shared.stopping.borrow() && self.prune_one(&mut pruning, reach, *by).await? {}
-            }
-            let scene = self.scene(&mut *self.shared.store.write().await?, &pruning).await?;
+            let scene = loop {
+                if let (Some((by, _)), Some(reach)) = (&by, &reach) {
+                    while !*self.shared.stopping.borrow() && self.prune_one(&mut pruning, reach, *by).await? {}
+                }
+                let scene = self.scene(&mut *self.shared.store.write().await?, &pruning).await?;
+                // What was in use a moment ago may be free by now, and nobody would come back for it.
+                let is_done = scene.verdicts.iter().all(|verdict| verdict.decision == Decision::Keep);
+                if is_done || by.is_none() || *self.shared.stopping.borrow() {
+                    break scene;
+                }
+            };
             outcomes.extend(pruning.finished(&scene, mode));
         }
         Ok(outcomes)
@@ -289,14 +300,20 @@ impl Points {
             }
             Decision::Merge { into } => {
                 drop(transaction);
-                let failed = self.absorb(into).await;
-                if failed.is_none() {
-                    // The next turn finds it without children.
-                    let before = scene.bytes(&verdict.id) + scene.bytes(into);
-                    pruning.merged.insert(verdict.id.clone(), (into.clone(), before));
-                    return Ok(true);
+                match self.merge(into).await {
+                    Ok(_) => {
+                        // The next turn finds it without children.
+                        let before = scene.bytes(&verdict.id) + scene.bytes(into);
+                        pruning.merged.insert(verdict.id.clone(), (into.clone(), before));
+                        return Ok(true);
+                    }
+                    // Somebody came first. The next turn sees who, so that they are waited for, or that they are gone.
+                    Err(MergeError::Busy { .. }) if pruning.busy.insert(verdict.id.clone()) => return Ok(true),
+                    Err(error) => {
+                        tracing::warn!(point = %into, %error, "a point could not be made anew without its parent");
+                        Some(error.public())
+                    }
                 }
-                failed
             }
             Decision::Delete | Decision::Keep => {
                 match self.begin_deletion(&mut transaction, &verdict.id, reach, by).await {
@@ -313,13 +330,6 @@ impl Points {
             None => pruning.went(&scene, verdict),
         }
         Ok(true)
-    }
-
-    /// Makes a point anew without its parent; why that could not be done.
-    async fn absorb(&self, child: &BackupId) -> Option<String> {
-        let error = self.merge(child).await.err()?;
-        tracing::warn!(point = %child, %error, "a point could not be made anew without its parent");
-        Some(error.public())
     }
 
     /// Prunes, on behalf of the repository's rules, the points of each VM after a job of it has committed. Outside the job: the VM

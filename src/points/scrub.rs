@@ -24,12 +24,10 @@ const DAY_S: u64 = 86_400;
 /// What one step did.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Scrubbed {
-    /// There was nothing to do.
+    /// There was nothing to do, or nothing that can be done now.
     Nothing,
     /// A point was read.
     Point(BackupId, Outcome),
-    /// A point cannot be read now; it is left alone for a day, or until the next start.
-    Passed(BackupId),
 }
 
 /// Points that could not be read, and when that was.
@@ -76,24 +74,23 @@ impl Points {
     }
 
     async fn verify_first(&self, ids: Vec<BackupId>, now: UtcTime) -> Result<Scrubbed, StoreError> {
-        let Some(id) = ids.into_iter().find(|id| !self.shared.passed.holds(id, now)) else {
-            return Ok(Scrubbed::Nothing);
-        };
         let request = Request { scope: Scope::Point, content: Content::Known };
-        match self.verify_now(&id, request).await {
-            Ok(ended) => {
-                let outcome = ended.view().outcome.unwrap_or(Outcome::Failed);
-                if outcome == Outcome::Failed {
-                    self.shared.passed.note(&id, now);
+        for id in ids.into_iter().filter(|id| !self.shared.passed.holds(id, now)) {
+            match self.verify_now(&id, request).await {
+                Ok(ended) => {
+                    let outcome = ended.view().outcome.unwrap_or(Outcome::Failed);
+                    if outcome == Outcome::Failed {
+                        self.shared.passed.note(&id, now);
+                    }
+                    return Ok(Scrubbed::Point(id, outcome));
                 }
-                Ok(Scrubbed::Point(id, outcome))
-            }
-            Err(VerifyError::Store(error)) => Err(error),
-            Err(VerifyError::NotFound(_) | VerifyError::InUse { .. } | VerifyError::Stopping) => {
-                self.shared.passed.note(&id, now);
-                Ok(Scrubbed::Passed(id))
+                // Whoever makes it anew or removes it commits when that is done, and then it is looked at again.
+                Err(VerifyError::NotFound(_) | VerifyError::InUse { .. }) => {}
+                Err(VerifyError::Stopping) => break,
+                Err(VerifyError::Store(error)) => return Err(error),
             }
         }
+        Ok(Scrubbed::Nothing)
     }
 
     /// Begins to do both by itself. `busy` says whether backups are running.

@@ -540,6 +540,48 @@ async fn a_merged_point_is_read_anew_and_held_to_the_content_that_was_known_of_i
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn points_above_a_merged_one_are_verified_as_before() {
+    let mut rig = rig("").await;
+    let ids = chain(&mut rig, 4).await;
+    verify(&rig.service, &ids[3], json!({})).await;
+    merge(&rig, &ids[1]).await;
+    let top = point(&rig.service, &ids[3]).await;
+    assert_eq!((&top["trust"], &top["disks"][0]["chain_depth"]), (&json!("verified"), &json!(3)), "{top:#}");
+    for body in [json!({}), json!({"scope": "point", "content": true})] {
+        let verification = verify(&rig.service, &ids[3], body).await;
+        assert_eq!(verification["outcome"], "verified", "{verification:#}");
+        assert!(findings(&verification).is_empty(), "{verification:#}");
+    }
+    for id in &ids {
+        assert_eq!(point(&rig.service, id).await["trust"], "verified");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_point_that_is_being_made_anew_is_verified_when_that_is_done() {
+    let rig = rig(AUTOMATIC).await;
+    let app = rig.service.service.app();
+    let held = app.points.hold_verifications();
+    let id = id_of(&rig.back_up().await).to_owned();
+    let other = id_of(&rig.back_up().await).to_owned();
+    when(&rig.service, &id, |point| point["verification"]["state"] == "running").await;
+    // What is next in turn is in the hands of a task, as a merge is.
+    let merge = blockyard::id::TaskId::new();
+    let mut transaction = app.store.write().await.unwrap();
+    leases::take(&mut transaction, LeaseKind::Pin, &other, merge.as_str(), &app.boot_id).await.unwrap().unwrap();
+    transaction.commit().await.unwrap();
+    drop(held);
+    when(&rig.service, &id, |point| point["trust"] == "verified").await;
+    let now = UtcTime::now();
+    assert_eq!(app.points.verify_next_new(now).await.unwrap(), Scrubbed::Nothing);
+    assert_eq!(rig.backup(&other).await["facets"]["verify"], "pending");
+    let mut transaction = app.store.write().await.unwrap();
+    leases::release_all(&mut transaction, merge.as_str()).await.unwrap();
+    transaction.commit().await.unwrap();
+    when(&rig.service, &other, |point| point["trust"] == "verified").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_bit_that_flipped_in_a_merged_image_before_anybody_read_it_is_found_by_its_content() {
     for (length, outcome) in [(2, "corrupt"), (3, "suspect")] {
         let mut rig = rig("").await;
