@@ -41,8 +41,8 @@ pub struct SubjectDisk {
 }
 
 impl SubjectDisk {
-    /// BLAKE3 of the image, as it is recorded.
-    fn digest(&self) -> Option<Digest> {
+    /// BLAKE3 of the image, as it is recorded. One that a merge has made anew has none before it was read.
+    pub fn digest(&self) -> Option<Digest> {
         self.row.digest.as_deref().and_then(|digest| digest.parse().ok())
     }
 
@@ -62,7 +62,7 @@ impl SubjectDisk {
 pub enum Document {
     /// All of it is what was written.
     Sound,
-    /// There is none, and no digest of the images is recorded: nobody has read them before.
+    /// There is none, and nothing is recorded: nobody has read the point before.
     Absent,
     /// It must be written anew, and the records allow it.
     Stale,
@@ -326,24 +326,27 @@ impl Look<'_> {
 
     fn conclude(mut self, document: &Result<Digests, Lack>) -> Inspection {
         let recorded = self.subject.disks.iter().all(|disk| disk.digest().is_some() && disk.content().is_some());
+        let rooted = self.subject.disks.iter().all(|disk| disk.content().is_some());
+        let nothing = self.subject.disks.iter().all(|disk| disk.digest().is_none() && disk.content().is_none());
         let state = match document {
             // The images are what it says, or what the database says: either proves them.
             Ok(_) if self.stale => Document::Stale,
             Ok(_) => Document::Sound,
-            Err(Lack::Absent) if recorded => {
+            Err(Lack::Absent) if nothing => Document::Absent,
+            // A merge leaves none: images that it made are proven by what they read as.
+            Err(Lack::Absent) if rooted && !recorded => Document::Stale,
+            Err(Lack::Absent) => {
                 self.warn("digests_missing", DIGESTS, "the file is not there");
-                Document::Stale
+                if recorded { Document::Stale } else { Document::Kept }
             }
-            // Never read, or made anew by a merge since: then the content is recorded, and must come out of the new images.
-            Err(Lack::Absent) => Document::Absent,
-            Err(Lack::Damaged) if recorded => Document::Stale,
+            Err(Lack::Damaged) if rooted => Document::Stale,
             Err(Lack::Damaged | Lack::Newer | Lack::Unreadable) => Document::Kept,
         };
         if self.stale && document.is_ok() && self.findings.is_empty() {
             self.warn("digests_stale", DIGESTS, "it tells of other images than those that are recorded");
         }
         let newer = matches!(document, Err(Lack::Newer | Lack::Unreadable));
-        if state == Document::Kept && !(newer && recorded) {
+        if state == Document::Kept && !(newer && rooted) {
             let detail = "nothing proves that the images are what was committed";
             self.findings.push(Finding::of_point(Severity::Suspect, "unproven", detail));
         }
@@ -366,7 +369,7 @@ fn disagreement(manifest: &Manifest, subject: &Subject) -> Option<String> {
         return Some(format!("it has {} disks, {} are recorded", manifest.disks.len(), subject.disks.len()));
     }
     for (told, SubjectDisk { row, .. }) in manifest.disks.iter().zip(&subject.disks) {
-        // Not the depth of the chain: a merge below makes it shorter, and the manifest is what it was.
+        // Not the depth of its chain: a merge below makes that less, and a manifest tells how it was at the commit.
         let agrees = (told.disk_id, told.device_key, told.size_bytes, told.file_bytes)
             == (row.disk_id, row.device_key, row.size_bytes, row.file_bytes)
             && told.file == row.file

@@ -67,8 +67,6 @@ pub struct Outcome {
     pub frees_bytes: u64,
     /// Why it stays although no rule keeps it.
     pub error: Option<String>,
-    /// Who has to end first, when that is all that keeps it.
-    pub busy: Option<String>,
 }
 
 /// The points of one VM in a repository and what the rules say of them, as of one transaction.
@@ -114,7 +112,9 @@ struct Pruning {
     vm_name: String,
     done: Vec<Outcome>,
     /// Points that could not go, and why.
-    failed: BTreeMap<BackupId, Failure>,
+    failed: BTreeMap<BackupId, String>,
+    /// Points that could not be merged because of somebody who had not been there when it was decided. Once each.
+    busy: BTreeSet<BackupId>,
     /// Points that nothing builds upon any more: what did, and the bytes of both before.
     merged: BTreeMap<BackupId, (BackupId, u64)>,
 }
@@ -126,8 +126,7 @@ impl Pruning {
             vm_name: self.vm_name.clone(),
             committed_at: scene.committed_at(&verdict.id).unwrap_or_else(UtcTime::now),
             frees_bytes: scene.frees_bytes(verdict),
-            error: self.failed.get(&verdict.id).map(|failure| failure.text.clone()),
-            busy: self.failed.get(&verdict.id).and_then(|failure| failure.busy.clone()),
+            error: self.failed.get(&verdict.id).cloned(),
             verdict: verdict.clone(),
         }
     }
@@ -143,8 +142,8 @@ impl Pruning {
     }
 
     /// A point that stays although it should not.
-    fn stays(&mut self, scene: &Scene, verdict: &Verdict, error: Failure) {
-        tracing::warn!(point = %verdict.id, error = error.text, "retention could not let a restore point go");
+    fn stays(&mut self, scene: &Scene, verdict: &Verdict, error: String) {
+        tracing::warn!(point = %verdict.id, error, "retention could not let a restore point go");
         self.failed.insert(verdict.id.clone(), error);
         let kept = Verdict { id: verdict.id.clone(), decision: Decision::Keep, reasons: Vec::new() };
         let outcome = self.outcome(scene, &kept);
@@ -167,20 +166,6 @@ impl Pruning {
         self.done
             .sort_by(|one, other| (other.committed_at, &other.verdict.id).cmp(&(one.committed_at, &one.verdict.id)));
         self.done
-    }
-}
-
-/// Why a point could not go.
-#[derive(Clone, Debug)]
-struct Failure {
-    text: String,
-    /// The task that has to end first.
-    busy: Option<String>,
-}
-
-impl From<String> for Failure {
-    fn from(text: String) -> Self {
-        Self { text, busy: None }
     }
 }
 
@@ -242,12 +227,20 @@ impl Points {
                 vm_name,
                 done: Vec::new(),
                 failed: BTreeMap::new(),
+                busy: BTreeSet::new(),
                 merged: BTreeMap::new(),
             };
-            if let (Some((by, _)), Some(reach)) = (&by, &reach) {
-                while !*self.shared.stopping.borrow() && self.prune_one(&mut pruning, reach, *by).await? {}
-            }
-            let scene = self.scene(&mut *self.shared.store.snapshot().await?, &pruning).await?;
+            let scene = loop {
+                if let (Some((by, _)), Some(reach)) = (&by, &reach) {
+                    while !*self.shared.stopping.borrow() && self.prune_one(&mut pruning, reach, *by).await? {}
+                }
+                let scene = self.scene(&mut *self.shared.store.snapshot().await?, &pruning).await?;
+                // What was in use a moment ago may be free by now, and nobody would come back for it.
+                let is_done = scene.verdicts.iter().all(|verdict| verdict.decision == Decision::Keep);
+                if is_done || by.is_none() || *self.shared.stopping.borrow() {
+                    break scene;
+                }
+            };
             outcomes.extend(pruning.finished(&scene, mode));
         }
         Ok(outcomes)
@@ -303,26 +296,32 @@ impl Points {
         let failed = match &verdict.decision {
             Decision::Merge { into } if pruning.merged.contains_key(&verdict.id) => {
                 drop(transaction);
-                Some(format!("{into} still builds upon it").into())
+                Some(format!("{into} still builds upon it"))
             }
             Decision::Merge { into } => {
                 drop(transaction);
-                let failed = self.absorb(into).await;
-                if failed.is_none() {
-                    // The next turn finds it without children.
-                    let before = scene.bytes(&verdict.id) + scene.bytes(into);
-                    pruning.merged.insert(verdict.id.clone(), (into.clone(), before));
-                    return Ok(true);
+                match self.merge(into).await {
+                    Ok(_) => {
+                        // The next turn finds it without children.
+                        let before = scene.bytes(&verdict.id) + scene.bytes(into);
+                        pruning.merged.insert(verdict.id.clone(), (into.clone(), before));
+                        return Ok(true);
+                    }
+                    // Somebody came first. The next turn sees who, so that they are waited for, or that they are gone.
+                    Err(MergeError::Busy { .. }) if pruning.busy.insert(verdict.id.clone()) => return Ok(true),
+                    Err(error) => {
+                        tracing::warn!(point = %into, %error, "a point could not be made anew without its parent");
+                        Some(error.public())
+                    }
                 }
-                failed
             }
             Decision::Delete | Decision::Keep => {
                 match self.begin_deletion(&mut transaction, &verdict.id, reach, by).await {
                     Ok(begun) => {
                         transaction.commit().await?;
-                        self.finish_deletion(begun).await.err().map(|error| error.to_string().into())
+                        self.finish_deletion(begun).await.err().map(|error| error.to_string())
                     }
-                    Err(error) => Some(error.to_string().into()),
+                    Err(error) => Some(error.to_string()),
                 }
             }
         };
@@ -331,15 +330,6 @@ impl Points {
             None => pruning.went(&scene, verdict),
         }
         Ok(true)
-    }
-
-    /// Makes a point anew without its parent; why that could not be done.
-    async fn absorb(&self, child: &BackupId) -> Option<Failure> {
-        let error = self.merge(child).await.err()?;
-        tracing::warn!(point = %child, %error, "a point could not be made anew without its parent");
-        let text = error.public();
-        let busy = if let MergeError::Busy { holder, .. } = error { Some(holder) } else { None };
-        Some(Failure { text, busy })
     }
 
     /// Prunes, on behalf of the repository's rules, the points of each VM after a job of it has committed. Outside the job: the VM
@@ -409,10 +399,7 @@ impl Points {
             Ok(outcomes) => {
                 for outcome in outcomes {
                     holders.extend(outcome.verdict.held_by().into_iter().flatten());
-                    match (outcome.busy, outcome.error) {
-                        (Some(holder), _) => holders.extend([holder]),
-                        (None, error) => failures.extend(error.map(|error| format!("{}: {error}", outcome.verdict.id))),
-                    }
+                    failures.extend(outcome.error.map(|error| format!("{}: {error}", outcome.verdict.id)));
                 }
             }
         }

@@ -19,50 +19,30 @@ const LOOK: Duration = Duration::from_secs(60);
 /// How long a point that could not be read is left alone, in seconds. A guess: a day gives a person time, and its log lines a
 /// bound.
 const RETRY_S: f64 = 86_400.0;
-/// How long one is left alone that another task has, in seconds: merges and verifications end by themselves.
-const BUSY_RETRY_S: f64 = 30.0;
 const DAY_S: u64 = 86_400;
 
 /// What one step did.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Scrubbed {
-    /// There was nothing to do.
+    /// There was nothing to do, or nothing that can be done now.
     Nothing,
     /// A point was read.
     Point(BackupId, Outcome),
-    /// Another task has the point; it is left alone for a little while.
-    Passed(BackupId),
 }
 
-/// Why a point was passed over.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Why {
-    /// It could not be read.
-    Unreadable,
-    /// Another task had it.
-    Busy,
-}
-
-/// Points that could not be read, when that was, and why.
+/// Points that could not be read, and when that was.
 #[derive(Debug, Default)]
-pub struct Passed(Mutex<HashMap<BackupId, (UtcTime, Why)>>);
+pub struct Passed(Mutex<HashMap<BackupId, UtcTime>>);
 
 impl Passed {
-    fn note(&self, id: &BackupId, now: UtcTime, why: Why) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(id.clone(), (now, why));
+    fn note(&self, id: &BackupId, now: UtcTime) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(id.clone(), now);
     }
 
-    /// Whether it is left alone for now.
-    fn holds(&self, id: &BackupId, now: UtcTime) -> bool {
-        let retry = |why| if why == Why::Busy { BUSY_RETRY_S } else { RETRY_S };
+    /// Whether it was passed over lately.
+    pub fn holds(&self, id: &BackupId, now: UtcTime) -> bool {
         let passed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        passed.get(id).is_some_and(|(then, why)| now.seconds_since(*then) < retry(*why))
-    }
-
-    /// Whether it could not be read lately.
-    fn failed(&self, id: &BackupId, now: UtcTime) -> bool {
-        let passed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        passed.get(id).is_some_and(|(then, why)| *why == Why::Unreadable && now.seconds_since(*then) < RETRY_S)
+        passed.get(id).is_some_and(|then| now.seconds_since(*then) < RETRY_S)
     }
 }
 
@@ -94,24 +74,23 @@ impl Points {
     }
 
     async fn verify_first(&self, ids: Vec<BackupId>, now: UtcTime) -> Result<Scrubbed, StoreError> {
-        let Some(id) = ids.into_iter().find(|id| !self.shared.passed.holds(id, now)) else {
-            return Ok(Scrubbed::Nothing);
-        };
         let request = Request { scope: Scope::Point, content: Content::Known };
-        match self.verify_now(&id, request).await {
-            Ok(ended) => {
-                let outcome = ended.view().outcome.unwrap_or(Outcome::Failed);
-                if outcome == Outcome::Failed {
-                    self.shared.passed.note(&id, now, Why::Unreadable);
+        for id in ids.into_iter().filter(|id| !self.shared.passed.holds(id, now)) {
+            match self.verify_now(&id, request).await {
+                Ok(ended) => {
+                    let outcome = ended.view().outcome.unwrap_or(Outcome::Failed);
+                    if outcome == Outcome::Failed {
+                        self.shared.passed.note(&id, now);
+                    }
+                    return Ok(Scrubbed::Point(id, outcome));
                 }
-                Ok(Scrubbed::Point(id, outcome))
-            }
-            Err(VerifyError::Store(error)) => Err(error),
-            Err(VerifyError::NotFound(_) | VerifyError::InUse { .. } | VerifyError::Stopping) => {
-                self.shared.passed.note(&id, now, Why::Busy);
-                Ok(Scrubbed::Passed(id))
+                // Whoever makes it anew or removes it commits when that is done, and then it is looked at again.
+                Err(VerifyError::NotFound(_) | VerifyError::InUse { .. }) => {}
+                Err(VerifyError::Stopping) => break,
+                Err(VerifyError::Store(error)) => return Err(error),
             }
         }
+        Ok(Scrubbed::Nothing)
     }
 
     /// Begins to do both by itself. `busy` says whether backups are running.
@@ -161,7 +140,7 @@ impl Points {
         }
         match point {
             Some((trust, true)) if trust != state::Trust::Unverified => trust.as_str(),
-            Some(_) if self.shared.passed.failed(id, UtcTime::now()) => "failed",
+            Some(_) if self.shared.passed.holds(id, UtcTime::now()) => "failed",
             _ => waits,
         }
     }

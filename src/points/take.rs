@@ -71,10 +71,12 @@ fn take(subject: &Subject, inspection: Inspection, content: Content, reading: &R
         disk.content().or(written)
     };
     let writes = matches!(document, Document::Absent | Document::Stale);
+    // A root is taken on trust only for an image that is proven to be the one that it was taken of.
+    let proven = |disk: &SubjectDisk| document == Document::Sound || disk.digest().is_some();
     let mut disks = Vec::with_capacity(subject.disks.len());
     for disk in &subject.disks {
         let root = match (known(disk), content) {
-            (Some(root), Content::Known) if !writes => root,
+            (Some(root), Content::Known) if !writes && proven(disk) => root,
             (expected, _) => match read_disk(subject, disk, expected, content, writes, reading)? {
                 Ok(root) => root,
                 Err(finding) => {
@@ -148,9 +150,14 @@ fn read_disk(
     };
     Ok(match expected.filter(|expected| *expected != root) {
         Some(expected) => {
-            let detail =
-                format!("the disk hashes to {root}, not to {expected}, although the image is what was committed");
-            Err(Finding::of_file(Severity::Suspect, "content_mismatch", file, detail))
+            let differs = format!("the disk hashes to {root}, not to {expected}");
+            let (severity, detail) = match (disk.digest(), &disk.row.parent_id) {
+                (Some(_), _) => (Severity::Suspect, format!("{differs}, although the image is what was committed")),
+                (None, Some(_)) => (Severity::Suspect, format!("{differs}: it, or what it builds upon, was changed")),
+                // Made anew by a merge, and nothing else can be to blame.
+                (None, None) => (Severity::Corrupt, differs),
+            };
+            Err(Finding::of_file(severity, "content_mismatch", file, detail))
         }
         None => Ok(root),
     })

@@ -492,6 +492,44 @@ async fn what_was_in_use_when_the_rules_were_applied_goes_when_it_is_not() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_becomes_free_while_the_rules_are_applied_goes_and_nothing_is_left_behind_without_a_reason() {
+    let mut rig = rig("").await;
+    let history = chain(&mut rig, 6).await;
+    set_rules(&rig, &json!({"keep_last": 1})).await;
+    // Somebody who has all of them, then none, in every other transaction.
+    let app = rig.service.service.app().clone();
+    let (pinned, top) = (history.len() - 2, history[history.len() - 2].0.parse().unwrap());
+    let task = blockyard::id::TaskId::new();
+    let come_and_go = tokio::spawn(async move {
+        for _ in 0.. {
+            let mut transaction = app.store.write().await.unwrap();
+            // Those that are left; the topmost goes first.
+            let _ = leases::pin_chain(&mut transaction, &top, task.as_str(), &app.boot_id).await;
+            transaction.commit().await.unwrap();
+            let mut transaction = app.store.write().await.unwrap();
+            leases::release_all(&mut transaction, task.as_str()).await.unwrap();
+            transaction.commit().await.unwrap();
+        }
+    });
+    for _ in 0..100 {
+        let answer = prune(&rig, "?dry_run=false").await;
+        for (id, _) in &history[..=pinned] {
+            let found = answer["points"].as_array().unwrap().iter().find(|row| row["point_id"] == *id);
+            let Some(row) = found.filter(|row| row["decision"] == "keep") else { continue };
+            assert_eq!(row["error"], Value::Null, "{answer:#}");
+            assert_ne!(row["reasons"], json!([]), "{answer:#}");
+        }
+        if rig.points().await.len() == 1 {
+            break;
+        }
+    }
+    come_and_go.abort();
+    prune(&rig, "?dry_run=false").await;
+    assert_eq!(rig.points().await.len(), 1);
+    expect_restores(&published(&rig, &history[5].0).await, &history[5].1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn removing_a_vm_keeps_its_points_and_they_can_be_deleted() {
     let rig = Rig::new().await;
     let id = id_of(&commit(&rig).await).to_owned();

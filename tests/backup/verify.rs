@@ -493,6 +493,119 @@ async fn an_image_with_digests_that_neither_disk_nor_database_can_prove_is_not_t
     assert_eq!(point(&rig.service, &id).await["trust"], "suspect");
 }
 
+/// Makes a point anew without its parent; how its disks are recorded then.
+async fn merge(rig: &Rig, id: &str) -> Vec<points::PointDiskRow> {
+    let app = rig.service.service.app();
+    app.points.merge(&id.parse().unwrap()).await.unwrap();
+    points::disks(&mut app.store.read().await.unwrap(), &id.parse().unwrap()).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_merged_point_is_read_anew_and_held_to_the_content_that_was_known_of_it() {
+    let mut rig = rig("").await;
+    let ids = chain(&mut rig, 3).await;
+    verify(&rig.service, &ids[2], json!({})).await;
+    let app = rig.service.service.app();
+    // First an incremental upon the grandparent, then a full.
+    for generation in 1..3 {
+        let merged = merge(&rig, &ids[2]).await;
+        let recorded = point(&rig.service, &ids[2]).await;
+        assert_eq!(recorded["trust"], "unverified", "{recorded:#}");
+        for (disk, (_, bytes)) in merged.iter().zip(&rig.disks) {
+            assert_eq!((&disk.digest, &disk.content_digest), (&None, &Some(root(bytes).1)), "{generation}");
+        }
+        let folder = published(&rig, &ids[2]).await;
+        assert!(!folder.join("digests.json").exists(), "nobody has read the new images");
+        let verification = verify(&rig.service, &ids[2], json!({"scope": "point"})).await;
+        assert_eq!(verification["outcome"], "verified", "{verification:#}");
+        assert!(findings(&verification).is_empty(), "{verification:#}");
+        let images: u64 = merged.iter().map(|disk| disk.file_bytes).sum();
+        // An incremental takes over what it does not touch from the point below, a full has nobody to take it from.
+        let disks: u64 = if generation == 1 { MIB as u64 } else { merged.iter().map(|disk| disk.size_bytes).sum() };
+        let manifest = fs::metadata(folder.join("manifest.json")).unwrap().len();
+        assert_eq!(verification["bytes_read"], images + disks + manifest, "{verification:#}");
+        let verified = point(&rig.service, &ids[2]).await;
+        assert_eq!(verified["trust"], "verified");
+        let rows = points::disks(&mut app.store.read().await.unwrap(), &ids[2].parse().unwrap()).await.unwrap();
+        for (disk, (_, bytes)) in rows.iter().zip(&rig.disks) {
+            let image = blake3::hash(&fs::read(folder.join(&disk.file)).unwrap()).to_hex().to_string();
+            assert_eq!((&disk.digest, &disk.content_digest), (&Some(image), &Some(root(bytes).1)), "{generation}");
+        }
+        assert!(folder.join("digests.json").exists());
+        // From now on by the digests of the files.
+        let again = verify(&rig.service, &ids[2], json!({"scope": "point"})).await;
+        assert_eq!((&again["outcome"], &again["bytes_read"]), (&json!("verified"), &json!(images + manifest)));
+    }
+    rig.expect_restorable(&ids[2]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn points_above_a_merged_one_are_verified_as_before() {
+    let mut rig = rig("").await;
+    let ids = chain(&mut rig, 4).await;
+    verify(&rig.service, &ids[3], json!({})).await;
+    merge(&rig, &ids[1]).await;
+    let top = point(&rig.service, &ids[3]).await;
+    assert_eq!((&top["trust"], &top["disks"][0]["chain_depth"]), (&json!("verified"), &json!(3)), "{top:#}");
+    for body in [json!({}), json!({"scope": "point", "content": true})] {
+        let verification = verify(&rig.service, &ids[3], body).await;
+        assert_eq!(verification["outcome"], "verified", "{verification:#}");
+        assert!(findings(&verification).is_empty(), "{verification:#}");
+    }
+    for id in &ids {
+        assert_eq!(point(&rig.service, id).await["trust"], "verified");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_point_that_is_being_made_anew_is_verified_when_that_is_done() {
+    let rig = rig(AUTOMATIC).await;
+    let app = rig.service.service.app();
+    let held = app.points.hold_verifications();
+    let id = id_of(&rig.back_up().await).to_owned();
+    let other = id_of(&rig.back_up().await).to_owned();
+    when(&rig.service, &id, |point| point["verification"]["state"] == "running").await;
+    // What is next in turn is in the hands of a task, as a merge is.
+    let merge = blockyard::id::TaskId::new();
+    let mut transaction = app.store.write().await.unwrap();
+    leases::take(&mut transaction, LeaseKind::Pin, &other, merge.as_str(), &app.boot_id).await.unwrap().unwrap();
+    transaction.commit().await.unwrap();
+    drop(held);
+    when(&rig.service, &id, |point| point["trust"] == "verified").await;
+    let now = UtcTime::now();
+    assert_eq!(app.points.verify_next_new(now).await.unwrap(), Scrubbed::Nothing);
+    assert_eq!(rig.backup(&other).await["facets"]["verify"], "pending");
+    let mut transaction = app.store.write().await.unwrap();
+    leases::release_all(&mut transaction, merge.as_str()).await.unwrap();
+    transaction.commit().await.unwrap();
+    when(&rig.service, &other, |point| point["trust"] == "verified").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bit_that_flipped_in_a_merged_image_before_anybody_read_it_is_found_by_its_content() {
+    for (length, outcome) in [(2, "corrupt"), (3, "suspect")] {
+        let mut rig = rig("").await;
+        let ids = chain(&mut rig, length).await;
+        let last = ids.last().unwrap();
+        verify(&rig.service, last, json!({})).await;
+        merge(&rig, last).await;
+        // In data, where no table shows it.
+        let image = published(&rig, last).await.join("disk-0.qcow2");
+        let data = &rig.disks[0].1[MIB + 65_536..][..512];
+        let bytes = fs::read(&image).unwrap();
+        let at = bytes.windows(512).position(|window| window == data).expect("the image holds what was written");
+        flip(&image, 8 * at as u64 + 100);
+        let verification = verify(&rig.service, last, json!({})).await;
+        assert_eq!(verification["outcome"], outcome, "{verification:#}");
+        assert_eq!(findings(&verification), ["content_mismatch"], "{verification:#}");
+        let folder = published(&rig, last).await;
+        assert!(!folder.join("digests.json").exists(), "what is wrong is not proven from now on");
+        // The same bit again is the image that was made; trust does not rise by itself.
+        flip(&image, 8 * at as u64 + 100);
+        assert_eq!(verify(&rig.service, last, json!({})).await["outcome"], outcome);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_point_that_was_made_anew_and_what_stands_upon_it_are_verified_again() {
     let mut rig = rig("").await;
