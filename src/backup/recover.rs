@@ -4,6 +4,7 @@
 //! point and is rolled forward; every other one is undone and has failed. Then each repository is swept. A job whose task
 //! panicked is ended in the same way.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -13,12 +14,13 @@ use super::state::{FailureCode, JobState};
 use super::undo::Leftovers;
 use super::{Shared, sweep, undo};
 use crate::clock::UtcTime;
+use crate::id::BackupId;
 use crate::repository::directory;
 use crate::repository::layout::BackupPaths;
 use crate::repository::manifest::{Manifest, ManifestError};
 use crate::store::backups::{self, BackupRow, ChangeError};
 use crate::store::repositories::{self, Repository};
-use crate::store::{StoreError, idempotency, leases};
+use crate::store::{Connection, StoreError, idempotency, leases};
 
 /// Why the state of the last process could not be cleared up.
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +45,9 @@ pub(super) async fn recover(shared: &Arc<Shared>) -> Result<(), RecoverError> {
     let mut transaction = shared.store.write().await?;
     let voided = leases::void_other_boots(&mut transaction, &shared.boot_id).await?;
     let unfinished = backups::unfinished(&mut transaction).await?;
+    for row in unfinished.iter().filter(|row| row.state == JobState::Committing) {
+        pin_parents(&mut transaction, row, &shared.boot_id).await?;
+    }
     idempotency::remove_expired(&mut transaction, UtcTime::now()).await?;
     transaction.commit().await?;
     if voided > 0 || !unfinished.is_empty() {
@@ -83,6 +88,17 @@ async fn lock_repositories(shared: &Arc<Shared>) -> Result<Vec<Repository>, Reco
         }
     }
     Ok(owned)
+}
+
+/// Holds what a job that may have been published builds upon: it may have to wait for its repository, and what it is a
+/// difference to must not go meanwhile. The end of the job gives it back.
+async fn pin_parents(connection: &mut Connection, row: &BackupRow, boot_id: &str) -> Result<(), StoreError> {
+    let disks = backups::disks(connection, &row.id).await?;
+    let parents: BTreeSet<BackupId> = disks.into_iter().filter_map(|disk| disk.parent_id).collect();
+    for parent in parents {
+        leases::pin_chain(connection, &parent, row.id.as_str(), boot_id).await?;
+    }
+    Ok(())
 }
 
 /// Ends one job that no task runs any more: forward when its directory was published, else as failed with `failed`.

@@ -22,6 +22,7 @@ mod idle;
 mod import;
 mod incremental;
 mod kills;
+mod late_mount;
 mod limits;
 mod lists;
 mod many;
