@@ -24,7 +24,7 @@ const KILLS: usize = 60;
 const KILLED_STARTS: usize = 4;
 const MIB: usize = 1 << 20;
 /// The disks by device key.
-const SIZES: [(u32, usize); 3] = [(2000, 4 * MIB), (2016, 5 * MIB + 512), (16_000, 4 * MIB)];
+pub const SIZES: [(u32, usize); 3] = [(2000, 4 * MIB), (2016, 5 * MIB + 512), (16_000, 4 * MIB)];
 /// What makes names, rows and bytes durable or visible while a job runs.
 const CALLS: [&str; 9] =
     ["pwrite64", "pwritev", "fdatasync", "fsync", "ftruncate", "fallocate", "openat", "renameat2", "accept4"];
@@ -71,26 +71,43 @@ impl Moment {
 }
 
 /// Digests of the disks by number, as one state of the VM has them.
-type State = Vec<[u8; 32]>;
+pub type State = Vec<[u8; 32]>;
 
 /// The VM with its past.
-struct Campaign {
-    child: Child,
-    vm: String,
-    random: fastrand::Rng,
+pub struct Campaign {
+    pub child: Child,
+    pub vm: String,
+    pub random: fastrand::Rng,
+    /// How many of the newest points retention leaves, where there is any.
+    keep: usize,
     /// The state that each backup was taken from.
-    history: BTreeMap<String, State>,
+    pub history: BTreeMap<String, State>,
     /// Bytes that the next incremental has to send.
     pending: u64,
-    /// Length and time of the last change of every published image that was ever seen.
-    images: BTreeMap<std::path::PathBuf, (u64, std::time::SystemTime)>,
+    /// Length and time of the last change of every published image that was ever seen, by how often it was made anew.
+    images: BTreeMap<(std::path::PathBuf, u64), (u64, std::time::SystemTime)>,
     /// Backups whose last completion was answered.
     promised: Vec<String>,
 }
 
 impl Campaign {
+    /// A VM with a repository in which so many points stay, and the seed that repeats the run.
+    pub async fn new(keep: usize) -> (Self, Running, u64) {
+        let seed = number("SEED").unwrap_or_else(|| fastrand::u64(..));
+        println!("SEED={seed} repeats this run");
+        let disks = SIZES.iter().map(|&(key, size)| (key, content(key as u8, size))).collect();
+        let toml = "[storage]\nverify_after_commit = true\n";
+        let child = Child::configured(disks, Faults::default(), rig::free_ports(), toml).await;
+        child.node.reconfigure(|config| config.request_bytes = 128 << 10);
+        let running = child.start();
+        let vm = child.furnish(&running).await;
+        let random = fastrand::Rng::with_seed(seed);
+        let (history, images, promised) = (BTreeMap::new(), BTreeMap::new(), Vec::new());
+        (Self { child, vm, random, keep, history, pending: 0, images, promised }, running, seed)
+    }
+
     /// Brings every disk to its next state: some data, at times some of it zeroes.
-    fn write(&mut self) {
+    pub fn write(&mut self) {
         let mut writes = Vec::new();
         for (key, size) in SIZES {
             for _ in 0..self.random.usize(1..4) {
@@ -110,7 +127,7 @@ impl Campaign {
     }
 
     /// Notes what the jobs that the node was called for since `seen` are backups of.
-    fn note(&mut self, seen: usize) {
+    pub fn note(&mut self, seen: usize) {
         let state = self.state();
         for event in self.child.node.log().events().into_iter().skip(seen) {
             match event {
@@ -124,7 +141,7 @@ impl Campaign {
     }
 
     /// A backup that must succeed.
-    async fn back_up(&mut self, running: &Running) {
+    pub async fn back_up(&mut self, running: &Running) {
         self.write();
         let seen = self.child.node.log().count();
         self.child.node.reconfigure(|config| config.faults = Faults::default());
@@ -137,7 +154,7 @@ impl Campaign {
     }
 
     /// Waits until every client that was ever launched is gone.
-    async fn clients_ended(&self) {
+    pub async fn clients_ended(&self) {
         let log = self.child.node.log();
         let wait = async {
             loop {
@@ -223,7 +240,7 @@ impl Campaign {
     }
 
     /// A start that dies while it clears up, or just after.
-    fn killed_start(&mut self) {
+    pub fn killed_start(&mut self) {
         let call = CALLS_OF_A_START[self.random.usize(0..CALLS_OF_A_START.len())];
         let inject = format!("inject={call}:signal=SIGKILL:when={}", self.random.usize(1..30));
         let folder = self.child.folder.path();
@@ -247,7 +264,7 @@ impl Campaign {
     }
 
     /// Holds that rows, files, points and ports say the same, and nothing is left of what died.
-    async fn expect_consistent(&mut self, running: &Running, what: &str) {
+    pub async fn expect_consistent(&mut self, running: &Running, what: &str) {
         for backup in listed(running, "backups").await {
             let state = backup["state"].as_str().unwrap();
             assert!(["committed", "failed", "cancelled"].contains(&state), "{what}: {backup:#}");
@@ -264,7 +281,9 @@ impl Campaign {
         ids.sort_unstable();
         assert_eq!(rig::backup_directories(&self.child.repository()), ids, "{what}: files against rows");
         for promised in &self.promised {
-            assert!(ids.contains(&promised.as_str()), "{what}: {promised} was answered with success and is gone");
+            let newer = ids.iter().filter(|id| **id > promised.as_str()).count();
+            let is_there = ids.contains(&promised.as_str()) || newer >= self.keep;
+            assert!(is_there, "{what}: {promised} was answered with success and is gone");
         }
         for point in &points {
             let id = point["id"].as_str().unwrap();
@@ -273,11 +292,15 @@ impl Campaign {
             assert!(sound, "{what}: nothing was damaged: {point:#}");
             assert_eq!(point["disks"].as_array().unwrap().len(), SIZES.len(), "{what}: {point:#}");
             assert!(self.history.contains_key(id), "{what}: {id} is a backup of nothing");
+            let folder = Path::new(point["path"].as_str().unwrap());
+            let manifest: Value =
+                serde_json::from_slice(&std::fs::read(folder.join("manifest.json")).unwrap()).unwrap();
             for disk in 0..SIZES.len() {
-                let image = Path::new(point["path"].as_str().unwrap()).join(format!("disk-{disk}.qcow2"));
+                let image = folder.join(format!("disk-{disk}.qcow2"));
                 let found = std::fs::metadata(&image).unwrap();
                 let found = (found.len(), found.modified().unwrap());
-                let known = self.images.entry(image).or_insert(found);
+                let generation = manifest["generation"].as_u64().unwrap_or(0);
+                let known = self.images.entry((image, generation)).or_insert(found);
                 assert_eq!(*known, found, "{what}: an image of {id} was written after it was published");
             }
         }
@@ -288,7 +311,7 @@ impl Campaign {
     }
 
     /// Holds that all disks of a point read, through their chains, as the VM was when it was taken.
-    fn expect_restores(&self, point: &Value, what: &str) {
+    pub fn expect_restores(&self, point: &Value, what: &str) {
         let id = point["id"].as_str().unwrap();
         for (disk, expected) in self.history[id].iter().enumerate() {
             let image = Path::new(point["path"].as_str().unwrap()).join(format!("disk-{disk}.qcow2"));
@@ -302,7 +325,7 @@ impl Campaign {
 }
 
 /// Everything that a list has, over its pages.
-async fn listed(running: &Running, noun: &str) -> Vec<Value> {
+pub async fn listed(running: &Running, noun: &str) -> Vec<Value> {
     let (mut all, mut token) = (Vec::new(), String::new());
     loop {
         let mut page = running.get(&format!("/{noun}?limit=1000{token}")).await;
@@ -314,30 +337,19 @@ async fn listed(running: &Running, noun: &str) -> Vec<Value> {
     }
 }
 
+/// How many times as long the run is to be.
+pub fn scale() -> usize {
+    usize::try_from(number("SCALE").unwrap_or(1)).unwrap()
+}
+
 fn number(variable: &str) -> Option<u64> {
     std::env::var(variable).ok().map(|text| text.parse().unwrap())
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn sixty_kills_at_random_moments_leave_every_point_whole_and_nothing_else() {
-    let seed = number("SEED").unwrap_or_else(|| fastrand::u64(..));
-    println!("SEED={seed} repeats this run");
-    let kills = KILLS * usize::try_from(number("SCALE").unwrap_or(1)).unwrap();
-    let disks = SIZES.iter().map(|&(key, size)| (key, content(key as u8, size))).collect();
-    let toml = "[storage]\nverify_after_commit = true\n";
-    let child = Child::configured(disks, Faults::default(), rig::free_ports(), toml).await;
-    child.node.reconfigure(|config| config.request_bytes = 128 << 10);
-    let mut running = child.start();
-    let vm = child.furnish(&running).await;
-    let mut campaign = Campaign {
-        child,
-        vm,
-        random: fastrand::Rng::with_seed(seed),
-        history: BTreeMap::new(),
-        pending: 0,
-        images: BTreeMap::new(),
-        promised: Vec::new(),
-    };
+    let (mut campaign, mut running, seed) = Campaign::new(usize::MAX).await;
+    let kills = KILLS * scale();
     let (mut lost, mut survived) = (0, 0);
     for kill in 0..kills {
         campaign.write();

@@ -22,6 +22,7 @@ mod idle;
 mod import;
 mod incremental;
 mod kills;
+mod kills_of_points;
 mod late_mount;
 mod limits;
 mod lists;
