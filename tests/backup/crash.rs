@@ -22,26 +22,38 @@ pub fn kill_at(pid: u32, step: &str, path: Option<&Path>, number: usize) -> std:
 pub fn inject(pid: u32, step: &str, path: Option<&Path>, what: &str) -> std::process::Child {
     let pid = pid.to_string();
     let inject = format!("inject={step}:{what}");
-    let tracer = privileged("strace")
-        .args(["-f", "-qq", "-o", "/dev/null", "-e", &format!("trace={step}"), "-e", &inject, "-p", &pid])
-        .args(path.iter().flat_map(|path| [Path::new("-P"), path]))
-        .stderr(std::process::Stdio::null())
-        .spawn()
-        .expect("strace: install the package strace");
-    let threads = format!("/proc/{pid}/task");
-    let traced = || {
-        std::fs::read_dir(&threads).unwrap().all(|thread| {
-            let status = std::fs::read_to_string(thread.unwrap().path().join("status")).unwrap_or_default();
-            // One that is busy may have been ended by what it was to be watched for.
-            !status.contains("TracerPid:\t0\n") || status.contains("State:\tZ")
-        })
+    let watch = || {
+        privileged("strace")
+            .args(["-f", "-qq", "-o", "/dev/null", "-e", &format!("trace={step}"), "-e", &inject, "-p", &pid])
+            .args(path.iter().flat_map(|path| [Path::new("-P"), path]))
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .expect("strace: install the package strace")
     };
+    let threads = format!("/proc/{pid}/task");
+    let untraced = || -> Vec<String> {
+        let threads = std::fs::read_dir(&threads).unwrap();
+        let status = threads.map(|thread| std::fs::read_to_string(thread.unwrap().path().join("status")));
+        // One that is busy may have been ended by what it was to be watched for.
+        let is_free = |status: &String| status.contains("TracerPid:\t0\n") && !status.contains("State:\tZ");
+        status.map(Result::unwrap_or_default).filter(is_free).collect()
+    };
+    let mut tracer = watch();
     let deadline = std::time::Instant::now() + rig::DEADLINE;
-    while !traced() {
-        assert!(std::time::Instant::now() < deadline, "strace did not attach");
+    loop {
+        // Looked at before the threads: one that ended because the process did leaves none.
+        let gave_up = tracer.try_wait().unwrap();
+        let free = untraced();
+        if free.is_empty() {
+            return tracer;
+        }
+        assert!(std::time::Instant::now() < deadline, "strace did not attach ({gave_up:?}): {}", free.join("\n"));
+        if gave_up.is_some() {
+            // A thread that ends while it is being attached to makes strace give up.
+            tracer = watch();
+        }
         std::thread::yield_now();
     }
-    tracer
 }
 
 #[tokio::test(flavor = "multi_thread")]
