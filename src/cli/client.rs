@@ -58,6 +58,7 @@ impl ClientError {
     pub(super) fn exit(&self) -> Exit {
         match self {
             Self::Token(_) | Self::Unreachable { .. } | Self::Malformed { .. } => Exit::Unreachable,
+            Self::Refused { document, .. } if document["code"] == "point_damaged" => Exit::Damaged,
             Self::Refused { status, .. } => match *status {
                 StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Exit::Unreachable,
                 StatusCode::NOT_FOUND => Exit::NotFound,

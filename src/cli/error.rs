@@ -22,8 +22,9 @@ Exit codes:
        image check and repair: errors, or marked as corrupt; image compare: not compared
     3  done, with warnings; image check and repair: leaks, or not closed
     4  what was named does not exist
-    5  it exists already, is in use, or is running
-    6  not an image, or a corrupt one; point verify: damaged; restore: the copy is not what was backed up
+    5  it exists already, is in use, is running, is protected, or others build upon it
+    6  not an image, or a corrupt one; point verify: damaged;
+       restore: the point is damaged, or the copy is not what was backed up
     7  the service does not answer, or refuses the token
   130  interrupted by Ctrl-C";
 

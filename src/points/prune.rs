@@ -63,7 +63,7 @@ pub struct Outcome {
     /// What was decided about it, and why.
     pub verdict: Verdict,
     /// Bytes of images that go: all of a point that is deleted; of one that is merged, in a dry run, what both images may hold,
-    /// so the most that can become free, and afterwards what did. 0 for one that stays.
+    /// an estimate of what becomes free (zeroes stored as data go too), and afterwards what did. 0 for one that stays.
     pub frees_bytes: u64,
     /// Why it stays although no rule keeps it.
     pub error: Option<String>,

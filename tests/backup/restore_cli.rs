@@ -16,6 +16,7 @@ use crate::support::process::blockyard;
 
 const KEY: u32 = 2000;
 const MIB: usize = 1 << 20;
+const SET_TRUST: &str = "UPDATE restore_points SET trust = ? WHERE id = ?";
 const SET_CONTENT_DIGEST: &str = "UPDATE point_disks SET content_digest = ? WHERE point_id = ?";
 
 /// What a command printed, and how it ended.
@@ -246,6 +247,9 @@ async fn a_disk_that_is_not_what_was_backed_up_is_told_and_kept_only_for_who_acc
     expect_nothing_made(&rig, &folder).await;
     let accepted = raw(&rig, &point, &target, &["--accept-damage"]).await;
     assert_eq!(accepted.code, 6, "{accepted:?}");
+    set_point(&rig, SET_TRUST, "corrupt", &point).await;
+    let refused = raw(&rig, &point, &path_in(&folder, "another.raw").1, &[]).await;
+    assert!(refused.code == 6 && refused.stderr.contains("point_damaged"), "{refused:?}");
     assert!(fs::read(file).unwrap() == rig.disks[0].1);
 }
 
