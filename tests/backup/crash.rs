@@ -34,8 +34,10 @@ pub fn inject(pid: u32, step: &str, path: Option<&Path>, what: &str) -> std::pro
     let untraced = || -> Vec<String> {
         let threads = std::fs::read_dir(&threads).unwrap();
         let status = threads.map(|thread| std::fs::read_to_string(thread.unwrap().path().join("status")));
-        // One that is busy may have been ended by what it was to be watched for.
-        let is_free = |status: &String| status.contains("TracerPid:\t0\n") && !status.contains("State:\tZ");
+        // One that is busy may have been ended by what it was to be watched for; the kernel's own workers for io_uring are
+        // among the threads and cannot be traced.
+        let is_exempt = |status: &String| status.contains("State:\tZ") || status.starts_with("Name:\tiou-");
+        let is_free = |status: &String| status.contains("TracerPid:\t0\n") && !is_exempt(status);
         status.map(Result::unwrap_or_default).filter(is_free).collect()
     };
     let mut tracer = watch();
