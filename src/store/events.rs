@@ -58,7 +58,8 @@ impl sqlx::FromRow<'_, SqliteRow> for EventRow {
             at: row.try_get("at")?,
             kind: row.try_get("kind")?,
             subject: row.try_get("subject")?,
-            data: serde_json::from_str(&data).map_err(|error| sqlx::Error::Decode(error.into()))?,
+            // An object, also in a database that was changed by hand: what is told adds members to it.
+            data: serde_json::from_str(&data).map(Value::Object).map_err(|error| sqlx::Error::Decode(error.into()))?,
         })
     }
 }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use blockyard::clock::UtcTime;
 use blockyard::points::content::root_of;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -316,17 +317,26 @@ async fn exports(rig: &Rig, count: usize) -> Vec<Value> {
 #[tokio::test(flavor = "multi_thread")]
 async fn exported_disks_are_served_beyond_their_time_to_live_until_the_command_is_interrupted() {
     let ports = free_ports();
-    let toml = format!("[restore]\nttl_s = 1\nport_range = \"{}-{}\"\n", ports.start(), ports.end());
+    let toml = format!("[restore]\nttl_s = 2\nport_range = \"{}-{}\"\n", ports.start(), ports.end());
     let disks = vec![(KEY, content(1, MIB)), (2016, content(2, 512))];
     let rig = Rig::with(Plan { disks, toml, ..Plan::default() }).await;
     let point = commit(&rig).await;
     let mut command = command(&rig, &["restore", "export", &point, "--output", "json", "--overlay"]);
     let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let made = exports(&rig, 2).await;
-    // Longer than an export lives that nobody renews.
-    tokio::time::sleep(Duration::from_millis(2500)).await;
-    let again = exports(&rig, 2).await;
-    assert_eq!((&made[0]["id"], &made[1]["id"]), (&again[0]["id"], &again[1]["id"]));
+    // Until each was renewed later than an export lives that nobody renews.
+    let end = |export: &Value| export["expires_at"].as_str().unwrap().parse::<UtcTime>().unwrap();
+    let renewed = async {
+        loop {
+            let again = exports(&rig, 2).await;
+            assert_eq!((&made[0]["id"], &made[1]["id"]), (&again[0]["id"], &again[1]["id"]));
+            if made.iter().zip(&again).all(|(made, again)| end(again).seconds_since(end(made)) > 2.0) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(DEADLINE, renewed).await.expect("the exports were not renewed");
     assert_eq!(crate::rig::expect_go(made[1]["uri"].as_str().unwrap()), 512);
     let interrupted = Command::new("kill").args(["-s", "INT", &child.id().to_string()]).status().unwrap();
     assert!(interrupted.success());
