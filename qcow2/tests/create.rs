@@ -3,6 +3,8 @@
 
 #[path = "support/power_cut.rs"]
 mod power_cut;
+#[path = "support/privileged.rs"]
+mod privileged;
 #[path = "support/reader.rs"]
 mod reader;
 #[path = "support/sim_disk.rs"]
@@ -19,6 +21,7 @@ use blockyard_qcow2::{
     create, create_on, info, repair,
 };
 use power_cut::crash_states;
+use privileged::Mounted;
 use reader::read_disk;
 use serde_json::Value;
 use sim_disk::{Clock, Content, SimDisk, now};
@@ -175,6 +178,9 @@ fn preallocation_that_cannot_be_is_refused_and_leaves_no_file() {
             assert!(!path.exists());
         }
     }
+    // On a disk of its own: until it is refused, such a reservation takes all the room that there is.
+    let small = Mounted::at(&join(&folder, "small"), &["-t", "tmpfs", "-o", "size=8m,mode=0777", "tmpfs"]);
+    let path = small.path().join("image.qcow2");
     for preallocation in [Preallocation::Falloc, Preallocation::Full] {
         let refused = create(&path, &CreateOptions { preallocation, ..CreateOptions::new(4 << 40) });
         assert!(matches!(&refused, Err(error) if error.is_no_space()), "{refused:?}");
