@@ -11,7 +11,7 @@ use crate::http::Tokens;
 use crate::listeners::ListenerOptions;
 use crate::node::NodeClientError;
 use crate::points::Points;
-use crate::repository::lock::RepositoryLocks;
+use crate::repositories::Repositories;
 use crate::restore::Restores;
 use crate::store::Store;
 
@@ -36,7 +36,7 @@ pub struct App {
     /// What its NBD listeners share.
     pub listeners: ListenerOptions,
     /// The repositories that this process owns.
-    pub locks: Arc<RepositoryLocks>,
+    pub repositories: Repositories,
     /// Names this process start; leases of another one are void.
     pub boot_id: String,
     phase: watch::Sender<Phase>,
@@ -63,14 +63,15 @@ impl App {
     pub fn new(config: Config, store: Store, tokens: Tokens, tls: Tls) -> Result<Self, NodeClientError> {
         let boot_id = crate::id::new_ulid().to_string();
         let config = Arc::new(config);
-        let locks = Arc::new(RepositoryLocks::new());
+        let repositories = Repositories::new(Arc::clone(&config), store.clone(), &boot_id);
         let listeners = ListenerOptions::new(&config.nbd, tls);
         let backups =
-            Backups::new(Arc::clone(&config), store.clone(), Arc::clone(&locks), listeners.clone(), &boot_id)?;
-        let points = Points::new(Arc::clone(&config), store.clone(), Arc::clone(&locks), backups.clone(), &boot_id);
-        let restores = Restores::new(Arc::clone(&config), store.clone(), listeners.clone(), &boot_id);
+            Backups::new(Arc::clone(&config), store.clone(), repositories.clone(), listeners.clone(), &boot_id)?;
+        let points = Points::new(Arc::clone(&config), store.clone(), repositories.clone(), backups.clone(), &boot_id);
+        let restores =
+            Restores::new(Arc::clone(&config), store.clone(), repositories.clone(), listeners.clone(), &boot_id);
         let phase = watch::Sender::new(Phase::Starting);
-        Ok(Self { config, store, tokens, backups, points, restores, listeners, locks, boot_id, phase })
+        Ok(Self { config, store, tokens, backups, points, restores, listeners, repositories, boot_id, phase })
     }
 
     /// The phase now.

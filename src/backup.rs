@@ -43,12 +43,14 @@ use crate::id::BackupId;
 use crate::listeners::ListenerOptions;
 use crate::listeners::ports::PortPool;
 use crate::node::{NodeClient, NodeClientError};
-use crate::repository::lock::RepositoryLocks;
+use crate::repositories::Repositories;
 use crate::store::{Store, StoreError, backups};
 
 pub(crate) use commit::point_disk;
 pub use recover::RecoverError;
+pub(crate) use recover::settle_waiting;
 pub use start::{NewBackup, StartError, Started, VmChoice};
+pub(crate) use sweep::sweep;
 
 /// How long a stopping service waits for its jobs to be undone. The listeners are cut after two seconds; the rest is
 /// removing files.
@@ -71,7 +73,7 @@ struct Shared {
     keys: Arc<KeysInUse>,
     ports: PortPool,
     listeners: ListenerOptions,
-    locks: Arc<RepositoryLocks>,
+    repositories: Repositories,
     nodes: BTreeMap<String, NodeClient>,
 }
 
@@ -118,7 +120,7 @@ impl Backups {
     pub fn new(
         config: Arc<Config>,
         store: Store,
-        locks: Arc<RepositoryLocks>,
+        repositories: Repositories,
         listeners: ListenerOptions,
         boot_id: &str,
     ) -> Result<Self, NodeClientError> {
@@ -136,7 +138,7 @@ impl Backups {
             boot_id: boot_id.to_owned(),
             config,
             store,
-            locks,
+            repositories,
             nodes,
         };
         Ok(Self { shared: Arc::new(shared) })
@@ -314,7 +316,7 @@ fn supervise(shared: &Arc<Shared>, job: Job) {
             match row {
                 Some(row) if !row.state.is_terminal() => {
                     let failed = Failed::new(FailureCode::ImageFailed, "the job ended by a panic");
-                    recover::settle(&shared, &row, failed).await
+                    recover::settle(&shared.store, shared.config.jobs.keep_failed, &row, failed).await
                 }
                 _ => Ok(()),
             }

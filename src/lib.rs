@@ -20,6 +20,7 @@ pub mod listeners;
 pub mod metrics;
 pub mod node;
 pub mod points;
+pub mod repositories;
 pub mod repository;
 pub mod restore;
 pub mod secret;

@@ -45,8 +45,8 @@ use tokio::sync::watch;
 use crate::backup::Backups;
 use crate::config::Config;
 use crate::id::BackupId;
+use crate::repositories::Repositories;
 use crate::repository::layout::BackupPaths;
-use crate::repository::lock::RepositoryLocks;
 use crate::store::Store;
 use crate::store::points::PointRow;
 use crate::store::repositories::Repository;
@@ -62,7 +62,7 @@ pub struct Points {
 struct Shared {
     config: Arc<Config>,
     store: Store,
-    locks: Arc<RepositoryLocks>,
+    repositories: Repositories,
     /// The jobs, whose space is not ours to take.
     backups: Backups,
     /// Names this process start; pins of another one are void.
@@ -80,17 +80,11 @@ struct Shared {
 
 impl Points {
     /// The points that `store` has records of, beside the jobs that make more of them.
-    pub fn new(
-        config: Arc<Config>,
-        store: Store,
-        locks: Arc<RepositoryLocks>,
-        backups: Backups,
-        boot_id: &str,
-    ) -> Self {
+    pub fn new(config: Arc<Config>, store: Store, repositories: Repositories, backups: Backups, boot_id: &str) -> Self {
         let shared = Shared {
             config,
             store,
-            locks,
+            repositories,
             backups,
             boot_id: boot_id.to_owned(),
             verifications: verify::Verifications::new(),

@@ -25,9 +25,10 @@ pub use overlay::OverlayError;
 pub use raw::RawDisk;
 
 use crate::config::Config;
-use crate::id::{BackupId, ExportId};
+use crate::id::{BackupId, ExportId, RepositoryId};
 use crate::listeners::ports::{PortError, PortPool};
 use crate::listeners::{ListenError, ListenerOptions};
+use crate::repositories::Repositories;
 use crate::store::{Store, StoreError};
 
 /// How long a stopping service waits for its exports to end. Each takes twice [`live::DRAIN`] at most; the rest is removing
@@ -45,6 +46,7 @@ pub struct Restores {
 struct Shared {
     config: Arc<Config>,
     store: Store,
+    repositories: Repositories,
     /// Names this process start; pins of another one are void.
     boot_id: String,
     ports: PortPool,
@@ -119,6 +121,14 @@ pub enum RestoreError {
         /// The number.
         disk_id: u32,
     },
+    /// The repository of the point cannot be used now.
+    #[error("repository {id} cannot be used: {reason}")]
+    RepositoryUnavailable {
+        /// The repository.
+        id: RepositoryId,
+        /// Why, without paths.
+        reason: String,
+    },
     /// Files of the point, or of one below it, are not there.
     #[error("files of the restore point {0}, or of one below it, are not there")]
     FilesMissing(BackupId),
@@ -152,11 +162,18 @@ pub enum RestoreError {
 
 impl Restores {
     /// The exports of a new process: none.
-    pub fn new(config: Arc<Config>, store: Store, listeners: ListenerOptions, boot_id: &str) -> Self {
+    pub fn new(
+        config: Arc<Config>,
+        store: Store,
+        repositories: Repositories,
+        listeners: ListenerOptions,
+        boot_id: &str,
+    ) -> Self {
         let shared = Shared {
             ports: PortPool::new(config.restore.bind),
             config,
             store,
+            repositories,
             boot_id: boot_id.to_owned(),
             listeners,
             registry: Mutex::default(),

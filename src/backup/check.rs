@@ -3,7 +3,6 @@
 
 use std::cell::Cell;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use rustix::fs::Access;
 
@@ -14,6 +13,7 @@ use super::state::{BackupType, RequestedType, TypeReason};
 use crate::config::{ExportNames, Node};
 use crate::id::new_ulid;
 use crate::points::chain::{RecordedChain, Settling};
+use crate::points::folder::FolderError;
 use crate::repository::{directory, layout};
 use crate::secret::{Secret, SecretError};
 use crate::store::points::{self, ChainImage};
@@ -59,9 +59,10 @@ pub(super) async fn check(shared: &Shared, new: &NewBackup) -> Result<Checked, S
         .await?
         .ok_or_else(|| StartError::RepositoryNotFound(new.repository_id.clone()))?;
     let disks = plan::present(vms::disks(&mut connection, &vm.id).await?)?;
-    let last_order = backups::last_seal_order(&mut connection, &vm.id).await?;
     drop(connection);
     check_repository(shared, &repository).await?;
+    // Only now: the repository may just have told of points and jobs that were not known.
+    let last_order = backups::last_seal_order(&mut *shared.store.read().await?, &vm.id).await?;
     let (plans, newest) = plan(shared, &vm, &repository, &disks, new.requested_type).await?;
     let estimated_bytes = estimate(shared, &plans, newest.as_ref());
     let (username, password) = credential(shared, &vm).await?;
@@ -185,17 +186,16 @@ async fn check_repository(shared: &Shared, repository: &Repository) -> Result<()
     if !repository.enabled {
         return Err(unavailable("it is disabled".to_owned()));
     }
-    let (locks, id, path) = (Arc::clone(&shared.locks), repository.id.to_string(), repository.path.clone());
-    let checked = tokio::task::spawn_blocking(move || {
-        let path = Path::new(&path);
-        rustix::fs::access(path, Access::WRITE_OK | Access::EXEC_OK).map_err(|error| error.kind().to_string())?;
-        locks.acquire(&id, path).map_err(|error| error.public())
-    });
-    match checked.await {
-        Ok(Ok(())) => Ok(()),
-        Ok(Err(reason)) => Err(unavailable(reason)),
-        Err(_) => Err(StartError::Panicked),
-    }
+    let path = repository.path.clone();
+    let checked =
+        tokio::task::spawn_blocking(move || rustix::fs::access(Path::new(&path), Access::WRITE_OK | Access::EXEC_OK));
+    checked.await.map_err(|_| StartError::Panicked)?.map_err(|error| unavailable(error.kind().to_string()))?;
+    shared.repositories.own(repository).await.map(|_| ()).map_err(|error| match error {
+        FolderError::Unavailable { reason, .. } => unavailable(reason),
+        FolderError::NotFound(id) => StartError::RepositoryNotFound(id),
+        FolderError::Store(error) => error.into(),
+        FolderError::Panicked => StartError::Panicked,
+    })
 }
 
 /// What is free, less the reserve and what running jobs are still expected to store, covers the estimate.

@@ -1,73 +1,63 @@
-//! Holding a repository against its records when a process starts: what is there without a record is imported, and what is
+//! Holding a repository against its records when a process begins to use it: what is there without a record is imported, and what is
 //! recorded without being there is noted as missing. Nothing is deleted but what the records say is being deleted: that is
 //! finished. A stray staged directory is put aside under another name for a person to see.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use super::Shared;
-use super::recover::RecoverError;
-use crate::points::folder::FolderError;
+use crate::id::BackupId;
+use crate::points::folder::{FolderError, on_disk};
+use crate::points::import::ImportReport;
 use crate::points::state::PointState;
 use crate::points::{delete, import, merge};
-use crate::repository::survey::{self, Other, OtherKind, PointFolder, Survey};
+use crate::repository::survey::{self, Other, OtherKind, Presence, Survey};
 use crate::repository::{directory, layout};
 use crate::store::points::PointRow;
 use crate::store::repositories::Repository;
-use crate::store::{StoreError, points};
+use crate::store::{Store, StoreError, points};
 
-/// Sweeps one repository that this process owns.
-pub(super) async fn sweep(shared: &Arc<Shared>, repository: &Repository) -> Result<(), RecoverError> {
-    merge::recover(&shared.store, repository).await?;
+/// Sweeps one repository whose lock this process has, before anything else uses it. Repeatable.
+pub(crate) async fn sweep(store: &Store, repository: &Repository) -> Result<ImportReport, FolderError> {
+    merge::recover(store, repository).await?;
+    let mut connection = store.read().await?;
+    let recorded = points::all_in(&mut connection, &repository.id).await?;
+    let files = points::files_in(&mut connection, &repository.id).await?;
+    drop(connection);
     let root = PathBuf::from(&repository.path);
-    let looked = tokio::task::spawn_blocking(move || {
+    let dirs: Vec<(BackupId, String)> = recorded.iter().map(|point| (point.id.clone(), point.dir.clone())).collect();
+    let looked = on_disk(repository, move || {
         let found = survey::survey(&root)?;
         let strays = found.others.iter().filter(|other| other.kind == OtherKind::Staged);
         strays.for_each(|stray| put_aside(&root.join(&stray.path)));
-        Ok::<Survey, io::Error>(found)
+        let presence = survey::presences(&root, dirs, &files)?;
+        Ok::<(Survey, BTreeMap<BackupId, Presence>), io::Error>((found, presence))
     });
-    let found = match looked.await.map_err(|_| RecoverError::Panicked)? {
-        Ok(found) => found,
-        Err(error) => {
-            tracing::warn!(repository = %repository.id, %error, "a repository cannot be looked at now");
-            return Ok(());
-        }
-    };
-    let there: BTreeSet<String> = found.points.iter().map(PointFolder::dir).collect();
-    let mut transaction = shared.store.write().await?;
-    let recorded = points::all_in(&mut transaction, &repository.id).await?;
+    let (found, presence) = looked.await?;
+    let mut transaction = store.write().await?;
     for point in &recorded {
-        let state = match (point.state, there.contains(&point.dir)) {
-            (PointState::Committed, false) => PointState::Missing,
-            (PointState::Missing, true) => PointState::Committed,
+        let state = match (point.state, presence.get(&point.id)) {
+            (PointState::Committed, Some(Presence::Gone(_))) => PointState::Missing,
+            (PointState::Missing, Some(Presence::There)) => PointState::Committed,
             _ => continue,
         };
-        tracing::warn!(point = %point.id, repository = %repository.id, %state, "the directory of a restore point");
+        tracing::warn!(point = %point.id, repository = %repository.id, %state, "the files of a restore point");
         points::set_presence(&mut transaction, point, state).await?;
     }
     transaction.commit().await?;
-    finish_deletions(shared, repository, &recorded, &found.others).await?;
-    match import::import(&shared.store, repository, found.points).await {
-        Ok(report) if !report.imported.is_empty() => {
-            tracing::warn!(repository = %repository.id, points = report.imported.len(), "restore points without a record");
-            Ok(())
-        }
-        Ok(_) => Ok(()),
-        Err(FolderError::Store(error)) => Err(error.into()),
-        Err(error) => {
-            tracing::warn!(repository = %repository.id, %error, "a repository cannot be imported from now");
-            Ok(())
-        }
+    finish_deletions(store, repository, &recorded, &found.others).await?;
+    let report = import::import(store, repository, found.points).await?;
+    if !report.imported.is_empty() {
+        tracing::warn!(repository = %repository.id, points = report.imported.len(), "restore points without a record");
     }
+    Ok(report)
 }
 
 /// Removes what is left of points that were being deleted when the last process ended, wherever that was cut. A folder that
 /// only looks like one of them is left alone.
 async fn finish_deletions(
-    shared: &Arc<Shared>,
+    store: &Store,
     repository: &Repository,
     recorded: &[PointRow],
     others: &[Other],
@@ -75,7 +65,7 @@ async fn finish_deletions(
     for point in recorded.iter().filter(|point| point.state == PointState::Deleting) {
         tracing::warn!(point = %point.id, repository = %repository.id, "finishing the deletion of a restore point");
         let paths = crate::points::paths(repository, point);
-        if let Err(error) = delete::finish(&shared.store, &paths, &point.id).await {
+        if let Err(error) = delete::finish(store, &paths, &point.id).await {
             // It is listed as being deleted, and whoever deletes it again tries again.
             tracing::error!(point = %point.id, %error, "the deletion of a restore point could not be finished");
         }
@@ -83,7 +73,7 @@ async fn finish_deletions(
     for other in others.iter().filter(|other| other.kind == OtherKind::Deleting) {
         let Some(id) = &other.id else { continue };
         let path = Path::new(&repository.path).join(&other.path);
-        let point = points::find(&mut *shared.store.read().await?, id).await?;
+        let point = points::find(&mut *store.read().await?, id).await?;
         let ours = point.filter(|point| {
             point.repository_id == repository.id && crate::points::paths(repository, point).deleting == path
         });

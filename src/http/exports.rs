@@ -174,6 +174,7 @@ impl From<RestoreError> for Problem {
             RestoreError::NoSuchDisk { point_id, disk_id } => {
                 Self::new(Code::DiskNotInBackup, format!("The restore point {point_id} has no disk {disk_id}."))
             }
+            RestoreError::RepositoryUnavailable { .. } => Self::new(Code::RepositoryUnavailable, format!("{error}.")),
             RestoreError::FilesMissing(id) => Self::new(
                 Code::RepositoryUnavailable,
                 format!("Files of the restore point {id}, or of one below it, are not there."),

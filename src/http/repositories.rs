@@ -204,7 +204,7 @@ async fn remove_repository(State(app): State<AppState>, Path(id): Path<String>) 
     refuse_in_use(&mut transaction, &repository).await?;
     repositories::remove(&mut transaction, &repository.id).await?;
     transaction.commit().await?;
-    app.locks.release(repository.id.as_str());
+    app.repositories.release(&repository.id).await;
     Ok(StatusCode::NO_CONTENT)
 }
 

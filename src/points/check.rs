@@ -4,7 +4,7 @@
 //! Points that are being made anew meanwhile are judged when their record is what their files are.
 //!
 //! Heads of images are read, content is not: that is what a verification does. Nothing in the repository is changed; of the
-//! records, only whether a point's folder is there.
+//! records, only whether a point's files are there.
 
 mod judgement;
 
@@ -75,7 +75,7 @@ pub struct Finding {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum FindingKind {
-    /// A recorded point whose folder is not there.
+    /// A recorded point whose folder, or an image in it, is not there.
     Missing,
     /// A point that was missing and is there again.
     Back,
@@ -115,6 +115,7 @@ impl Points {
         let repository = self.own(id).await?;
         let mut settling = Settling::new(&self.shared.store);
         let mut before = Before::read(&self.shared.store, id).await?;
+        let (dirs, files) = before.files();
         let (root, name) = (PathBuf::from(&repository.path), id.clone());
         let looked = on_disk(&repository, move || {
             let survey = survey::survey(&root)?;
@@ -122,15 +123,16 @@ impl Points {
                 let manifest = survey::read(&root, &folder, &name);
                 (folder, manifest)
             });
-            Ok((read.collect::<Vec<Looked>>(), survey.others))
+            let read = read.collect::<Vec<Looked>>();
+            Ok((read, survey.others, survey::presences(&root, dirs, &files)?))
         });
-        let (mut folders, others) = looked.await?;
+        let (mut folders, others, mut presence) = looked.await?;
 
         let mut given_up = false;
         let (mut transaction, judged) = loop {
             settling.seen();
             let mut transaction = self.shared.store.write().await?;
-            let judged = judgement::judge_all(&mut transaction, id, &before, &folders).await?;
+            let judged = judgement::judge_all(&mut transaction, id, &before, &folders, &presence).await?;
             let (doubted, sign) = before.doubt(&mut transaction, &judged.bad).await?;
             let Some(sign) = sign.filter(|_| !given_up) else { break (transaction, judged) };
             // Nothing is kept of this judgement. A point that is made anew has its files a moment before its record.
@@ -138,11 +140,12 @@ impl Points {
             given_up = !settling.wait(sign).await;
             before.read_again(&self.shared.store, &doubted).await?;
             let (root, name) = (PathBuf::from(&repository.path), id.clone());
-            folders = on_disk(&repository, move || {
+            let (dirs, files) = before.files();
+            (folders, presence) = on_disk(&repository, move || {
                 for (folder, manifest) in folders.iter_mut().filter(|(folder, _)| doubted.contains(&folder.id)) {
                     *manifest = survey::read(&root, folder, &name);
                 }
-                Ok(folders)
+                Ok((folders, survey::presences(&root, dirs, &files)?))
             })
             .await?;
         };

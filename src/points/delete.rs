@@ -7,17 +7,17 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::path::Path;
 use std::sync::{Arc, PoisonError};
 
 use serde_json::{Value, json};
 
+use super::folder::FolderError;
 use super::state::PointState;
 use super::{Points, Shared, paths};
 use crate::clock::UtcTime;
 use crate::id::{BackupId, RepositoryId};
+use crate::repository::directory;
 use crate::repository::layout::BackupPaths;
-use crate::repository::{directory, lock};
 use crate::store::events::{self, Actor};
 use crate::store::points::{self, PointRow};
 use crate::store::repositories;
@@ -176,18 +176,12 @@ impl Points {
         let Some(repository) = repository else {
             return Ok(Reach::Unavailable { id: id.clone(), reason: "it was removed".to_owned() });
         };
-        let (locks, path) = (Arc::clone(&self.shared.locks), repository.path.clone());
-        let name = id.to_string();
-        let acquired = tokio::task::spawn_blocking(move || {
-            let path = Path::new(&path);
-            locks.acquire(&name, path).map_err(|error| error.public())?;
-            // A lock that was held already says nothing of a folder that went away since.
-            if lock::is_marked(path) { Ok(()) } else { Err("its folder is not there".to_owned()) }
-        });
-        Ok(match acquired.await.map_err(|_| DeleteError::Panicked)? {
-            Ok(()) => Reach::Ours(repository),
-            Err(reason) => Reach::Unavailable { id: id.clone(), reason },
-        })
+        match self.shared.repositories.own(&repository).await {
+            Ok(_) => Ok(Reach::Ours(repository)),
+            Err(FolderError::Unavailable { id, reason }) => Ok(Reach::Unavailable { id, reason }),
+            Err(FolderError::Store(error)) => Err(error.into()),
+            Err(FolderError::NotFound(_) | FolderError::Panicked) => Err(DeleteError::Panicked),
+        }
     }
 
     /// The first phase, inside a transaction that the caller commits: all that forbids it, then the record.

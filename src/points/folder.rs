@@ -1,11 +1,10 @@
 //! A repository as work on all of it begins: it is this hub's, and what blocks for its file system runs where it may.
 
 use std::io;
-use std::path::Path;
-use std::sync::Arc;
 
 use super::Points;
 use crate::id::RepositoryId;
+use crate::repositories::Owned;
 use crate::store::StoreError;
 use crate::store::repositories::{self, Repository};
 
@@ -34,20 +33,20 @@ pub enum FolderError {
 impl Points {
     /// The repository, which this process owns from now on.
     pub(super) async fn own(&self, id: &RepositoryId) -> Result<Repository, FolderError> {
+        self.own_and_tell(id).await.map(|(repository, _)| repository)
+    }
+
+    /// The same, and whether it was swept for that.
+    pub(super) async fn own_and_tell(&self, id: &RepositoryId) -> Result<(Repository, Owned), FolderError> {
         let found = repositories::find(&mut *self.shared.store.read().await?, id).await?;
         let repository = found.ok_or_else(|| FolderError::NotFound(id.clone()))?;
-        let (locks, path) = (Arc::clone(&self.shared.locks), repository.path.clone());
-        let name = id.to_string();
-        let locked = tokio::task::spawn_blocking(move || locks.acquire(&name, Path::new(&path))).await;
-        match locked.map_err(|_| FolderError::Panicked)? {
-            Ok(()) => Ok(repository),
-            Err(error) => Err(FolderError::Unavailable { id: id.clone(), reason: error.public() }),
-        }
+        let owned = self.shared.repositories.own(&repository).await?;
+        Ok((repository, owned))
     }
 }
 
 /// Runs what blocks for the file system of a repository.
-pub(super) async fn on_disk<T: Send + 'static>(
+pub(crate) async fn on_disk<T: Send + 'static>(
     repository: &Repository,
     work: impl FnOnce() -> io::Result<T> + Send + 'static,
 ) -> Result<T, FolderError> {

@@ -16,6 +16,7 @@ use super::state::{PointState, Trust};
 use crate::backup::state::{BackupType, DiskState, JobResult, JobState};
 use crate::export::coverage::Coverage;
 use crate::id::{BackupId, RepositoryId};
+use crate::repositories::Owned;
 use crate::repository::manifest::{Manifest, ManifestDisk};
 use crate::repository::survey::{self, Fault, PointFolder};
 use crate::store::backups::{self, BackupDiskRow, BackupRow};
@@ -63,7 +64,11 @@ impl Points {
     /// # Errors
     /// There is no such repository, it cannot be used or looked at, or the database fails; points before that stay imported.
     pub async fn import(&self, id: &RepositoryId) -> Result<ImportReport, FolderError> {
-        let repository = self.own(id).await?;
+        let (repository, owned) = self.own_and_tell(id).await?;
+        // A sweep has just done the same.
+        if let Owned::JustNow(report) = owned {
+            return Ok(report);
+        }
         let root = PathBuf::from(&repository.path);
         let survey = on_disk(&repository, move || survey::survey(&root)).await?;
         import(&self.shared.store, &repository, survey.points).await

@@ -20,6 +20,7 @@ use serde_json::json;
 use tokio::sync::{Mutex, watch};
 
 use super::Points;
+use super::folder::FolderError;
 use super::state::PointState;
 use crate::clock::UtcTime;
 use crate::id::{BackupId, TaskId};
@@ -128,6 +129,7 @@ impl Points {
         if self.merges_stop() {
             return Err(MergeError::Stopping);
         }
+        self.own_repository_of(child).await?;
         let (plan, pins) = self.pin(child, task).await?;
         let merged = self.merge_pinned(child, &Arc::new(plan)).await;
         pins.release().await;
@@ -135,7 +137,7 @@ impl Points {
     }
 
     async fn merge_pinned(&self, child: &BackupId, plan: &Arc<Plan>) -> Result<Merged, MergeError> {
-        self.prepare_repository(plan).await?;
+        self.check_room(plan).await?;
         if let Settled::LeftAlone(reason) = recover::settle(&self.shared.store, &plan.paths, &plan.point).await? {
             return Err(MergeError::Leftover { point: child.clone(), reason });
         }
@@ -161,14 +163,27 @@ impl Points {
         Ok(Merged { point: child.clone(), absorbed, generation: manifest.generation, file_bytes })
     }
 
-    /// The repository is ours, and has room.
-    async fn prepare_repository(&self, plan: &Arc<Plan>) -> Result<(), MergeError> {
-        let (locks, room) = (Arc::clone(&self.shared.locks), self.room(plan));
+    /// The repository is ours: before anything is concluded from what is recorded of it.
+    async fn own_repository_of(&self, child: &BackupId) -> Result<(), MergeError> {
+        let point = points::find(&mut *self.shared.store.read().await?, child).await?;
+        let point = point.ok_or_else(|| MergeError::NotFound(child.clone()))?;
+        self.own(&point.repository_id).await.map(|_| ()).map_err(|error| match error {
+            FolderError::Unavailable { id, reason } => MergeError::RepositoryUnavailable { id, reason },
+            FolderError::NotFound(id) => MergeError::RepositoryUnavailable { id, reason: "it was removed".to_owned() },
+            FolderError::Store(error) => error.into(),
+            FolderError::Panicked => MergeError::Panicked,
+        })
+    }
+
+    /// The repository has room.
+    async fn check_room(&self, plan: &Arc<Plan>) -> Result<(), MergeError> {
+        let room = self.room(plan);
         blocking(plan, move |plan| {
-            let (id, path) = (&plan.repository.id, Path::new(&plan.repository.path));
-            let unavailable = |reason| MergeError::RepositoryUnavailable { id: id.clone(), reason };
-            locks.acquire(id.as_str(), path).map_err(|error| unavailable(error.public()))?;
-            let free_bytes = room().map_err(|error| unavailable(error.kind().to_string()))?;
+            let id = &plan.repository.id;
+            let free_bytes = room().map_err(|error| MergeError::RepositoryUnavailable {
+                id: id.clone(),
+                reason: error.kind().to_string(),
+            })?;
             let needed_bytes = plan.needed_bytes;
             if free_bytes < needed_bytes {
                 return Err(MergeError::InsufficientStorage { id: id.clone(), needed_bytes, free_bytes });

@@ -10,6 +10,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
 use super::finding::{Finding, Severity};
+use super::folder::FolderError;
 use super::inspect::{self, Inspection, Subject, SubjectDisk};
 use super::pace::{Gate, Held, Reading};
 use super::pins::Pins;
@@ -318,6 +319,11 @@ impl Points {
         let content = if *id == verification.point_id { verification.request.content } else { Content::Known };
         let mut examined = failed("exchanged", "the folder of the point was exchanged while it was read");
         for _ in 0..EXCHANGES_MAX {
+            // Before its record is read: what was cut there is settled by that.
+            if let Some(unavailable) = self.unavailable(id).await? {
+                examined = unavailable;
+                break;
+            }
             let Some((subject, repository)) = self.subject(id).await? else {
                 examined = failed("folder_missing", "the point or its repository is no longer recorded");
                 break;
@@ -337,6 +343,17 @@ impl Points {
             }
         }
         self.settle(id, examined).await.map(Some)
+    }
+
+    /// What a look at a point whose repository cannot be used comes to.
+    async fn unavailable(&self, id: &BackupId) -> Result<Option<Examined>, StoreError> {
+        let point = points::find(&mut *self.shared.store.read().await?, id).await?;
+        let Some(point) = point else { return Ok(None) };
+        Ok(match self.own(&point.repository_id).await {
+            Ok(_) | Err(FolderError::NotFound(_)) => None,
+            Err(FolderError::Store(error)) => return Err(error),
+            Err(error) => Some(failed("repository_unavailable", &error.to_string())),
+        })
     }
 
     /// A point with what is recorded of it, and the folder of its repository.

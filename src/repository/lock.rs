@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -41,6 +41,14 @@ pub enum LockError {
         /// Its format.
         format: u32,
     },
+    /// The folder is not marked, although the hub has used it: it is the mount point of a disk that is not there.
+    #[error("{} is not marked as repository {id}, although it holds restore points: is its disk mounted?", path.display())]
+    Unmarked {
+        /// The repository.
+        id: String,
+        /// Its folder.
+        path: PathBuf,
+    },
     /// The folder is missing, read-only, or otherwise not usable.
     #[error("repository {id} cannot be used: {source}")]
     Unusable {
@@ -62,6 +70,7 @@ impl LockError {
         match self {
             Self::Held { .. } => "another hub is using its folder".to_owned(),
             Self::Foreign { found, .. } => format!("its folder is marked as repository {found}"),
+            Self::Unmarked { .. } => "its folder is not there".to_owned(),
             Self::Unusable { source, .. } => source.kind().to_string(),
         }
     }
@@ -73,10 +82,25 @@ struct Marker {
     format: u32,
 }
 
-/// One lock. The folder is remembered, as a repository may be given another one.
+/// What a folder that is not marked means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Marking {
+    /// Nothing was ever stored in it: it becomes the repository.
+    MayBegin,
+    /// It cannot be the folder that was used.
+    MustBeThere,
+}
+
+/// The file system that a folder was on when it was locked: a disk that is mounted over it is another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Device(u64);
+
+/// One lock. The folder is remembered, as a repository may be given another one, and its file system, as a disk may be mounted
+/// over it.
 #[derive(Debug)]
 struct Held {
     path: PathBuf,
+    device: Device,
     lock: File,
 }
 
@@ -100,24 +124,23 @@ impl RepositoryLocks {
         Self::default()
     }
 
-    /// Takes the lock of a repository, or finds that this process has it already. Marks the folder at the first time.
-    /// Blocks for the file system.
+    /// Takes the lock of a repository, or finds that this process has it already, and says where the folder is. Marks it at the
+    /// first time, where `marking` allows that. Blocks for the file system.
     ///
     /// # Errors
-    /// Another hub holds it, the folder belongs to another repository, or it cannot be written.
-    pub fn acquire(&self, id: &str, path: &Path) -> Result<(), LockError> {
+    /// Another hub holds it, the folder is not the one that was marked, or it cannot be written.
+    pub fn acquire(&self, id: &str, path: &Path, marking: Marking) -> Result<Device, LockError> {
         let unusable = |source| LockError::Unusable { id: id.to_owned(), source };
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        if held.get(id).is_some_and(|held| held.path == path) {
-            return Ok(());
+        let device = Device(fs::metadata(path).map_err(unusable)?.dev());
+        // A lock that is held says nothing of a folder that went away since.
+        if marking == Marking::MustBeThere && !is_marked(path) {
+            return Err(LockError::Unmarked { id: id.to_owned(), path: path.to_owned() });
         }
-        let file = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .mode(0o640)
-            .open(path.join(LOCK_FILE))
-            .map_err(unusable)?;
+        if held.get(id).is_some_and(|held| held.path == path && held.device == device) {
+            return Ok(device);
+        }
+        let file = open_lock(&path.join(LOCK_FILE)).map_err(unusable)?;
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
@@ -126,13 +149,21 @@ impl RepositoryLocks {
             Err(TryLockError::Error(error)) => return Err(unusable(error)),
         }
         check_marker(id, path)?;
-        held.insert(id.to_owned(), Held { path: path.to_owned(), lock: file });
-        Ok(())
+        held.insert(id.to_owned(), Held { path: path.to_owned(), device, lock: file });
+        Ok(device)
     }
 
     /// Gives the lock back, for a repository that is removed from this hub.
     pub fn release(&self, id: &str) {
         self.held.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
+    }
+}
+
+/// A file system that became read-only still has points to restore from.
+fn open_lock(path: &Path) -> io::Result<File> {
+    match OpenOptions::new().create(true).truncate(false).write(true).mode(0o640).open(path) {
+        Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => File::open(path),
+        opened => opened,
     }
 }
 
@@ -183,25 +214,38 @@ mod tests {
     fn a_second_hub_is_refused_until_the_first_is_gone() {
         let root = tempfile::tempdir().unwrap();
         let first = RepositoryLocks::new();
-        first.acquire("main", root.path()).unwrap();
-        first.acquire("main", root.path()).unwrap();
+        first.acquire("main", root.path(), Marking::MayBegin).unwrap();
+        first.acquire("main", root.path(), Marking::MayBegin).unwrap();
         let second = RepositoryLocks::new();
-        assert!(matches!(second.acquire("main", root.path()), Err(LockError::Held { .. })));
+        assert!(matches!(second.acquire("main", root.path(), Marking::MayBegin), Err(LockError::Held { .. })));
         drop(first);
-        second.acquire("main", root.path()).unwrap();
+        second.acquire("main", root.path(), Marking::MayBegin).unwrap();
     }
 
     #[test]
     fn a_folder_marked_as_another_repository_is_refused() {
         let root = tempfile::tempdir().unwrap();
-        RepositoryLocks::new().acquire("main", root.path()).unwrap();
-        let error = RepositoryLocks::new().acquire("other", root.path()).unwrap_err();
+        RepositoryLocks::new().acquire("main", root.path(), Marking::MayBegin).unwrap();
+        let error = RepositoryLocks::new().acquire("other", root.path(), Marking::MayBegin).unwrap_err();
         assert!(matches!(error, LockError::Foreign { found, .. } if found == "main"));
     }
 
     #[test]
     fn a_missing_folder_is_unusable() {
-        let error = RepositoryLocks::new().acquire("main", Path::new("/nonexistent/folder")).unwrap_err();
+        let error =
+            RepositoryLocks::new().acquire("main", Path::new("/nonexistent/folder"), Marking::MayBegin).unwrap_err();
         assert!(matches!(error, LockError::Unusable { .. }));
+    }
+
+    #[test]
+    fn a_folder_that_lost_its_mark_is_another_folder() {
+        let root = tempfile::tempdir().unwrap();
+        let locks = RepositoryLocks::new();
+        locks.acquire("main", root.path(), Marking::MayBegin).unwrap();
+        locks.acquire("main", root.path(), Marking::MustBeThere).unwrap();
+        fs::remove_file(root.path().join(MARKER_FILE)).unwrap();
+        let error = locks.acquire("main", root.path(), Marking::MustBeThere).unwrap_err();
+        assert!(matches!(error, LockError::Unmarked { .. }));
+        assert!(!is_marked(root.path()), "and is not marked again");
     }
 }

@@ -4,7 +4,7 @@
 //! What is found was written by anybody: names are taken from the folder and never from a manifest, links are not followed,
 //! files are bounded before they are read, and one thing that is wrong makes one finding. Nothing is changed and no content is read.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
@@ -13,6 +13,7 @@ use std::path::Path;
 use blockyard_qcow2 as qcow2;
 
 use super::layout::{self, MANIFEST};
+use super::lock::is_marked;
 use super::manifest::{Manifest, ManifestDisk, ManifestError};
 use crate::backup::state::BackupType;
 use crate::id::{BackupId, RepositoryId};
@@ -161,6 +162,62 @@ fn kind_of(name: &str) -> (Option<BackupId>, OtherKind) {
         _ => OtherKind::Unknown,
     };
     (Some(id), kind)
+}
+
+/// Whether the files of a recorded point are where they should be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Presence {
+    /// The folder, and every image that is recorded, as a plain file.
+    There,
+    /// What is not.
+    Gone(String),
+    /// It could not be seen, which says nothing.
+    Unclear(io::ErrorKind),
+}
+
+/// Whether the files of recorded points are there: each with its folder, and the names of all images by point.
+///
+/// # Errors
+/// The repository itself went away meanwhile, so that nothing can be said of any of them.
+pub fn presences(
+    root: &Path,
+    points: Vec<(BackupId, String)>,
+    files: &[(BackupId, String)],
+) -> io::Result<BTreeMap<BackupId, Presence>> {
+    let mut names: BTreeMap<&BackupId, Vec<&str>> = BTreeMap::new();
+    for (id, file) in files {
+        names.entry(id).or_default().push(file);
+    }
+    let seen = points.into_iter().map(|(id, dir)| {
+        let presence = presence(&root.join(dir), names.get(&id).map(Vec::as_slice).unwrap_or_default());
+        (id, presence)
+    });
+    let seen = seen.collect();
+    if is_marked(root) { Ok(seen) } else { Err(io::ErrorKind::NotFound.into()) }
+}
+
+fn presence(folder: &Path, files: &[&str]) -> Presence {
+    let gone = |what: &str| Presence::Gone(format!("{what} is not there"));
+    match fs::symlink_metadata(folder) {
+        Ok(facts) if facts.is_dir() => {}
+        Ok(_) => return gone("the folder"),
+        Err(error) if is_absence(&error) => return gone("the folder"),
+        Err(error) => return Presence::Unclear(error.kind()),
+    }
+    let mut presence = Presence::There;
+    for file in files {
+        match fs::symlink_metadata(folder.join(file)) {
+            Ok(facts) if facts.is_file() => {}
+            Ok(_) => return gone(file),
+            Err(error) if is_absence(&error) => return gone(file),
+            Err(error) => presence = Presence::Unclear(error.kind()),
+        }
+    }
+    presence
+}
+
+fn is_absence(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
 }
 
 /// The manifest of a folder, held against the folder's name, itself, and the files beside it as far as their heads tell.

@@ -8,6 +8,7 @@ use blockyard_qcow2 as qcow2;
 use super::{Damage, RestoreError, Shared};
 use crate::id::{BackupId, ExportId};
 use crate::points::chain::{RecordedChain, Settling, Unfit};
+use crate::points::folder::FolderError;
 use crate::points::state::{PointState, Trust};
 use crate::repository::layout;
 use crate::store::points::{self, ChainImage, PointDiskRow};
@@ -44,6 +45,24 @@ pub(super) async fn pin(
     let found = find(transaction, point_id, disk_id, damage).await?;
     leases::pin_chain(transaction, point_id, owner.as_str(), &shared.boot_id).await?;
     Ok(found)
+}
+
+/// The repository of a point is this hub's, swept: before its record is read, and outside of any transaction.
+///
+/// # Errors
+/// There is no such point, or its repository cannot be used.
+pub(super) async fn own_repository(shared: &Shared, point_id: &BackupId) -> Result<(), RestoreError> {
+    let not_found = || RestoreError::PointNotFound(point_id.clone());
+    let mut connection = shared.store.read().await?;
+    let point = points::find(&mut connection, point_id).await?.ok_or_else(not_found)?;
+    let repository = repositories::find(&mut connection, &point.repository_id).await?.ok_or_else(not_found)?;
+    drop(connection);
+    shared.repositories.own(&repository).await.map(|_| ()).map_err(|error| match error {
+        FolderError::NotFound(_) => not_found(),
+        FolderError::Unavailable { id, reason } => RestoreError::RepositoryUnavailable { id, reason },
+        FolderError::Store(error) => error.into(),
+        FolderError::Panicked => RestoreError::Panicked,
+    })
 }
 
 async fn find(

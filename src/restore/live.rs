@@ -149,6 +149,7 @@ struct Held {
 /// Makes an export whose listener answers.
 pub(super) async fn open(shared: &Arc<Shared>, new: NewExport) -> Result<Arc<LiveExport>, RestoreError> {
     let presence = Presence::begin(shared)?;
+    chain::own_repository(shared, &new.point_id).await?;
     let id = ExportId::new();
     let port = bind(shared)?;
     let (found, pins) = pin(shared, &id, &new, &port).await?;

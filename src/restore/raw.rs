@@ -37,6 +37,7 @@ pub(super) async fn open(
     if shared.registry().closed {
         return Err(RestoreError::Draining);
     }
+    chain::own_repository(shared, &point_id).await?;
     let owner = ExportId::new();
     let mut transaction = shared.store.write().await?;
     let found = chain::pin(&mut transaction, shared, &owner, &point_id, disk_id, damage).await?;

@@ -326,6 +326,23 @@ pub async fn images_in(
     Ok(rows.into_iter().map(|(point, file, bytes)| (point, file, bytes.unsigned_abs())).collect())
 }
 
+/// The names of the images of all points in a repository that are there or missing.
+///
+/// # Errors
+/// The database's.
+pub async fn files_in(
+    connection: &mut Connection,
+    repository: &RepositoryId,
+) -> Result<Vec<(BackupId, String)>, StoreError> {
+    Ok(sqlx::query_as(
+        "SELECT point_id, file FROM point_disks JOIN restore_points ON id = point_id \
+         WHERE repository_id = ? AND state IN ('committed', 'missing') ORDER BY sequence, disk_id",
+    )
+    .bind(repository)
+    .fetch_all(connection)
+    .await?)
+}
+
 /// The newest point of a VM in a repository whose files are not meant to go. Whether it can be built upon is not decided here.
 ///
 /// # Errors
@@ -497,12 +514,15 @@ pub async fn stats(
     Ok(Stats { points: points.unsigned_abs(), bytes: bytes.unsigned_abs(), last_committed_at })
 }
 
-/// Notes that the folder of a point is gone or back, and tells.
+/// Notes that files of a point are gone or all back, and tells. What is back was not read since: it is to be verified soon.
 ///
 /// # Errors
 /// The database's.
 pub async fn set_presence(connection: &mut Connection, point: &PointRow, state: PointState) -> Result<(), StoreError> {
     set_state(connection, &point.id, state).await?;
+    if state == PointState::Committed {
+        super::trust::forget_verified(connection, point, UtcTime::now()).await?;
+    }
     let alert = if state == PointState::Missing { "point_missing" } else { "point_back" };
     let data = json!({
         "alert": alert, "point_id": point.id, "repository_id": point.repository_id, "vm_context_id": point.vm_id,

@@ -44,6 +44,21 @@ pub async fn set_verified_at(connection: &mut Connection, id: &BackupId, at: Utc
     Ok(())
 }
 
+/// Notes that what a verification found of a point may not be so any more. What is known to be wrong stays known.
+///
+/// # Errors
+/// The database's.
+pub async fn forget_verified(connection: &mut Connection, point: &PointRow, at: UtcTime) -> Result<(), StoreError> {
+    sqlx::query("UPDATE restore_points SET verified_at = NULL WHERE id = ?")
+        .bind(&point.id)
+        .execute(&mut *connection)
+        .await?;
+    if point.trust == Trust::Verified {
+        change(connection, point, Trust::Unverified, None, at).await?;
+    }
+    Ok(())
+}
+
 /// Records what an image and the virtual disk in it hash to; nothing for an image that nobody has read.
 ///
 /// # Errors

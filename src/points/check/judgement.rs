@@ -7,18 +7,22 @@ use crate::id::{BackupId, RepositoryId};
 use crate::points::chain::Sign;
 use crate::points::state::PointState;
 use crate::repository::manifest::Manifest;
-use crate::repository::survey::{Fault, PointFolder};
+use crate::repository::survey::{Fault, PointFolder, Presence};
 use crate::store::points::{self, PointDiskRow, PointRow};
 use crate::store::{Connection, Store, StoreError};
 
 /// A folder, and its manifest when all of it is what that says.
 pub(super) type Looked = (PointFolder, Result<Manifest, Fault>);
 
+/// A name for each point: its folder, or one of its images.
+type Names = Vec<(BackupId, String)>;
+
 /// What was recorded before the folders were looked at.
 #[derive(Debug)]
 pub(super) struct Before {
     disks: BTreeMap<BackupId, Vec<PointDiskRow>>,
     worked_on: BTreeSet<BackupId>,
+    dirs: Names,
 }
 
 /// What was found of the recorded points.
@@ -35,14 +39,15 @@ pub(super) struct Judged {
 impl Before {
     pub(super) async fn read(store: &Store, repository: &RepositoryId) -> Result<Self, StoreError> {
         let mut snapshot = store.snapshot().await?;
-        let (mut disks, mut worked_on) = (BTreeMap::new(), BTreeSet::new());
+        let (mut disks, mut worked_on, mut dirs) = (BTreeMap::new(), BTreeSet::new(), Vec::new());
         for point in points::all_in(&mut snapshot, repository).await? {
             if points::is_worked_on(&mut snapshot, &point.id).await? {
                 worked_on.insert(point.id.clone());
             }
             disks.insert(point.id.clone(), points::disks(&mut snapshot, &point.id).await?);
+            dirs.push((point.id, point.dir));
         }
-        Ok(Self { disks, worked_on })
+        Ok(Self { disks, worked_on, dirs })
     }
 
     /// What is recorded now of points that are to be looked at again.
@@ -52,6 +57,14 @@ impl Before {
             self.disks.insert(id.clone(), points::disks(&mut snapshot, id).await?);
         }
         Ok(())
+    }
+
+    /// The folder of each point, and the names of all images by point.
+    pub(super) fn files(&self) -> (Names, Names) {
+        let of_point = |(id, disks): (&BackupId, &Vec<PointDiskRow>)| {
+            disks.iter().map(|disk| (id.clone(), disk.file.clone())).collect::<Vec<_>>()
+        };
+        (self.dirs.clone(), self.disks.iter().flat_map(of_point).collect())
     }
 
     /// Whether the files of a point were being removed or made anew.
@@ -89,6 +102,7 @@ pub(super) async fn judge_all(
     repository: &RepositoryId,
     before: &Before,
     folders: &[Looked],
+    presence: &BTreeMap<BackupId, Presence>,
 ) -> Result<Judged, StoreError> {
     let by_dir: BTreeMap<String, &Result<Manifest, Fault>> =
         folders.iter().map(|(folder, manifest)| (folder.dir(), manifest)).collect();
@@ -100,23 +114,26 @@ pub(super) async fn judge_all(
             continue;
         }
         recorded += 1;
-        let (kind, detail) = match by_dir.get(&point.dir) {
-            None => {
+        let (kind, detail) = match (presence.get(&point.id), by_dir.get(&point.dir)) {
+            (Some(Presence::Gone(what)), _) => {
                 if point.state == PointState::Committed {
                     points::set_presence(connection, &point, PointState::Missing).await?;
                 }
-                (FindingKind::Missing, "the folder is not there".to_owned())
+                (FindingKind::Missing, what.clone())
             }
-            Some(found) => {
+            (Some(Presence::There), Some(found)) => {
                 if point.state == PointState::Missing {
                     points::set_presence(connection, &point, PointState::Committed).await?;
-                    findings.push(finding(FindingKind::Back, &point, "the folder is there again".to_owned()));
+                    findings.push(finding(FindingKind::Back, &point, "its files are there again".to_owned()));
                 }
                 match judge(connection, &point, found, &bad).await? {
                     None => continue,
                     Some(detail) => (FindingKind::Damaged, detail),
                 }
             }
+            (Some(Presence::Unclear(error)), _) => (FindingKind::Damaged, format!("it cannot be looked at: {error}")),
+            // It came or went while it was looked for.
+            (Some(Presence::There), None) | (None, _) => continue,
         };
         bad.insert(point.id.clone());
         findings.push(finding(kind, &point, detail));

@@ -7,6 +7,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::id::BackupId;
+use crate::points::folder::{FolderError, on_disk};
 use crate::points::paths;
 use crate::points::state::PointState;
 use crate::repository::directory;
@@ -18,7 +19,7 @@ use crate::store::repositories::Repository;
 use crate::store::{Store, StoreError};
 
 /// Clears up a repository that this process owns, before anything else looks at its points.
-pub(crate) async fn recover(store: &Store, repository: &Repository) -> Result<(), StoreError> {
+pub(crate) async fn recover(store: &Store, repository: &Repository) -> Result<(), FolderError> {
     let mut connection = store.read().await?;
     let recorded = points::all_in(&mut connection, &repository.id).await?;
     let images = points::images_in(&mut connection, &repository.id).await?;
@@ -27,18 +28,11 @@ pub(crate) async fn recover(store: &Store, repository: &Repository) -> Result<()
     let folders: BTreeMap<BackupId, BackupPaths> =
         recorded.iter().map(|(id, point)| (id.clone(), paths(repository, point))).collect();
     let root = PathBuf::from(&repository.path);
-    let looked = tokio::task::spawn_blocking(move || {
+    let looked = on_disk(repository, move || {
         let left = look(&root)?;
-        Ok::<_, io::Error>((left, changed(&folders, &images)))
+        Ok((left, changed(&folders, &images)))
     });
-    let (left, changed) = match looked.await {
-        Ok(Ok(found)) => found,
-        Ok(Err(error)) => {
-            tracing::warn!(repository = %repository.id, %error, "a repository cannot be looked at for merges now");
-            return Ok(());
-        }
-        Err(_) => return Ok(()),
-    };
+    let (left, changed) = looked.await?;
     for (id, path) in left {
         match recorded.get(&id) {
             Some(point) if paths(repository, point).merging == path => {
