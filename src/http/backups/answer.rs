@@ -224,7 +224,8 @@ impl BackupAnswer {
     pub(super) async fn load(app: &App, connection: &mut Connection, row: BackupRow) -> Result<Self, StoreError> {
         let disks = backups::disks(connection, &row.id).await?;
         let paths = paths(connection, &row).await?;
-        let job = app.backups.find(&row.id);
+        // What an ended job measured is recorded with its end, and does not change when its task is gone.
+        let job = app.backups.find(&row.id).filter(|_| !row.state.is_terminal());
         let live = job.as_ref().map_or(&[][..], |job| job.live());
         let verify = verify(app, connection, &row).await?;
         Ok(Self::new(app, row, &disks, paths.as_ref(), live, verify))
