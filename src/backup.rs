@@ -18,6 +18,7 @@ pub mod plan;
 mod prepare;
 pub mod progress;
 mod recover;
+mod refresh;
 mod registry;
 mod seal;
 mod start;
@@ -39,6 +40,7 @@ use registry::Registry;
 use state::{DiskState, FailureCode, JobState};
 
 use crate::config::Config;
+use crate::discovery::Discovery;
 use crate::id::BackupId;
 use crate::listeners::ListenerOptions;
 use crate::listeners::ports::PortPool;
@@ -74,7 +76,8 @@ struct Shared {
     ports: PortPool,
     listeners: ListenerOptions,
     repositories: Repositories,
-    nodes: BTreeMap<String, NodeClient>,
+    nodes: Arc<BTreeMap<String, NodeClient>>,
+    discovery: Discovery,
 }
 
 impl Shared {
@@ -130,6 +133,8 @@ impl Backups {
             let client = NodeClient::new(&node.url, connect_timeout, Duration::from_secs(node.request_timeout_s))?;
             nodes.insert(name.clone(), client);
         }
+        let nodes = Arc::new(nodes);
+        let discovery = Discovery::new(Arc::clone(&config), store.clone(), Arc::clone(&nodes));
         let shared = Shared {
             ports: PortPool::new(config.nbd.bind),
             listeners,
@@ -140,6 +145,7 @@ impl Backups {
             store,
             repositories,
             nodes,
+            discovery,
         };
         Ok(Self { shared: Arc::new(shared) })
     }
@@ -185,6 +191,11 @@ impl Backups {
         let predict = self.shared.config.jobs.predict_next_disk;
         let change_id = disk_id.and_then(|disk_id| job.previous_change_id(disk_id, predict)).map(str::to_owned);
         Some(PreviousChangeId { job: job.facts().id.clone(), change_id })
+    }
+
+    /// Discovery through the nodes that the jobs use.
+    pub fn discovery(&self) -> &Discovery {
+        &self.shared.discovery
     }
 
     /// Ports that this process has leased.

@@ -123,13 +123,15 @@ pub struct Node {
     pub url: String,
     /// Limit for the TCP connection, in seconds.
     pub connect_timeout_s: u64,
-    /// Limit for the answer to a start call, in seconds.
+    /// Limit for the answer to a start call, in seconds; a discovery may take ten times as long.
     pub request_timeout_s: u64,
     /// Jobs at once through this node; 0 means no limit.
     pub max_running: u32,
     /// Ports for the jobs of this node; `nbd.port_range` when not set.
     #[serde(with = "blank")]
     pub port_range: Option<PortRange>,
+    /// Whether a backup begins with a look at which disks the VM has.
+    pub refresh_before_start: bool,
 }
 
 /// `[credentials.<name>]`: a login by reference. The password itself is read from its file when a job needs it.
@@ -141,6 +143,9 @@ pub struct Credential {
     pub username: String,
     /// File that holds the password.
     pub password_file: PathBuf,
+    /// Where discovery looks for VMs; the first segment of a VM's inventory path when not set.
+    #[serde(default, with = "blank")]
+    pub datacenter: Option<String>,
 }
 
 /// `[nbd]`
@@ -399,6 +404,7 @@ impl Default for Node {
             request_timeout_s: 30,
             max_running: 0,
             port_range: None,
+            refresh_before_start: false,
         }
     }
 }

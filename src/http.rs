@@ -27,6 +27,7 @@ mod ports;
 pub mod problem;
 #[allow(unused_qualifications, reason = "the macro of utoipa repeats the type of a query")]
 mod raw;
+mod refresh;
 #[allow(unused_qualifications, reason = "the macro of utoipa repeats the type of a query")]
 mod repositories;
 pub mod request_id;
@@ -54,6 +55,7 @@ use crate::app::AppState;
 fn api() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()
         .merge(vms::routes())
+        .merge(refresh::routes())
         .merge(repositories::routes())
         .merge(backups::routes())
         .merge(points::routes())

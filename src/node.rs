@@ -1,15 +1,20 @@
-//! The client of the node (SNA): one call that starts a backup client, and the question whether it did.
+//! The client of the node (SNA): one call that starts a backup client, the question whether it did, and in [`discover`] which
+//! disks a VM has.
 //!
 //! The start call is not idempotent and nothing can be stopped once it was sent, so everything here serves one question:
 //! may the caller undo? Each call has a connection of its own; there is no redirect, no proxy and no retry, and every way
 //! the call can end is sorted by what it proves. What to do about it is the job's business.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Serialize, Serializer};
+use tokio::sync::Semaphore;
 
 use crate::secret::Secret;
 
+pub mod discover;
+pub mod discovered;
 pub mod fake;
 
 /// How much of an answer is read; the real one has a few hundred bytes.
@@ -99,6 +104,10 @@ pub struct NodeClientError {
 pub struct NodeClient {
     base: String,
     http: reqwest::Client,
+    /// How long a discovery may take.
+    discover_limit: Duration,
+    /// Who may read the answer to a discovery.
+    answers: Arc<Semaphore>,
 }
 
 impl NodeClient {
@@ -118,7 +127,10 @@ impl NodeClient {
             .timeout(connect_timeout.saturating_add(request_timeout))
             .build()
             .map_err(|source| NodeClientError { url: base.to_owned(), source })?;
-        Ok(Self { base: base.trim_end_matches('/').to_owned(), http })
+        let discover_limit =
+            connect_timeout.saturating_add(request_timeout.saturating_mul(discover::LIMIT_IN_REQUESTS));
+        let answers = Arc::new(Semaphore::new(discover::ANSWERS_AT_ONCE));
+        Ok(Self { base: base.trim_end_matches('/').to_owned(), http, discover_limit, answers })
     }
 
     /// Asks the node to start a backup client, once.

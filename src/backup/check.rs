@@ -12,10 +12,11 @@ use super::start::{NewBackup, StartError, VmChoice};
 use super::state::{BackupType, RequestedType, TypeReason};
 use crate::config::{ExportNames, Node};
 use crate::id::new_ulid;
+use crate::login::Login;
 use crate::points::chain::{RecordedChain, Settling};
 use crate::points::folder::FolderError;
 use crate::repository::{directory, layout};
-use crate::secret::{Secret, SecretError};
+use crate::secret::Secret;
 use crate::store::points::{self, ChainImage};
 use crate::store::repositories::{self, Repository};
 use crate::store::vms::{self, Vm, VmDisk};
@@ -42,19 +43,7 @@ pub(super) struct Checked {
 /// All checks, in the order of the contract, without any side effect.
 pub(super) async fn check(shared: &Shared, new: &NewBackup) -> Result<Checked, StartError> {
     let mut connection = shared.store.read().await?;
-    let vm = match &new.vm {
-        VmChoice::Id(id) => {
-            vms::find(&mut connection, id).await?.ok_or_else(|| StartError::VmNotFound(id.to_string()))?
-        }
-        VmChoice::Name(name) => {
-            let mut found = vms::find_by_name(&mut connection, name).await?;
-            if found.len() > 1 {
-                let ids = found.into_iter().map(|vm| vm.id).collect();
-                return Err(StartError::VmAmbiguous { name: name.clone(), ids });
-            }
-            found.pop().ok_or_else(|| StartError::VmNotFound(name.clone()))?
-        }
-    };
+    let vm = find_vm(&mut connection, &new.vm).await?;
     let repository = repositories::find(&mut connection, &new.repository_id)
         .await?
         .ok_or_else(|| StartError::RepositoryNotFound(new.repository_id.clone()))?;
@@ -65,11 +54,26 @@ pub(super) async fn check(shared: &Shared, new: &NewBackup) -> Result<Checked, S
     let last_order = backups::last_seal_order(&mut *shared.store.read().await?, &vm.id).await?;
     let (plans, newest) = plan(shared, &vm, &repository, &disks, new.requested_type).await?;
     let estimated_bytes = estimate(shared, &plans, newest.as_ref());
-    let (username, password) = credential(shared, &vm).await?;
+    let Login { username, password, .. } = Login::read(&shared.config, &vm).await?;
     let node = shared.config.nodes.get(&vm.node).cloned().filter(|_| shared.node(&vm.node).is_some());
     let node = node.ok_or_else(|| StartError::NodeUnknown { vm_name: vm.name.clone(), node: vm.node.clone() })?;
     check_space(shared, &repository, estimated_bytes).await?;
     Ok(Checked { vm, repository, plans, username, password, node, estimated_bytes, last_order })
+}
+
+/// The VM that the caller names.
+pub(super) async fn find_vm(connection: &mut Connection, choice: &VmChoice) -> Result<Vm, StartError> {
+    match choice {
+        VmChoice::Id(id) => vms::find(connection, id).await?.ok_or_else(|| StartError::VmNotFound(id.to_string())),
+        VmChoice::Name(name) => {
+            let mut found = vms::find_by_name(connection, name).await?;
+            if found.len() > 1 {
+                let ids = found.into_iter().map(|vm| vm.id).collect();
+                return Err(StartError::VmAmbiguous { name: name.clone(), ids });
+            }
+            found.pop().ok_or_else(|| StartError::VmNotFound(name.clone()))
+        }
+    }
 }
 
 async fn newest(connection: &mut Connection, vm: &Vm, repository: &Repository) -> Result<Option<Newest>, StoreError> {
@@ -212,29 +216,4 @@ async fn check_space(shared: &Shared, repository: &Repository, needed_bytes: u64
         return Err(StartError::InsufficientStorage { id: repository.id.clone(), needed_bytes, free_bytes });
     }
     Ok(())
-}
-
-/// The login for the VM's vCenter. The password is read now, so that a job never fails for it later.
-async fn credential(shared: &Shared, vm: &Vm) -> Result<(String, Secret), StartError> {
-    let missing = |reason: String| StartError::CredentialMissing { vm_name: vm.name.clone(), reason };
-    let name = vm.credential.as_ref().ok_or_else(|| missing("none is named in the inventory".to_owned()))?;
-    let credential = shared
-        .config
-        .credentials
-        .get(name)
-        .ok_or_else(|| missing(format!("credentials.{name} is not in the configuration")))?;
-    let file = credential.password_file.clone();
-    let password = tokio::task::spawn_blocking(move || Secret::read_regular(&file)).await;
-    let password = password.map_err(|_| StartError::Panicked)?;
-    match password {
-        Ok(password) => Ok((credential.username.clone(), password)),
-        Err(error) => {
-            tracing::error!(credential = name, %error, "the password cannot be read");
-            let why = match error {
-                SecretError::Unreadable { source, .. } => source.kind().to_string(),
-                SecretError::Empty { .. } => "it is empty".to_owned(),
-            };
-            Err(missing(format!("the password file of credentials.{name} cannot be used: {why}")))
-        }
-    }
 }

@@ -17,12 +17,15 @@ use super::ending::{End, Failed, StartNews};
 use super::idempotency::IdempotencyKey;
 use super::job::{Job, JobDisk, JobFacts, JobHandle, NewJob};
 use super::plan::{self, DiskPlan, PlanError};
+use super::refresh::refresh;
 use super::registry::{Capacity, Claim, Refused, Slot};
 use super::state::{DiskState, JobResult, JobState, RequestedType};
 use super::{Backups, Shared};
 use crate::clock::UtcTime;
+use crate::discovery::RefreshError;
 use crate::id::{BackupId, RepositoryId, VmId};
 use crate::listeners::ports::{BoundPort, PortError};
+use crate::login::LoginError;
 use crate::repository::layout::{self, BackupPaths};
 use crate::secret::Secret;
 use crate::store::backups::{self, BackupDiskRow, BackupRow};
@@ -98,13 +101,11 @@ pub enum StartError {
     #[error(transparent)]
     Plan(#[from] PlanError),
     /// There is no login for the VM's vCenter.
-    #[error("VM {vm_name} has no usable credential: {reason}")]
-    CredentialMissing {
-        /// The VM.
-        vm_name: String,
-        /// Why, without paths.
-        reason: String,
-    },
+    #[error(transparent)]
+    Login(#[from] LoginError),
+    /// The disks that the VM has now cannot be known.
+    #[error(transparent)]
+    Refresh(#[from] RefreshError),
     /// The VM's node is not in the configuration.
     #[error("VM {vm_name} is read by node {node}, which is not configured")]
     NodeUnknown {
@@ -211,7 +212,7 @@ impl Backups {
     pub async fn start(&self, new: NewBackup) -> Result<Started, StartError> {
         let deadline = Instant::now() + Duration::from_secs(self.shared.config.jobs.answer_within_s);
         let shared = Arc::clone(&self.shared);
-        let accepted = tokio::spawn(async move { accept(&shared, new).await }).await;
+        let accepted = tokio::spawn(async move { accept(&shared, new, deadline).await }).await;
         let Accepted { handle, news } = accepted.map_err(|_| StartError::Panicked)??;
         let facts = Arc::clone(handle.facts());
         match tokio::time::timeout_at(deadline, news).await {
@@ -231,7 +232,11 @@ impl Backups {
     }
 }
 
-async fn accept(shared: &Arc<Shared>, new: NewBackup) -> Result<Accepted, StartError> {
+async fn accept(shared: &Arc<Shared>, new: NewBackup, deadline: Instant) -> Result<Accepted, StartError> {
+    if shared.registry.is_closed() {
+        return Err(StartError::Draining);
+    }
+    refresh(shared, &new.vm, deadline).await?;
     for _ in 1..PLANS {
         match accept_as_planned(shared, new.clone()).await {
             Err(StartError::ParentsChanging) => tracing::info!("a parent of a backup went; it is planned again"),
@@ -282,7 +287,7 @@ fn claim(shared: &Arc<Shared>, id: &BackupId, checked: &Checked) -> Result<Slot,
     })
 }
 
-fn in_progress(shared: &Shared, vm: &Vm, active: BackupId) -> StartError {
+pub(super) fn in_progress(shared: &Shared, vm: &Vm, active: BackupId) -> StartError {
     let state = shared.registry.find(&active).map(|job| job.view().state);
     StartError::InProgress { vm_name: vm.name.clone(), active, state }
 }

@@ -19,6 +19,8 @@ pub(super) enum Command {
     List,
     /// Show a VM and its disks.
     Show(Named),
+    /// Ask the VM's node which disks it has, and bring the inventory to that.
+    Refresh(Named),
     /// Remove a VM from the inventory; its restore points stay.
     Remove(Named),
 }
@@ -102,6 +104,11 @@ pub(super) async fn run(command: Command, output: &Output) -> Result<Exit, CliEr
         }
         Command::List => output.answer(&client.list("vms", &[]).await?, render_list)?,
         Command::Show(named) => output.answer(&find(&client, &named.vm).await?, render)?,
+        Command::Refresh(named) => {
+            let vm = find(&client, &named.vm).await?;
+            let path = format!("/vms/{}/refresh", text(&vm["id"]));
+            output.done(&client.post_at_length(&path, &[], &json!({})).await?, render_refreshed)?;
+        }
         Command::Remove(named) => {
             let vm = find(&client, &named.vm).await?;
             client.delete(&format!("/vms/{}", text(&vm["id"]))).await?;
@@ -201,6 +208,25 @@ fn render(vm: &Value) -> String {
     lines.push(String::new());
     lines.push(table::render(&["disk", "key", "size", "vmdk"], &disks));
     lines.join("\n")
+}
+
+fn render_refreshed(vm: &Value) -> String {
+    let name = format!("{} ({})", text(&vm["name"]), text(&vm["id"]));
+    let changes = rows(&vm["changes"]);
+    if changes.is_empty() {
+        return format!("refreshed {name}: nothing has changed");
+    }
+    let lines = changes.iter().map(|change| {
+        let disk =
+            format!("disk {} (key {}, {})", change["disk_id"], change["device_key"], bytes(&change["size_bytes"]));
+        match text(&change["change"]) {
+            "gone" => format!("{disk} is gone"),
+            "resized" => format!("{disk} had {} before", bytes(&change["size_bytes_before"])),
+            "described" => format!("{disk} has another path or unit"),
+            other => format!("{disk} {other}"),
+        }
+    });
+    [format!("refreshed {name}:")].into_iter().chain(lines).collect::<Vec<_>>().join("\n")
 }
 
 #[cfg(test)]

@@ -159,7 +159,12 @@ impl Config {
 
 /// A configuration with one entry of everything, as a table.
 fn known_keys() -> Table {
-    let credential = Credential { vcenter_host: String::new(), username: String::new(), password_file: PathBuf::new() };
+    let credential = Credential {
+        vcenter_host: String::new(),
+        username: String::new(),
+        password_file: PathBuf::new(),
+        datacenter: None,
+    };
     let webhook = Webhook { url: String::new(), secret_file: PathBuf::new(), events: Vec::new() };
     let config = Config {
         nodes: BTreeMap::from([(ANY_NAME.to_owned(), Node::default())]),

@@ -31,7 +31,7 @@ use crate::clock::UtcTime;
 use crate::id::{BackupId, RepositoryId, VmId};
 use crate::store::backups::{self, BackupRow, Filter};
 
-pub(super) use refusal::complete_refused;
+pub(super) use refusal::{complete_refused, sentence};
 
 pub(super) fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()

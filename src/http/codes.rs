@@ -74,6 +74,9 @@ codes! {
         "No route has this path; `/docs` lists them.";
     VmNotFound "vm_not_found" 404 FINAL "No such VM"
         "No VM has this id or name; `GET /api/v1/vms` lists them.";
+    VmNotDiscovered "vm_not_discovered" 404 FINAL "The node does not find the VM"
+        "It has another path in vCenter than in the inventory, is not in the datacenter that was looked in (the first segment \
+         of its path, or `datacenter` of its credential), or is gone; the inventory is as it was.";
     VmHasNoDisks "vm_has_no_disks" 404 FINAL "The VM has no disks"
         "There is nothing to back up: describe the disks of the VM first.";
     RepositoryNotFound "repository_not_found" 404 FINAL "No such repository"
@@ -120,7 +123,8 @@ codes! {
     RepositoryExists "repository_exists" 409 FINAL "The repository exists already"
         "A repository with this id or folder is there; `links.existing` leads to it.";
     EtagMismatch "etag_mismatch" 412 FINAL "Somebody changed it in between"
-        "`If-Match` names an older version: read it again, then repeat the change.";
+        "`If-Match` names an older version, or the VM was described anew while its node was asked: read it again, then repeat \
+         the change.";
     BodyTooLarge "body_too_large" 413 FINAL "The body is too large"
         "The body is larger than `server.body_limit_bytes`.";
     UnsupportedMediaType "unsupported_media_type" 415 FINAL "The body is not JSON"
@@ -148,10 +152,13 @@ codes! {
         "The log has the reason under the `request_id` of the document.";
     ImageFailed "image_failed" 500 FINAL "An image could not be written safely"
         "A write, a sync or the check of the structure failed; the job has failed.";
-    NodeRejected "node_rejected" 502 FINAL "The node refused the job"
-        "Its status and text are in the detail; everything was undone.";
+    NodeRejected "node_rejected" 502 FINAL "The node refused the request"
+        "Its status and text are in the detail. A job was undone; after a discovery the inventory is as it was.";
     NodeUnreachable "node_unreachable" 502 RETRY "The node cannot be reached"
-        "No byte of the request left; everything was undone.";
+        "No byte of a start left, and the job was undone; or a discovery got no whole answer, and the inventory is as it was.";
+    NodeAnswerMalformed "node_answer_malformed" 502 FINAL "The node's answer cannot be relied upon"
+        "Discovery only: it is not in the form of an answer, has the VM twice, names no disk of it, or one that cannot be; the \
+         detail says what, and the inventory is as it was.";
     Starting "starting" 503 RETRY "The service is starting"
         "It brings its records in order first; `/readyz` tells when it is done.";
     NoPorts "no_ports" 503 RETRY "Not enough free ports"
@@ -165,7 +172,8 @@ codes! {
     DatabaseBusy "database_busy" 503 RETRY "The database is busy"
         "Another request holds it for longer than usual.";
     NodeTimeout "node_timeout" 504 RETRY "The node did not answer in time"
-        "Discovery only: a job whose start was not answered goes on and waits for a sign of life.";
+        "Discovery only, and the inventory is as it was: a job whose start was not answered goes on and waits for a sign of \
+         life.";
     InsufficientStorage "insufficient_storage" 507 RETRY "Not enough free space"
         "The detail names the repository, the space needed and the space free; nothing was started.";
 }

@@ -7,17 +7,10 @@ use utoipa::ToSchema;
 
 use super::problem::{Code, Problem};
 use super::vms::check_text;
-use crate::store::vms::{DiskDescription, VmDisk};
+use crate::store::vms::{DEVICE_KEY_MAX, DISK_SIZE_MAX, DiskDescription, SECTOR_BYTES, UNIT_MAX, VmDisk};
 
 /// VMware numbers the disks of the first SCSI controller 2000 + unit.
 const FIRST_SCSI_KEY: u32 = 2000;
-/// Most units a virtual controller has: 64 on NVMe and paravirtual SCSI.
-const UNIT_MAX: u32 = 63;
-/// Device keys are signed 32-bit numbers on VMware's side.
-const KEY_MAX: u32 = i32::MAX as u32;
-/// Largest size: what fits a signed 64-bit offset, in whole sectors.
-const SIZE_MAX: u64 = i64::MAX as u64 / SECTOR * SECTOR;
-const SECTOR: u64 = 512;
 
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -86,8 +79,8 @@ fn describe_one(index: usize, body: DiskBody) -> Result<DiskDescription, Problem
         return Err(fault(Code::InvalidField, "/unit_number", format!("unit_number must be 0 to {UNIT_MAX}")));
     }
     let device_key = match (body.device_key, body.unit_number) {
-        (Some(key), _) if key > KEY_MAX => {
-            return Err(fault(Code::InvalidField, "/device_key", format!("device_key must be 1 to {KEY_MAX}")));
+        (Some(key), _) if key > DEVICE_KEY_MAX => {
+            return Err(fault(Code::InvalidField, "/device_key", format!("device_key must be 1 to {DEVICE_KEY_MAX}")));
         }
         // 0 is what programs send that never learned the key.
         (None | Some(0), None) => {
@@ -96,7 +89,7 @@ fn describe_one(index: usize, body: DiskBody) -> Result<DiskDescription, Problem
         (None | Some(0), Some(unit)) => FIRST_SCSI_KEY + unit,
         (Some(key), _) => key,
     };
-    if body.size_bytes == 0 || body.size_bytes > SIZE_MAX || !body.size_bytes.is_multiple_of(SECTOR) {
+    if body.size_bytes == 0 || body.size_bytes > DISK_SIZE_MAX || !body.size_bytes.is_multiple_of(SECTOR_BYTES) {
         let detail = format!("size_bytes must be above 0 and a multiple of 512, not {}", body.size_bytes);
         return Err(fault(Code::DiskSizeInvalid, "/size_bytes", detail));
     }

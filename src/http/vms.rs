@@ -53,7 +53,7 @@ struct VmBody {
 }
 
 #[derive(Serialize, ToSchema)]
-struct VmAnswer {
+pub(super) struct VmAnswer {
     #[schema(value_type = String, example = "vm-01JC0A7K2E5H8M3P6R9T1V4X7Z")]
     id: VmId,
     name: String,
@@ -69,7 +69,7 @@ struct VmAnswer {
 }
 
 impl VmAnswer {
-    fn new(vm: Vm, disks: Vec<VmDisk>) -> Self {
+    pub(super) fn new(vm: Vm, disks: Vec<VmDisk>) -> Self {
         Self {
             id: vm.id,
             name: vm.name,
@@ -215,7 +215,11 @@ async fn load(connection: &mut Connection, id: &str) -> Result<Vm, Problem> {
         Ok(id) => vms::find(connection, &id).await?,
         Err(_) => None,
     };
-    found.ok_or_else(|| Problem::new(Code::VmNotFound, format!("There is no VM with the id {id}.")))
+    found.ok_or_else(|| not_found(id))
+}
+
+pub(super) fn not_found(id: &str) -> Problem {
+    Problem::new(Code::VmNotFound, format!("There is no VM with the id {id}."))
 }
 
 /// The problem for a refused row: another VM has the vCenter and path.

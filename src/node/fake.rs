@@ -9,6 +9,7 @@
 
 mod callback;
 mod client;
+mod discover;
 mod faults;
 mod link;
 mod log;
@@ -27,8 +28,8 @@ use tokio::net::TcpListener;
 use tokio::sync::Notify;
 use tokio::task::{JoinHandle, JoinSet};
 
-pub use faults::{CompleteFault, Faults, PausePoint, StartFault, StatusFault};
-pub use log::{Event, Log, StartCall};
+pub use faults::{CompleteFault, DiscoverFault, Faults, PausePoint, StartFault, StatusFault};
+pub use log::{DiscoverCall, Event, Log, StartCall};
 pub use source::Source;
 pub use step::{Part, Step, StepFault};
 
@@ -59,6 +60,8 @@ pub struct FakeConfig {
     pub disks: BTreeMap<u32, FakeDisk>,
     /// The disks of single VMs, by the name of the VM.
     pub vms: BTreeMap<String, BTreeMap<u32, FakeDisk>>,
+    /// What a discovery finds: VMs as the node writes them. A filter leaves those whose name it is part of.
+    pub inventory: Vec<serde_json::Value>,
     /// The largest request the client sends. The real one reads up to 32 MiB at a time.
     pub request_bytes: usize,
     /// Folder of the certificates by which the client reaches targets in TLS, under the names that libnbd uses.
@@ -72,7 +75,8 @@ impl FakeConfig {
     pub fn new(hub_url: impl Into<String>, disks: BTreeMap<u32, FakeDisk>) -> Self {
         let hub_url = hub_url.into();
         let vms = BTreeMap::new();
-        Self { hub_url, disks, vms, request_bytes: 32 << 20, certificates: None, faults: Faults::default() }
+        let inventory = Vec::new();
+        Self { hub_url, disks, vms, inventory, request_bytes: 32 << 20, certificates: None, faults: Faults::default() }
     }
 }
 
@@ -91,7 +95,7 @@ struct Shared {
     log: Log,
     http: reqwest::Client,
     clients: Mutex<JoinSet<()>>,
-    /// Lets a client that reached its pause point go on.
+    /// Lets who waits go on.
     resume: Notify,
     /// Connections that clients forgot to close.
     leaked: Mutex<Vec<blockyard_nbd::client::Client>>,
@@ -133,7 +137,7 @@ impl FakeNode {
         change(&mut self.shared.config.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// Lets a client that waits at its pause point go on.
+    /// Lets a client that waits at its pause point, or a discovery that was told to wait, go on.
     pub fn resume(&self) {
         self.shared.resume.notify_one();
     }

@@ -11,6 +11,15 @@ use super::{Connection, Listing, Page, StoreError};
 use crate::clock::UtcTime;
 use crate::id::{BackupId, VmId};
 
+/// Device keys are signed 32-bit numbers on VMware's side.
+pub const DEVICE_KEY_MAX: u32 = i32::MAX as u32;
+/// Most units a virtual controller has: 64 on NVMe and paravirtual SCSI, from 0.
+pub const UNIT_MAX: u32 = 63;
+/// Sizes are multiples of it.
+pub const SECTOR_BYTES: u64 = 512;
+/// Largest size of a disk: what fits a signed 64-bit offset, in whole sectors.
+pub const DISK_SIZE_MAX: u64 = i64::MAX as u64 / SECTOR_BYTES * SECTOR_BYTES;
+
 /// A VM as it is kept.
 #[derive(Clone, Debug)]
 pub struct Vm {
@@ -30,7 +39,7 @@ pub struct Vm {
     pub credential: Option<String>,
     /// Its folder in every repository, fixed at the first backup.
     pub dir: Option<String>,
-    /// Grows with every replacement of the description.
+    /// Grows with every replacement of the description, and of the disks if that changes them.
     pub revision: i64,
     /// When it was added.
     pub created_at: UtcTime,
@@ -204,6 +213,31 @@ pub async fn replace(connection: &mut Connection, id: &VmId, vm: &VmDescription)
     .execute(&mut *connection)
     .await?;
     put_disks(connection, id, &vm.disks).await
+}
+
+/// The disks of a VM around a replacement of them: all that it ever had, in the order of their numbers.
+#[derive(Clone, Debug)]
+pub struct ReplacedDisks {
+    /// As they were.
+    pub before: Vec<VmDisk>,
+    /// As they are.
+    pub now: Vec<VmDisk>,
+}
+
+/// Replaces the disks of a VM that exists, as [`replace`] does. Its revision grows only if that changes something.
+pub async fn replace_disks(
+    connection: &mut Connection,
+    id: &VmId,
+    described: &[DiskDescription],
+) -> Result<ReplacedDisks, StoreError> {
+    let before = disks(connection, id).await?;
+    put_disks(connection, id, described).await?;
+    let now = disks(connection, id).await?;
+    if now != before {
+        let grow = sqlx::query("UPDATE vms SET revision = revision + 1 WHERE id = ?1").bind(id);
+        grow.execute(connection).await?;
+    }
+    Ok(ReplacedDisks { before, now })
 }
 
 async fn put_disks(connection: &mut Connection, vm: &VmId, described: &[DiskDescription]) -> Result<(), StoreError> {

@@ -12,6 +12,7 @@ mod cli;
 mod client;
 mod complete;
 mod crash;
+mod discover;
 mod durable_order;
 mod enospc;
 mod events;

@@ -104,6 +104,7 @@ fn configure(config: &mut Config, node_url: &str, password_file: &Path) {
         vcenter_host: VCENTER.to_owned(),
         username: "demo".to_owned(),
         password_file: password_file.to_owned(),
+        datacenter: None,
     };
     config.credentials.insert(CREDENTIAL.to_owned(), credential);
     // The client is in this process: what it does not do soon, it will not do.

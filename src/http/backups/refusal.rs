@@ -5,6 +5,7 @@ use crate::backup::ending::{CompleteError, Failed};
 use crate::backup::plan::PlanError;
 use crate::backup::state::FailureCode;
 use crate::http::problem::{Code, Problem};
+use crate::http::refresh;
 use crate::id::BackupId;
 
 /// The table from everything that can stop a start to its problem.
@@ -19,7 +20,8 @@ pub(super) fn start_refused(error: StartError) -> Problem {
         StartError::RepositoryNotFound(_) => Problem::new(Code::RepositoryNotFound, detail),
         StartError::RepositoryUnavailable { .. } => Problem::new(Code::RepositoryUnavailable, detail),
         StartError::Plan(error) => Problem::new(plan_code(&error), detail),
-        StartError::CredentialMissing { .. } => Problem::new(Code::CredentialMissing, detail),
+        StartError::Login(error) => refresh::refused(error.into()),
+        StartError::Refresh(error) => refresh::refused(error),
         StartError::NodeUnknown { .. } => Problem::new(Code::InvalidField, detail),
         StartError::InsufficientStorage { id, needed_bytes, free_bytes } => {
             Problem::new(Code::InsufficientStorage, detail)
@@ -100,7 +102,7 @@ pub(super) fn with_backup(problem: Problem, id: &BackupId) -> Problem {
 }
 
 /// An error's text as a sentence.
-fn sentence(text: &str) -> String {
+pub(in crate::http) fn sentence(text: &str) -> String {
     let mut characters = text.chars();
     let mut sentence: String =
         characters.next().map(|first| first.to_uppercase().chain(characters).collect()).unwrap_or_default();

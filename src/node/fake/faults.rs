@@ -11,6 +11,8 @@ pub struct Faults {
     pub start: StartFault,
     /// How the question whether a job is known is answered.
     pub status: StatusFault,
+    /// How a discovery is answered.
+    pub discover: DiscoverFault,
     /// A step of the client's conversation that goes wrong.
     pub step: Option<(Step, StepFault)>,
     /// Where the client waits until it is told to go on.
@@ -98,6 +100,28 @@ pub enum StatusFault {
     Truncated,
     /// Rightly, but after this time.
     Late(Duration),
+}
+
+/// How a discovery is answered.
+#[derive(Clone, Debug, Default)]
+pub enum DiscoverFault {
+    /// As it should be.
+    #[default]
+    None,
+    /// With this status, and a plain text that holds the login.
+    Status(u16),
+    /// With 200 and this body.
+    Body(String),
+    /// Never, while the connection stays open.
+    Hang,
+    /// By closing the connection without a byte.
+    Reset,
+    /// With 200 and a body that breaks off.
+    Truncated,
+    /// Rightly, but only after [`super::FakeNode::resume`].
+    Wait,
+    /// 307 to another address.
+    Redirect(String),
 }
 
 /// Where a client waits for [`super::FakeNode::resume`].

@@ -30,11 +30,29 @@ pub struct StartCall {
     pub previous_change_id: String,
 }
 
+/// The body of a discovery, as the node reads it.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiscoverCall {
+    /// The vCenter.
+    pub vcenter: String,
+    /// Its user.
+    pub username: String,
+    /// Its password.
+    pub password: String,
+    /// Where VMs are looked for.
+    pub datacenter: String,
+    /// Part of the names that are told.
+    pub filter: Option<String>,
+}
+
 /// One thing that happened.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
     /// The node was called.
     Called(StartCall),
+    /// The node was asked which VMs there are.
+    Discovered(DiscoverCall),
     /// A client was launched.
     Launched {
         /// For this job.

@@ -1,4 +1,4 @@
-//! The node's HTTP side: start a job, and say whether one is known.
+//! The node's HTTP side: its routes, starting a job, and saying whether one is known.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,6 +12,7 @@ use serde_json::json;
 use tokio::net::TcpListener;
 
 use super::client;
+use super::discover::discover;
 use super::faults::{StartFault, StatusFault};
 use super::log::{Event, StartCall};
 use super::socket::{Cut, CuttableListener};
@@ -25,6 +26,7 @@ pub(super) async fn serve(listener: TcpListener, shared: Arc<Shared>) {
     let router = Router::new()
         .route("/api/v1/backup/start", post(start))
         .route("/api/v1/status/{job_id}", get(status))
+        .route("/api/v1/discover", post(discover))
         .with_state(shared)
         .into_make_service_with_connect_info::<Cut>();
     if let Err(error) = axum::serve(CuttableListener(listener), router).await {
@@ -100,7 +102,7 @@ fn launch_if(launch: bool, shared: &Arc<Shared>, call: &StartCall) {
 }
 
 /// An answer that is long enough to break off within its body.
-fn broken_off(cut: &Cut) -> Response {
+pub(super) fn broken_off(cut: &Cut) -> Response {
     cut.after(BROKEN_OFF_AT);
     Json(json!({"status": "started", "message": "x".repeat(4 * BROKEN_OFF_AT)})).into_response()
 }
