@@ -38,6 +38,8 @@ pub(super) struct Checked {
     pub(super) estimated_bytes: u64,
     /// Disks in the order in which they were copied last time.
     pub(super) last_order: Vec<u32>,
+    /// What the newest point has and this backup will not have.
+    pub(super) warnings: Vec<String>,
 }
 
 /// All checks, in the order of the contract, without any side effect.
@@ -58,7 +60,22 @@ pub(super) async fn check(shared: &Shared, new: &NewBackup) -> Result<Checked, S
     let node = shared.config.nodes.get(&vm.node).cloned().filter(|_| shared.node(&vm.node).is_some());
     let node = node.ok_or_else(|| StartError::NodeUnknown { vm_name: vm.name.clone(), node: vm.node.clone() })?;
     check_space(shared, &repository, estimated_bytes).await?;
-    Ok(Checked { vm, repository, plans, username, password, node, estimated_bytes, last_order })
+    let warnings = gone(&plans, newest.as_ref());
+    Ok(Checked { vm, repository, plans, username, password, node, estimated_bytes, last_order, warnings })
+}
+
+/// That a VM has a disk less may be so, or be what was wrongly told of it: a backup without it is a success that somebody should
+/// look at.
+fn gone(plans: &[DiskPlan], newest: Option<&Newest>) -> Vec<String> {
+    let before = newest.into_iter().flat_map(|newest| &newest.disks).map(|(disk, _)| disk);
+    let gone = before.filter(|disk| !plans.iter().any(|plan| plan.disk_id == disk.disk_id));
+    gone.map(|disk| {
+        let (disk_id, device_key) = (disk.disk_id, disk.device_key);
+        format!(
+            "disk_gone: disk {disk_id} (device key {device_key}) is in the newest restore point and not in this backup"
+        )
+    })
+    .collect()
 }
 
 /// The VM that the caller names.

@@ -296,11 +296,12 @@ pub(super) fn in_progress(shared: &Shared, vm: &Vm, active: BackupId) -> StartEr
 async fn record(
     shared: &Shared,
     id: BackupId,
-    new: NewBackup,
+    mut new: NewBackup,
     checked: Checked,
     ports: &[BoundPort],
 ) -> Result<(Arc<JobFacts>, String, Secret), StartError> {
-    let Checked { vm, repository, plans, username, password, estimated_bytes, last_order, .. } = checked;
+    let Checked { vm, repository, plans, username, password, estimated_bytes, last_order, warnings, .. } = checked;
+    new.warnings.extend(warnings);
     let boot_id = shared.boot_id.as_str();
     let mut transaction = shared.store.write().await?;
     for plan in &plans {

@@ -5,7 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use blockyard::node::fake::{CompleteFault, Event, Faults, PausePoint};
 use serde_json::json;
 
-use crate::rig::{self, Plan, Rig, change_id, content, id_of};
+use crate::rig::{self, Plan, Rig, change_id, content, id_of, sizes};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn restore_point_holds_all_disks_of_one_snapshot_or_does_not_exist() {
@@ -52,23 +52,37 @@ async fn vm_with_one_unsealed_disk_has_no_new_point_and_no_new_change_id() {
 #[tokio::test(flavor = "multi_thread")]
 async fn missing_disk_in_the_inventory_answer_fails_the_job() {
     // The snapshot has a disk that nobody told the hub of, or lacks one: whatever was copied of the others is no backup of
-    // the VM. (Where the unknown disk comes last, the others are complete when the client finds it: the inventory is all
-    // that the hub has to tell by, and what it did copy is true.)
-    for (unknown, code) in [(Some(100), "no_client"), (Some(2001), "stalled"), (None, "stalled")] {
-        let toml = "[jobs]\nfirst_contact_s = 1\nidle_s = 1\nstalled_s = 1\n".to_owned();
-        let rig = Rig::with(Plan { toml, ..Plan::default() }).await;
-        rig.node.reconfigure(|config| {
-            match unknown {
-                Some(key) => config.disks.insert(key, config.disks[&2016].clone()),
-                None => config.disks.remove(&2016),
-            };
-        });
-        let backup = rig.back_up().await;
-        assert_eq!((&backup["state"], &backup["code"]), (&json!("failed"), &json!(code)), "{unknown:?}: {backup:#}");
-        assert_eq!(backup["facets"]["snapshot_cleanup"], "alert");
-        assert_eq!(rig.client_ended().await.is_some(), unknown.is_some());
-        assert!(rig.points().await.is_empty());
-        rig.expect_nothing_left(0).await;
+    // the VM, be the inventory an operator's or the node's own answer just before. (Where the unknown disk comes last, the
+    // others are complete when the client finds it: the inventory is all that the hub has to tell by, and what it did copy is
+    // true.)
+    for refresh in [false, true] {
+        for (unknown, code) in [(Some(100), "no_client"), (Some(2001), "stalled"), (None, "stalled")] {
+            let toml = format!(
+                "[nodes.default]\nrefresh_before_start = {refresh}\n\
+                 [jobs]\nfirst_contact_s = 1\nidle_s = 1\nstalled_s = 1\n"
+            );
+            let rig = Rig::with(Plan { toml, ..Plan::default() }).await;
+            let disks: Vec<_> = sizes(&rig.disks)
+                .iter()
+                .map(|(key, size)| json!({"id": format!("disk-{key}"), "capacity_bytes": size}))
+                .collect();
+            rig.node.reconfigure(|config| {
+                config.inventory = vec![json!({"name": "db-server", "path": "/DC1/vm/db-server", "disks": disks})];
+                match unknown {
+                    Some(key) => config.disks.insert(key, config.disks[&2016].clone()),
+                    None => config.disks.remove(&2016),
+                };
+            });
+            let backup = rig.back_up().await;
+            let what = format!("{refresh} {unknown:?}: {backup:#}");
+            assert_eq!((&backup["state"], &backup["code"]), (&json!("failed"), &json!(code)), "{what}");
+            assert_eq!(backup["facets"]["snapshot_cleanup"], "alert");
+            assert_eq!(rig.client_ended().await.is_some(), unknown.is_some());
+            let asked = rig.node.log().events().iter().any(|event| matches!(event, Event::Discovered(_)));
+            assert_eq!(asked, refresh);
+            assert!(rig.points().await.is_empty());
+            rig.expect_nothing_left(0).await;
+        }
     }
 }
 

@@ -407,6 +407,8 @@ async fn job_is_planned_on_the_disks_that_the_node_finds_just_before() {
     let backup = rig.back_up().await;
     assert_eq!(backup["state"], "committed", "{backup:#}");
     assert_eq!(keys(&backup), [2000, 16_000, 2032]);
+    let gone = "disk_gone: disk 4 (device key 2016) is in the newest restore point and not in this backup";
+    assert_eq!((&backup["warnings"], &backup["result"]), (&json!([gone]), &json!("success")));
     assert_eq!(backup["disks"][0]["reason"], "parent_ok");
     rig.expect_restorable(id_of(&backup)).await;
     assert!(disks(&rig).await.contains(&(4, 2016, (3 << 20) + 512, false)));
