@@ -5,7 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use blockyard::node::fake::{CompleteFault, Event, Faults, PausePoint};
 use serde_json::json;
 
-use crate::rig::{self, Plan, Rig, change_id, content, id_of, sizes};
+use crate::rig::{self, Plan, Rig, change_id, content, id_of};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn restore_point_holds_all_disks_of_one_snapshot_or_does_not_exist() {
@@ -62,7 +62,7 @@ async fn missing_disk_in_the_inventory_answer_fails_the_job() {
                  [jobs]\nfirst_contact_s = 1\nidle_s = 1\nstalled_s = 1\n"
             );
             let rig = Rig::with(Plan { toml, ..Plan::default() }).await;
-            let disks: Vec<_> = sizes(&rig.disks)
+            let disks: Vec<_> = rig::sizes(&rig.disks)
                 .iter()
                 .map(|(key, size)| json!({"id": format!("disk-{key}"), "capacity_bytes": size}))
                 .collect();
