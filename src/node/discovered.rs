@@ -1,7 +1,7 @@
 //! What a discovery answered: the disks of one VM, out of a body that may hold anything.
 //!
-//! Pure. The body is read twice: for where the VM is, and for its disks. So what is odd about other VMs is in nobody's way,
-//! and what is kept of a body does not grow with it.
+//! Pure. The body is read twice: for where the VM is, and for its disks. So what is odd about the disks of other VMs is in
+//! nobody's way, and what is kept of a body does not grow with it.
 
 use std::collections::BTreeSet;
 use std::fmt;
