@@ -1,7 +1,7 @@
 //! The question which disks a VM has. The node asks vCenter, which takes it about 15 seconds for 100 VMs.
 //!
 //! Nothing at the node changes by it, so unlike a start it may be given up at any time. What the answer says is read in
-//! [`discovered`](super::discovered).
+//! [`super::discovered`].
 
 use std::time::Duration;
 
