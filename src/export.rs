@@ -17,10 +17,12 @@ pub mod coverage;
 pub mod gate;
 pub mod meter;
 mod rate;
+pub mod received;
 pub mod signals;
 
 use gate::{Gate, Pass};
 use meter::{ConnectionCount, Failure, Meter};
+use received::Pieces;
 use signals::Signals;
 
 /// `base:allocation`: the range takes no space.
@@ -32,6 +34,10 @@ const STATE_ZERO: u64 = 2;
 const SAMPLED_BYTES: u64 = 4 << 20;
 /// Extents of one look at an older state of a disk. A guess: 32 MiB have 512 clusters of the default size.
 const EXTENTS_AT_ONCE: usize = 512;
+
+/// Requests up to this length are hashed by the task that serves them, which takes a third of a millisecond; longer ones would hold
+/// others up.
+const HASHED_IN_PLACE_MAX: usize = 1 << 20;
 
 /// An image under a name. Cheap to clone; all clones are one export.
 #[derive(Clone, Debug)]
@@ -49,10 +55,10 @@ impl ImageExport {
     pub fn new(name: &str, image: AsyncImage, access: Access, signals: Arc<Signals>) -> Self {
         Self {
             name: name.into(),
-            image,
             read_only: access == Access::ReadOnly,
             gate: Arc::default(),
-            meter: Arc::new(Meter::new(signals)),
+            meter: Arc::new(Meter::new(image.size(), signals)),
+            image,
             known: None,
         }
     }
@@ -163,6 +169,24 @@ impl ImageDevice {
         })
     }
 
+    /// Takes the digests of what is about to be written, where somebody asks for them.
+    async fn pieces(&self, offset: u64, buffer: nbd::Buffer) -> Result<(nbd::Buffer, Option<Pieces>), nbd::Error> {
+        if !self.meter.takes_pieces() {
+            return Ok((buffer, None));
+        }
+        let size = self.image.size();
+        let is_short = (*buffer).as_ref().len() <= HASHED_IN_PLACE_MAX;
+        let take = move || {
+            let pieces = Pieces::of(offset, (*buffer).as_ref(), size);
+            (buffer, pieces)
+        };
+        if is_short {
+            return Ok(take());
+        }
+        let taken = tokio::task::spawn_blocking(take).await;
+        taken.map_err(|_| nbd::Error::new(nbd::ErrorKind::Io, "the request could not be hashed"))
+    }
+
     /// How many bytes of a range that is zeroed are data in the older state of the disk. Only its tables are looked at, beside the
     /// zeroing; what cannot be looked at counts nothing.
     async fn known_data(&self, offset: u64, length: u64) -> u64 {
@@ -238,10 +262,11 @@ impl nbd::Device for ImageDevice {
     async fn write(&self, offset: u64, buffer: nbd::Buffer, durability: nbd::Durability) -> Result<(), nbd::Error> {
         let mut pass = self.enter_change()?;
         let length = (*buffer).as_ref().len() as u64;
+        let (buffer, pieces) = self.pieces(offset, buffer).await?;
         let written = self.image.write(offset, Lent(buffer), durability_of(durability)).await;
         written.map_err(|error| self.change_failed(&error))?;
         self.meter.identical(self.image.identical_bytes());
-        pass.ended_at(self.meter.written(offset, length));
+        pass.ended_at(self.meter.written(offset, length, pieces.as_ref()));
         Ok(())
     }
 
@@ -274,7 +299,7 @@ impl nbd::Device for ImageDevice {
         let _pass = self.enter()?;
         let discarded = self.image.discard(offset, length, durability_of(durability)).await;
         discarded.map_err(|error| self.change_failed(&error))?;
-        self.meter.alive();
+        self.meter.discarded(offset, length);
         Ok(())
     }
 

@@ -35,6 +35,7 @@ pub mod state;
 pub mod take;
 pub mod verification;
 pub mod verify;
+mod witness;
 
 use std::collections::BTreeSet;
 use std::path::Path;

@@ -185,6 +185,7 @@ impl Job {
             service_version: env!("CARGO_PKG_VERSION").to_owned(),
             generation: 0,
             merged: Vec::new(),
+            received: Manifest::received_root(&disks),
             disks,
         })
     }
@@ -227,6 +228,7 @@ fn manifest_disk(running: &RunningDisk, file_bytes: u64) -> Result<ManifestDisk,
         zeroed_over_data_bytes: reading.zeroed_over_data_bytes,
         identical_bytes: reading.identical_bytes,
         coverage: running.export.meter().coverage().runs().collect(),
+        received: running.export.meter().received(),
     })
 }
 

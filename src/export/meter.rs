@@ -8,6 +8,7 @@ use tokio::time::Instant;
 
 use super::coverage::Coverage;
 use super::rate::Rate;
+use super::received::{Pieces, Received, ReceivedMarks};
 use super::signals::Signals;
 
 /// Why an image stopped being usable.
@@ -40,10 +41,11 @@ pub struct Meter {
     failure: Mutex<Option<Failure>>,
 }
 
-/// The covered ranges, and how fast they grow.
+/// The covered ranges, how fast they grow, and what was received for them.
 #[derive(Debug)]
 struct Covered {
     ranges: Coverage,
+    received: Received,
     rate: Rate,
 }
 
@@ -77,9 +79,10 @@ pub struct ConnectionCount {
 }
 
 impl Meter {
-    /// Nothing seen yet.
-    pub fn new(signals: Arc<Signals>) -> Self {
+    /// Nothing seen yet of a disk of this size.
+    pub fn new(size_bytes: u64, signals: Arc<Signals>) -> Self {
         let born = Instant::now();
+        let (ranges, received, rate) = (Coverage::new(), Received::new(size_bytes), Rate::new(born));
         Self {
             signals,
             connections: AtomicUsize::new(0),
@@ -91,7 +94,7 @@ impl Meter {
             zeroed_over_data_bytes: AtomicU64::new(0),
             identical_bytes: AtomicU64::new(0),
             read_bytes: AtomicU64::new(0),
-            coverage: Some(Mutex::new(Covered { ranges: Coverage::new(), rate: Rate::new(born) })),
+            coverage: Some(Mutex::new(Covered { ranges, received, rate })),
             rate: Mutex::new(Rate::new(born)),
             lost_at: Mutex::default(),
             failure: Mutex::default(),
@@ -100,7 +103,7 @@ impl Meter {
 
     /// The same without a memory of which ranges were written.
     pub fn without_coverage(signals: Arc<Signals>) -> Self {
-        Self { coverage: None, ..Self::new(signals) }
+        Self { coverage: None, ..Self::new(0, signals) }
     }
 
     /// All numbers at once.
@@ -121,6 +124,16 @@ impl Meter {
     /// A copy of the covered ranges; none without coverage.
     pub fn coverage(&self) -> Coverage {
         self.coverage.as_ref().map(|coverage| lock(coverage).ranges.clone()).unwrap_or_default()
+    }
+
+    /// The digests of what was received; none without coverage.
+    pub fn received(&self) -> Option<ReceivedMarks> {
+        self.coverage.as_ref().map(|coverage| lock(coverage).received.marks())
+    }
+
+    /// Whether anybody asks what was received.
+    pub(super) fn takes_pieces(&self) -> bool {
+        self.coverage.is_some()
     }
 
     /// Since when there has been no connection, when there was one before.
@@ -167,12 +180,12 @@ impl Meter {
         now
     }
 
-    /// A write of this range is done; says when.
-    pub(super) fn written(&self, offset: u64, length: u64) -> Instant {
+    /// A write of this range is done, with these pieces of the disk if it had whole ones; says when.
+    pub(super) fn written(&self, offset: u64, length: u64, pieces: Option<&Pieces>) -> Instant {
         let now = Instant::now();
         self.written_bytes.fetch_add(length, Ordering::AcqRel);
         lock(&self.rate).add(length, now);
-        self.covered(offset, length, now);
+        self.covered(offset, length, now, |received, once| received.written(offset, length, pieces, once));
         now
     }
 
@@ -185,8 +198,16 @@ impl Meter {
     pub(super) fn zeroed(&self, offset: u64, length: u64) -> Instant {
         let now = Instant::now();
         self.zeroed_bytes.fetch_add(length, Ordering::AcqRel);
-        self.covered(offset, length, now);
+        self.covered(offset, length, now, |received, once| received.zeroed(offset, length, once));
         now
+    }
+
+    /// This range was discarded: it may read as it did, or not.
+    pub(super) fn discarded(&self, offset: u64, length: u64) {
+        if let Some(coverage) = &self.coverage {
+            lock(coverage).received.forget(offset, length);
+        }
+        self.signals.life();
     }
 
     pub(super) fn zeroed_over_data(&self, length: u64) {
@@ -207,11 +228,13 @@ impl Meter {
         self.signals.change();
     }
 
-    fn covered(&self, offset: u64, length: u64, now: Instant) {
+    /// `receive` is told whether none of these bytes had come before.
+    fn covered(&self, offset: u64, length: u64, now: Instant, receive: impl FnOnce(&mut Received, bool)) {
         if let Some(coverage) = &self.coverage {
             let mut coverage = lock(coverage);
             let more = coverage.ranges.add(offset, length);
             coverage.rate.add(more, now);
+            receive(&mut coverage.received, more == length);
         }
         if self.changed.swap(true, Ordering::AcqRel) {
             self.signals.life_at(now);
@@ -243,7 +266,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_disk_is_disconnected_when_its_last_connection_is_gone() {
-        let meter = Arc::new(Meter::new(Arc::default()));
+        let meter = Arc::new(Meter::new(1 << 30, Arc::default()));
         assert_eq!(meter.disconnected_since(), None);
         let idle = meter.connected();
         let busy = meter.connected();
@@ -258,9 +281,9 @@ mod tests {
 
     #[tokio::test]
     async fn progress_counts_kinds_apart_and_covers_each_byte_once() {
-        let meter = Arc::new(Meter::new(Arc::default()));
-        meter.written(0, 1024);
-        meter.written(512, 1024);
+        let meter = Arc::new(Meter::new(1 << 30, Arc::default()));
+        meter.written(0, 1024, None);
+        meter.written(512, 1024, None);
         meter.zeroed(4096, 512);
         let reading = meter.reading();
         assert_eq!((reading.written_bytes, reading.zeroed_bytes, reading.covered_bytes), (2048, 512, 2048));
@@ -269,10 +292,10 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn what_comes_twice_counts_as_payload_and_not_as_coverage() {
-        let meter = Meter::new(Arc::default());
+        let meter = Meter::new(1 << 30, Arc::default());
         for second in 0..20 {
-            meter.written(second * 1000, 1000);
-            meter.written(second * 1000, 1000);
+            meter.written(second * 1000, 1000, None);
+            meter.written(second * 1000, 1000, None);
             meter.zeroed((1 << 20) + second * 500, 500);
             tokio::time::advance(std::time::Duration::from_secs(1)).await;
         }
@@ -281,7 +304,7 @@ mod tests {
 
     #[test]
     fn the_first_failure_is_the_one_that_counts() {
-        let meter = Meter::new(Arc::default());
+        let meter = Meter::new(1 << 30, Arc::default());
         meter.failed(Failure { no_space: true, text: "full".into() });
         meter.failed(Failure { no_space: false, text: "poisoned".into() });
         assert_eq!(meter.failure().unwrap().text, "full");

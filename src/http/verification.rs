@@ -62,6 +62,8 @@ pub(super) struct VerificationAnswer {
     bytes_done: u64,
     /// Bytes that there are to do, as far as that is known.
     bytes_total: u64,
+    /// Bytes of virtual disks that were held against what was received for them.
+    bytes_compared: u64,
     #[schema(value_type = Option<String>, format = DateTime)]
     started_at: Option<UtcTime>,
     #[schema(value_type = Option<String>, format = DateTime)]
@@ -71,7 +73,7 @@ pub(super) struct VerificationAnswer {
 impl From<&Verification> for VerificationAnswer {
     fn from(verification: &Verification) -> Self {
         let view = verification.view();
-        let [files, bytes_read, bytes_done, bytes_total] = verification.progress();
+        let [files, bytes_read, bytes_done, bytes_total, bytes_compared] = verification.progress();
         Self {
             id: verification.id.clone(),
             point_id: verification.point_id.clone(),
@@ -85,6 +87,7 @@ impl From<&Verification> for VerificationAnswer {
             bytes_read,
             bytes_done,
             bytes_total,
+            bytes_compared,
             started_at: view.started_at,
             ended_at: view.ended_at,
         }

@@ -6,9 +6,10 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::content::BLOCK_BYTES;
-use super::digests::{Digest, blocks_file_name};
+use super::digests::blocks_file_name;
 use super::leaves::Leaves;
 use super::{Points, paths};
+use crate::digest::Digest;
 use crate::id::BackupId;
 use crate::points::state::PointState;
 use crate::store::points::{self, PointDiskRow};

@@ -3,7 +3,7 @@
 //! The disk is cut into blocks of 1 MiB, the last one shorter. A leaf is the BLAKE3 of the bytes of a block, and the root the
 //! BLAKE3 of all leaves, one behind the other. Pure; `leaves` beside it takes them from an image.
 
-use super::digests::Digest;
+use crate::digest::Digest;
 
 /// Bytes of a block.
 pub const BLOCK_BYTES: u64 = 1 << 20;

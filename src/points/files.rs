@@ -7,8 +7,8 @@ use std::path::Path;
 
 use rustix::fs::{Advice, OFlags, fadvise};
 
-use super::digests::Digest;
 use super::pace::{Reading, Stopped};
+use crate::digest::Digest;
 use crate::repository::directory;
 
 /// Bytes that are read and hashed in one go: the time between two looks at the wish to stop.

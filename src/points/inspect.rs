@@ -7,11 +7,12 @@ use std::path::{Path, PathBuf};
 
 use blockyard_qcow2 as qcow2;
 
-use super::digests::{DIGESTS, DOCUMENT_BYTES_MAX, Digest, Digests, DigestsError, FileDigest, blocks_file_name};
+use super::digests::{DIGESTS, DOCUMENT_BYTES_MAX, Digests, DigestsError, FileDigest, blocks_file_name};
 use super::files::{self, HashError};
 use super::finding::{Finding, Severity};
 use super::leaves::Leaves;
 use super::pace::{Reading, Stopped};
+use crate::digest::Digest;
 use crate::id::BackupId;
 use crate::repository::layout::MANIFEST;
 use crate::repository::manifest::Manifest;
@@ -81,6 +82,8 @@ pub struct Inspection {
     pub document: Document,
     /// The roots that a sound document has, by disk.
     pub roots: Vec<(u32, Digest)>,
+    /// The manifest, when it could be read and says what is recorded.
+    pub manifest: Option<Manifest>,
 }
 
 /// Reads every file of the point once.
@@ -97,7 +100,13 @@ pub fn inspect(subject: &Subject, reading: &Reading) -> Result<Inspection, Stopp
             _ => Finding::of_point(Severity::Failed, "unreadable", format!("the folder cannot be read: {error}")),
         };
         let findings = vec![finding];
-        return Ok(Inspection { findings, files: Vec::new(), document: Document::Kept, roots: Vec::new() });
+        return Ok(Inspection {
+            findings,
+            files: Vec::new(),
+            document: Document::Kept,
+            roots: Vec::new(),
+            manifest: None,
+        });
     }
     let document = look.document();
     for disk in &subject.disks {
@@ -105,11 +114,11 @@ pub fn inspect(subject: &Subject, reading: &Reading) -> Result<Inspection, Stopp
     }
     // Whether the document is of this state of the point is known once the images are.
     let trusted = document.as_ref().ok().filter(|_| !look.stale);
-    look.manifest(trusted)?;
+    let manifest = look.manifest(trusted)?;
     for disk in &subject.disks {
         look.leaves(disk, trusted);
     }
-    Ok(look.conclude(&document))
+    Ok(Inspection { manifest, ..look.conclude(&document) })
 }
 
 /// A document that cannot be had.
@@ -254,13 +263,13 @@ impl Look<'_> {
         }
     }
 
-    fn manifest(&mut self, document: Option<&Digests>) -> Result<(), Stopped> {
+    fn manifest(&mut self, document: Option<&Digests>) -> Result<Option<Manifest>, Stopped> {
         let path = self.subject.folder.join(MANIFEST);
         let bytes = match files::read(&path, MANIFEST_BYTES_MAX) {
             Ok(Some(bytes)) => bytes,
             Ok(None) => {
                 self.damage("manifest", MANIFEST, "it is longer than any manifest");
-                return Ok(());
+                return Ok(None);
             }
             Err(error) => {
                 let mut finding = Finding::unreadable(MANIFEST, &error);
@@ -269,7 +278,7 @@ impl Look<'_> {
                     finding.severity = Severity::Corrupt;
                 }
                 self.findings.push(finding);
-                return Ok(());
+                return Ok(None);
             }
         };
         self.reading.expect(bytes.len() as u64);
@@ -281,17 +290,22 @@ impl Look<'_> {
             && written.blake3 != found
         {
             self.damage("digest_mismatch", MANIFEST, differs(&found, &written.blake3));
-            return Ok(());
+            return Ok(None);
         }
         match Manifest::decode(&bytes) {
             Ok(manifest) => {
-                if let Some(detail) = disagreement(&manifest, self.subject) {
+                let defect = disagreement(&manifest, self.subject).or_else(|| defect(&manifest));
+                if let Some(detail) = defect {
                     self.damage("manifest", MANIFEST, detail);
+                    return Ok(None);
                 }
+                Ok(Some(manifest))
             }
-            Err(error) => self.damage("manifest", MANIFEST, error.to_string()),
+            Err(error) => {
+                self.damage("manifest", MANIFEST, error.to_string());
+                Ok(None)
+            }
         }
-        Ok(())
     }
 
     /// Whether the leaves of a disk are those of its root, and the document's root the recorded one.
@@ -352,7 +366,7 @@ impl Look<'_> {
         }
         let disks = document.as_ref().map(|document| document.disks.as_slice()).unwrap_or_default();
         let roots = disks.iter().map(|disk| (disk.disk_id, disk.content)).collect();
-        Inspection { findings: self.findings, files: self.files, document: state, roots }
+        Inspection { findings: self.findings, files: self.files, document: state, roots, manifest: None }
     }
 }
 
@@ -381,6 +395,16 @@ fn disagreement(manifest: &Manifest, subject: &Subject) -> Option<String> {
         }
     }
     None
+}
+
+/// What cannot be true of any manifest.
+fn defect(manifest: &Manifest) -> Option<String> {
+    let of_disks = manifest.disks.iter().find_map(|disk| {
+        let defect = disk.received.as_ref()?.defect(disk.size_bytes)?;
+        Some(format!("disk {}: {defect}", disk.disk_id))
+    });
+    let root_differs = manifest.received != Manifest::received_root(&manifest.disks);
+    of_disks.or_else(|| root_differs.then(|| "the roots of its disks do not have the root of the VM".to_owned()))
 }
 
 /// How many bytes a look at a point reads, at most: for the progress.

@@ -11,9 +11,10 @@ use std::path::Path;
 use blockyard_qcow2::{self as qcow2, ExtentKind, Image};
 
 use super::content::{BLOCK_BYTES, Root, blocks, leaf_of_zeroes};
-use super::digests::Digest;
 use super::files;
 use super::pace::{Reading, Stopped};
+use super::witness::{self, Witness};
+use crate::digest::Digest;
 
 /// Bytes of a leaf.
 const LEAF_BYTES: u64 = 32;
@@ -93,13 +94,14 @@ struct Block {
 }
 
 /// Computes the leaves of an image with everything below it, writes them one after the other, and returns the root over them.
-/// `below` are those of the parent's disk, of the same size, where they are known.
+/// `below` are those of the parent's disk, of the same size, where they are known; `witness` is told of every block.
 ///
 /// # Errors
 /// See [`LeavesError`].
 pub fn compute(
     image: &Image,
     mut below: Option<Leaves>,
+    mut witness: Option<&mut Witness<'_>>,
     into: &mut dyn Write,
     reading: &Reading,
 ) -> Result<Digest, LeavesError> {
@@ -118,25 +120,32 @@ pub fn compute(
                 None => None,
             };
             let piece = buffer.get_mut(..length as usize).unwrap_or_default();
-            let leaf = match inherited {
+            let (leaf, seen) = match inherited {
                 Some(leaf) if !block.own => {
                     reading.skip(length)?;
-                    leaf
+                    (leaf, witness::Block::Inherited)
                 }
                 _ if block.data => {
                     image.read(offset, piece)?;
                     reading.read(length)?;
-                    Digest::of(piece)
+                    (Digest::of(piece), witness::Block::Read(piece))
                 }
                 _ => {
                     reading.skip(length)?;
-                    if length == BLOCK_BYTES { whole_zero } else { leaf_of_zeroes(length) }
+                    let leaf = if length == BLOCK_BYTES { whole_zero } else { leaf_of_zeroes(length) };
+                    (leaf, witness::Block::Zero)
                 }
             };
+            if let Some(witness) = &mut witness {
+                witness.see(offset, length, seen);
+            }
             into.write_all(leaf.as_bytes())?;
             root.add(leaf);
         }
         start = end;
+    }
+    if let Some(witness) = witness {
+        witness.end();
     }
     Ok(root.finish())
 }

@@ -75,6 +75,8 @@ pub struct Progress {
     pub files: AtomicU64,
     /// Bytes that were hashed: of files, and of disks without their holes.
     pub read: AtomicU64,
+    /// Bytes of disks that were held against what was received for them.
+    pub compared: AtomicU64,
 }
 
 /// The reading of one verification.
@@ -104,6 +106,11 @@ impl Reading {
     pub fn read(&self, bytes: u64) -> Result<(), Stopped> {
         self.progress.read.fetch_add(bytes, Ordering::Relaxed);
         self.skip(bytes)
+    }
+
+    /// So many bytes of a disk were held against what was received for them.
+    pub fn compared(&self, bytes: u64) {
+        self.progress.compared.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// A piece is done without reading it.

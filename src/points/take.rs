@@ -7,13 +7,16 @@ use std::path::Path;
 use blockyard_qcow2 as qcow2;
 
 use super::content::BLOCK_BYTES;
-use super::digests::{DIGESTS, Digest, Digests, DiskDigest, blocks_file_name};
+use super::digests::{DIGESTS, Digests, DiskDigest, blocks_file_name};
 use super::files::{self, Beside};
 use super::finding::{Finding, Severity, worst};
 use super::inspect::{Document, Inspection, Subject, SubjectDisk, inspect};
 use super::leaves::{self, Leaves, LeavesError};
 use super::pace::{Reading, Stopped};
+use super::witness::Witness;
 use crate::clock::UtcTime;
+use crate::digest::Digest;
+use crate::repository::manifest::Manifest;
 
 /// Memory for the tables of the chain while a disk is read from its beginning to its end.
 const CACHE_BYTES: usize = 16 << 20;
@@ -62,7 +65,7 @@ pub fn examine(subject: &Subject, content: Content, reading: &Reading) -> Result
 }
 
 fn take(subject: &Subject, inspection: Inspection, content: Content, reading: &Reading) -> Result<Examined, Stopped> {
-    let Inspection { mut findings, files, document, roots } = inspection;
+    let Inspection { mut findings, files, document, roots, manifest } = inspection;
     if worst(&findings).is_some_and(|worst| worst.severity > Severity::Warning) {
         return Ok(Examined { findings, digests: Vec::new() });
     }
@@ -77,7 +80,7 @@ fn take(subject: &Subject, inspection: Inspection, content: Content, reading: &R
     for disk in &subject.disks {
         let root = match (known(disk), content) {
             (Some(root), Content::Known) if !writes && proven(disk) => root,
-            (expected, _) => match read_disk(subject, disk, expected, content, writes, reading)? {
+            (expected, _) => match read_disk(subject, disk, manifest.as_ref(), expected, content, writes, reading)? {
                 Ok(root) => root,
                 Err(finding) => {
                     findings.push(finding);
@@ -116,6 +119,7 @@ fn unwritten(file: &str, error: &io::Error) -> Finding {
 fn read_disk(
     subject: &Subject,
     disk: &SubjectDisk,
+    manifest: Option<&Manifest>,
     expected: Option<Digest>,
     content: Content,
     writes: bool,
@@ -137,10 +141,12 @@ fn read_disk(
     }
     reading.expect(image.size());
     let below = if content == Content::Reread { None } else { parents_leaves(subject, disk) };
+    let told = manifest.and_then(|manifest| manifest.disks.iter().find(|told| told.disk_id == disk.row.disk_id));
+    let mut witness = told.and_then(Witness::new);
     let computed = if writes {
-        write_leaves(&image, below, subject, &name, expected, reading)
+        write_leaves(&image, below, witness.as_mut(), subject, &name, expected, reading)
     } else {
-        leaves::compute(&image, below, &mut io::sink(), reading)
+        leaves::compute(&image, below, witness.as_mut(), &mut io::sink(), reading)
     };
     let root = match computed {
         Ok(root) => root,
@@ -148,6 +154,15 @@ fn read_disk(
         Err(LeavesError::Image(error)) => return Ok(Err(through_chain(file, &error))),
         Err(LeavesError::Io(error)) => return Ok(Err(unwritten(&name, &error))),
     };
+    let testimony = witness.as_ref().map(Witness::testimony).unwrap_or_default();
+    reading.compared(testimony.compared_bytes);
+    if let Some((offset, length)) = testimony.differs {
+        let detail = format!("what it holds in the {length} bytes at offset {offset} is not what was received");
+        // What was received and not stored, being equal, is read from below.
+        let is_own = disk.row.parent_id.is_none() || told.is_some_and(|told| told.identical_bytes == 0);
+        let severity = if is_own { Severity::Corrupt } else { Severity::Suspect };
+        return Ok(Err(Finding::of_file(severity, "received_mismatch", file, detail)));
+    }
     Ok(match expected.filter(|expected| *expected != root) {
         Some(expected) => {
             let differs = format!("the disk hashes to {root}, not to {expected}");
@@ -170,18 +185,21 @@ fn parents_leaves(subject: &Subject, disk: &SubjectDisk) -> Option<Leaves> {
     Leaves::open(&path, disk.row.size_bytes, &root).ok().flatten()
 }
 
-/// Writes the leaves beside their file, and gives them its name unless they have another root than they should.
+/// Writes the leaves beside their file, and gives them its name unless they have another root than they should, or are of something
+/// else than was received.
 fn write_leaves(
     image: &qcow2::Image,
     below: Option<Leaves>,
+    mut witness: Option<&mut Witness<'_>>,
     subject: &Subject,
     name: &str,
     expected: Option<Digest>,
     reading: &Reading,
 ) -> Result<Digest, LeavesError> {
     let mut file = Beside::create(&subject.folder, name)?;
-    let root = leaves::compute(image, below, &mut file, reading)?;
-    if expected.is_none_or(|expected| expected == root) {
+    let root = leaves::compute(image, below, witness.as_deref_mut(), &mut file, reading)?;
+    let is_received = witness.is_none_or(|witness| witness.testimony().differs.is_none());
+    if is_received && expected.is_none_or(|expected| expected == root) {
         file.publish(&subject.folder, name)?;
     }
     Ok(root)

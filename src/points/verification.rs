@@ -141,9 +141,9 @@ impl Verification {
         Reading { gate: Arc::clone(gate), progress: Arc::clone(&self.progress) }
     }
 
-    /// Files hashed, bytes read, bytes done and bytes to do; the last two count holes of disks too.
-    pub fn progress(&self) -> [u64; 4] {
-        let Progress { files, read, done, total } = &*self.progress;
-        [files, read, done, total].map(|counter| counter.load(Ordering::Relaxed))
+    /// Files hashed, bytes read, bytes done and bytes to do, which count holes of disks too, and bytes compared.
+    pub fn progress(&self) -> [u64; 5] {
+        let Progress { files, read, done, total, compared } = &*self.progress;
+        [files, read, done, total, compared].map(|counter| counter.load(Ordering::Relaxed))
     }
 }

@@ -7,7 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::backup::state::{BackupType, RequestedType, TypeReason};
 use crate::clock::UtcTime;
+use crate::digest::Digest;
 use crate::export::coverage::Run;
+use crate::export::received::ReceivedMarks;
 use crate::id::{BackupId, RepositoryId, VmId};
 
 /// The format this version writes; a reader refuses a higher one.
@@ -44,6 +46,9 @@ pub struct Manifest {
     /// The points that were absorbed by that, oldest first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub merged: Vec<BackupId>,
+    /// BLAKE3 of the roots over what was received for the disks, 32 bytes each; older versions did not take them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub received: Option<Digest>,
     /// In ascending order of number.
     pub disks: Vec<ManifestDisk>,
 }
@@ -110,6 +115,9 @@ pub struct ManifestDisk {
     pub identical_bytes: u64,
     /// The ranges that were written or zeroed: `[offset, length]` in ascending order.
     pub coverage: Vec<Run>,
+    /// The digests of what came for them, taken as it came.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub received: Option<ReceivedMarks>,
 }
 
 /// Why a manifest cannot be used.
@@ -144,6 +152,13 @@ impl Manifest {
         )
     }
 
+    /// The root over what was received for all disks; nothing where one of them has none.
+    pub fn received_root(disks: &[ManifestDisk]) -> Option<Digest> {
+        let roots: Option<Vec<&Digest>> =
+            disks.iter().map(|disk| disk.received.as_ref().map(|received| &received.root)).collect();
+        roots.map(Digest::over)
+    }
+
     /// The bytes of the file.
     ///
     /// # Errors
@@ -172,16 +187,15 @@ impl Manifest {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn manifest() -> Manifest {
-        let disks = vec![ManifestDisk {
+impl ManifestDisk {
+    /// The disk of a full of so many bytes, written once.
+    pub(crate) fn sample(size_bytes: u64) -> Self {
+        Self {
             disk_id: 0,
             device_key: 2000,
             vmdk_uuid: None,
             vmdk_path: Some("[ds1] db/db.vmdk".into()),
-            size_bytes: 1024,
+            size_bytes,
             file: "disk-0.qcow2".into(),
             file_bytes: 196_608,
             backup_type: BackupType::Full,
@@ -191,12 +205,22 @@ mod tests {
             from_change_id: None,
             parent_id: None,
             chain_depth: 1,
-            written_bytes: 512,
-            zeroed_bytes: 512,
+            written_bytes: size_bytes,
+            zeroed_bytes: 0,
             zeroed_over_data_bytes: 0,
             identical_bytes: 0,
-            coverage: vec![(0, 1024)],
-        }];
+            coverage: vec![(0, size_bytes)],
+            received: Some(crate::export::received::Received::new(size_bytes).marks()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn manifest() -> Manifest {
+        let disks = vec![ManifestDisk::sample(1024)];
         Manifest {
             readme: Manifest::readme_for(&disks),
             format: FORMAT,
@@ -217,6 +241,7 @@ mod tests {
             service_version: "0.1.0".into(),
             generation: 2,
             merged: vec!["backup-01JD8Z3M6Q9V4T2R7XK5N0WCHA".parse().unwrap()],
+            received: Manifest::received_root(&disks),
             disks,
         }
     }

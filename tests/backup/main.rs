@@ -40,6 +40,7 @@ mod overview;
 mod privileged;
 mod process;
 mod quarantine;
+mod received;
 mod refusals;
 mod restart;
 mod restore;

@@ -64,7 +64,7 @@ pub async fn commit(rig: &Rig) -> BackupId {
     id_of(&backup).parse().unwrap()
 }
 
-async fn merge(rig: &Rig, id: &BackupId) -> Result<Merged, MergeError> {
+pub async fn merge(rig: &Rig, id: &BackupId) -> Result<Merged, MergeError> {
     rig.service.service.app().points.merge(id).await
 }
 

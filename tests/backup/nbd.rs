@@ -7,6 +7,7 @@ const GO: u32 = 7;
 const REPLY_ACK: u32 = 1;
 const REPLY_ERROR: u32 = 1 << 31;
 const WRITE: u16 = 1;
+const TRIM: u16 = 4;
 
 /// One connection in the transmission phase, with simple replies.
 pub struct Nbd {
@@ -70,6 +71,16 @@ impl Nbd {
     pub fn write(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.send_header(WRITE, offset, data.len())?;
         self.stream.write_all(data)?;
+        self.reply()
+    }
+
+    /// Discards, and returns the server's error by its number.
+    pub fn trim(&mut self, offset: u64, length: usize) -> io::Result<()> {
+        self.send_header(TRIM, offset, length)?;
+        self.reply()
+    }
+
+    fn reply(&mut self) -> io::Result<()> {
         let mut reply = [0; 16];
         self.stream.read_exact(&mut reply)?;
         match u32::from_be_bytes(reply[4..8].try_into().unwrap()) {

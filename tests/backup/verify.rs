@@ -45,7 +45,7 @@ async fn chain(rig: &mut Rig, points: u8) -> Vec<String> {
     ids
 }
 
-async fn point(service: &TestService, id: &str) -> Value {
+pub async fn point(service: &TestService, id: &str) -> Value {
     service.get(&format!("/api/v1/points/{id}")).await.expect_status(200).json()
 }
 
@@ -64,7 +64,7 @@ async fn when(service: &TestService, id: &str, holds: impl Fn(&Value) -> bool) -
 }
 
 /// Verifies a point and waits for the end.
-async fn verify(service: &TestService, id: &str, body: Value) -> Value {
+pub async fn verify(service: &TestService, id: &str, body: Value) -> Value {
     let begun = service.post(&format!("/api/v1/points/{id}/verify"), &body).await.expect_status(202).json();
     let ended = |point: &Value| {
         assert_eq!(point["verification"]["id"], begun["id"], "{point:#}");
@@ -73,7 +73,7 @@ async fn verify(service: &TestService, id: &str, body: Value) -> Value {
     when(service, id, ended).await["verification"].take()
 }
 
-fn findings(verification: &Value) -> Vec<&str> {
+pub fn findings(verification: &Value) -> Vec<&str> {
     let points = verification["points"].as_array().unwrap();
     points.iter().flat_map(|p| p["findings"].as_array().unwrap()).map(|f| f["code"].as_str().unwrap()).collect()
 }

@@ -80,14 +80,15 @@ fn bar() -> ProgressBar {
 }
 
 fn render(verification: &Value) -> String {
-    let read = verification["bytes_read"].as_u64().unwrap_or(0);
+    let bytes = |field: &str| readable(verification[field].as_u64().unwrap_or(0));
     let mut lines = vec![format!(
-        "{}: {} ({} points, {} files, {} read)",
+        "{}: {} ({} points, {} files, {} read, {} compared with what was received)",
         text(&verification["point_id"]),
         text(&verification["outcome"]),
         rows(&verification["points"]).len(),
         verification["files"],
-        readable(read)
+        bytes("bytes_read"),
+        bytes("bytes_compared")
     )];
     for point in rows(&verification["points"]) {
         let id = text(&point["point_id"]);

@@ -6,8 +6,8 @@ use bytes::Bytes;
 use futures_util::stream::{self, TryStreamExt};
 
 use super::disk::{Disk, DiskError, Run, RunKind, Target};
+use crate::digest::Digest;
 use crate::points::content::{BLOCK_BYTES, Root, leaf_of_zeroes};
-use crate::points::digests::Digest;
 
 /// Blocks on their way at once: enough that neither side waits for a round trip, and what a copy has in memory, in MiB. A guess.
 const IN_FLIGHT: usize = 16;
