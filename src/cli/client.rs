@@ -1,5 +1,8 @@
 //! The REST API as a client sees it: address and token from the environment, documents in, documents out.
 
+use std::error::Error;
+use std::io;
+use std::iter::successors;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -55,6 +58,23 @@ pub enum ClientError {
 }
 
 impl ClientError {
+    /// Whether nothing listens at the address: a service that was there has ended.
+    pub(super) fn is_nobody_there(&self) -> bool {
+        let Self::Unreachable { source, .. } = self else { return false };
+        let causes = successors(Some(source as &(dyn Error + 'static)), |&error| error.source());
+        let mut system = causes.filter_map(|error| error.downcast_ref::<io::Error>());
+        system.any(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+    }
+
+    /// Whether the same question may have an answer a little later.
+    pub(super) fn may_pass(&self) -> bool {
+        match self {
+            Self::Unreachable { .. } => true,
+            Self::Refused { status, .. } => status.is_server_error() || *status == StatusCode::TOO_MANY_REQUESTS,
+            Self::Token(_) | Self::Malformed { .. } => false,
+        }
+    }
+
     pub(super) fn exit(&self) -> Exit {
         match self {
             Self::Token(_) | Self::Unreachable { .. } | Self::Malformed { .. } => Exit::Unreachable,

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use axum::extract::Request;
-use axum::http::{HeaderName, HeaderValue};
+use axum::http::{HeaderName, HeaderValue, Method};
 use axum::middleware::Next;
 use axum::response::Response;
 use tracing::Instrument;
@@ -39,8 +39,9 @@ pub(super) async fn attach(mut request: Request, next: Next) -> Response {
         let mut response = next.run(request).await;
         let status = response.status().as_u16();
         let milliseconds = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
-        // Probes come every few seconds for ever.
-        if response.status().is_success() && matches!(path.as_str(), "/health" | "/readyz") {
+        // Probes come every few seconds for ever, and so do those of `blockyard restore export`.
+        let is_probe = method == Method::GET && matches!(path.as_str(), "/health" | "/readyz" | "/api/v1/exports");
+        if response.status().is_success() && is_probe {
             tracing::debug!(%method, path, status, milliseconds, "answered");
         } else {
             tracing::info!(%method, path, status, milliseconds, "answered");

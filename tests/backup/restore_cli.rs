@@ -1,18 +1,23 @@
 //! `blockyard restore`, as the real binary: what arrives, what is refused, and what is left when it goes wrong.
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use blockyard::clock::UtcTime;
+use blockyard::node::fake::Faults;
 use blockyard::points::content::root_of;
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::process::Child as Hub;
 use crate::restore::{commit, deep_chain, export, rig, set_point};
-use crate::rig::{DEADLINE, Plan, Rig, content, expect_image_equals, free_ports, published};
+use crate::rig::{DEADLINE, Plan, Rig, content, expect_image_equals, free_ports, id_of, published};
 use crate::support::process::blockyard;
 
 const KEY: u32 = 2000;
@@ -362,4 +367,98 @@ async fn an_export_command_whose_export_is_ended_by_another_ends_with_a_failure(
     rig.service.delete(&format!("/api/v1/exports/{}", made[0]["id"].as_str().unwrap())).await.expect_status(204);
     let output = tokio::task::spawn_blocking(|| child.wait_with_output().unwrap()).await.unwrap();
     assert_eq!(output.status.code(), Some(1), "{output:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_export_command_whose_service_dies_tells_so_long_before_its_exports_would_be_renewed() {
+    let hub = Hub::new(Faults::default()).await;
+    let running = hub.start();
+    let vm = hub.furnish(&running).await;
+    let started = running.back_up(&vm).await;
+    assert_eq!(running.end_of(id_of(&started)).await["state"], "committed");
+    let mut command = blockyard();
+    command.args(["restore", "export", id_of(&started)]).env("BLOCKYARD_URL", &running.process.url);
+    command.env("BLOCKYARD_TOKEN_FILE", hub.folder.path().join("state/token"));
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let export = tokio::process::Command::from(command).kill_on_drop(true).spawn().unwrap();
+    let served = async { while running.get("/exports").await["total"] != hub.disks.len() {} };
+    tokio::time::timeout(DEADLINE, served).await.expect("nothing was exported");
+    let expires = running.get("/exports").await["exports"][0]["expires_at"].clone();
+    running.process.signal("KILL");
+    running.process.wait();
+    // A renewal would come after a third of restore.ttl_s only.
+    let expires: UtcTime = expires.as_str().unwrap().parse().unwrap();
+    assert!(expires.seconds_since(UtcTime::now()) / 3.0 > DEADLINE.as_secs_f64());
+    let ended = tokio::time::timeout(DEADLINE, export.wait_with_output());
+    let output = ended.await.expect("the death was not noticed").unwrap();
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(7) && told.contains("the service has ended"), "{output:?}");
+}
+
+/// What stands between a client and a service.
+struct Relay {
+    url: String,
+    is_broken: Arc<AtomicBool>,
+}
+
+impl Relay {
+    /// Passes connections on, or hangs up on them while it is broken.
+    async fn to(url: &str) -> Self {
+        let service = url.strip_prefix("http://").unwrap().to_owned();
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let is_broken = Arc::new(AtomicBool::new(false));
+        let broken = Arc::clone(&is_broken);
+        tokio::spawn(async move {
+            while let Ok((mut client, _)) = listener.accept().await {
+                let (service, broken) = (service.clone(), Arc::clone(&broken));
+                tokio::spawn(async move {
+                    let mut service = tokio::net::TcpStream::connect(service).await.unwrap();
+                    let breaks = async {
+                        while !broken.load(Ordering::Relaxed) {
+                            tokio::time::sleep(Duration::from_millis(20)).await;
+                        }
+                    };
+                    tokio::select! {
+                        _ = tokio::io::copy_bidirectional(&mut client, &mut service) => {}
+                        () = breaks => {}
+                    }
+                });
+            }
+        });
+        Self { url, is_broken }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_export_command_asks_again_while_its_exports_may_still_live() {
+    let ports = free_ports();
+    let toml = format!("[restore]\nttl_s = 12\nport_range = \"{}-{}\"\n", ports.start(), ports.end());
+    let rig = Rig::with(Plan { toml, ..Plan::default() }).await;
+    let point = commit(&rig).await;
+    let relay = Relay::to(&rig.service.service.url()).await;
+    let mut command = command(&rig, &["restore", "export", &point, "--disk", "0"]);
+    command.env("BLOCKYARD_URL", &relay.url);
+    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let (told, mut lines) = tokio::sync::mpsc::unbounded_channel();
+    let stderr = BufReader::new(child.stderr.take().unwrap());
+    std::thread::spawn(move || stderr.lines().map_while(Result::ok).for_each(|line| drop(told.send(line))));
+    let mut line = async || tokio::time::timeout(DEADLINE, lines.recv()).await.expect("nothing is told").unwrap();
+    let made = exports(&rig, 1).await;
+    assert!(line().await.contains("serving until Ctrl-C"));
+    relay.is_broken.store(true, Ordering::Relaxed);
+    assert!(line().await.contains("once more"));
+    relay.is_broken.store(false, Ordering::Relaxed);
+    let end = |export: &Value| export["expires_at"].as_str().unwrap().parse::<UtcTime>().unwrap();
+    let renewed = async {
+        while end(&exports(&rig, 1).await[0]).seconds_since(end(&made[0])) < 1.0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(DEADLINE, renewed).await.expect("the export was not renewed");
+    relay.is_broken.store(true, Ordering::Relaxed);
+    // The failure comes last, when the exports are over.
+    while !line().await.starts_with("blockyard: the service at") {}
+    let ended = tokio::task::spawn_blocking(move || child.wait().unwrap()).await.unwrap();
+    assert_eq!(ended.code(), Some(7));
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use blockyard_nbd::client::{ClientError, UriError};
 
 use super::disk::DiskError;
-use crate::cli::Exit;
+use crate::cli::{Exit, client};
 
 /// See the module.
 #[derive(Debug, thiserror::Error)]
@@ -125,6 +125,12 @@ pub enum RestoreCommandError {
     /// The service ended the exports.
     #[error("the service ended the export")]
     Ended,
+    /// The service is gone, and with it what it exported.
+    #[error("the service has ended, and with it the exports")]
+    ServiceEnded {
+        /// How that was noticed.
+        source: client::ClientError,
+    },
 }
 
 impl RestoreCommandError {
@@ -137,6 +143,7 @@ impl RestoreCommandError {
             | Self::TargetTooSmall { .. }
             | Self::NotAFile { .. } => Exit::Usage,
             Self::Exists { .. } | Self::Unfinished { .. } => Exit::Conflict,
+            Self::ServiceEnded { .. } => Exit::Unreachable,
             Self::NotThePoint { .. } | Self::NotTheCopy { .. } => Exit::Damaged,
             Self::Connect { .. }
             | Self::Make { .. }
