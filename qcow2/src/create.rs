@@ -68,7 +68,7 @@ pub enum Preallocation {
     Full,
 }
 
-/// Creates a version 3 image at a path that must not exist yet.
+/// Creates a version 3 image at a path that must not exist yet. The file can be read by its owner only (mode 0600).
 ///
 /// # Durability
 /// The image and its name are on stable storage when this returns. After a crash before that, the path is absent or not
@@ -85,12 +85,14 @@ pub fn create(path: &Path, options: &CreateOptions) -> Result<()> {
     created
 }
 
-/// A new, empty file for reading and writing; one that exists, or a link in its place, is refused.
+/// A new, empty file for reading and writing; one that exists, or a link in its place, is refused. It will hold a disk with all
+/// that is on it: only its owner may read it, until somebody decides otherwise.
 pub(crate) fn create_file(path: &Path) -> Result<File> {
     OpenOptions::new()
         .read(true)
         .write(true)
         .create_new(true)
+        .mode(0o600)
         .custom_flags(rustix::fs::OFlags::NOFOLLOW.bits() as i32)
         .open(path)
         .map_err(|source| Error::Open { path: path.to_owned(), source })

@@ -44,9 +44,9 @@ pub struct Flattened {
 
 /// Copies a disk, as it reads through its whole chain, into a new file at a path that must not exist yet.
 ///
-/// While it is being made the file is called `<path>.partial`, which must not exist either: it is what a killed process or
-/// a power cut leaves. Every error, and every break from `watch`, ends the copy and removes the file; a range that cannot
-/// be read is named ([`Error::Unreadable`]).
+/// The new file can be read by its owner only (mode 0600). While it is being made it is called `<path>.partial`, which must
+/// not exist either: it is what a killed process or a power cut leaves. Every error, and every break from `watch`, ends the
+/// copy and removes the file; a range that cannot be read is named ([`Error::Unreadable`]).
 ///
 /// # Durability
 /// The new file and its name are on stable storage when this returns, and an image has passed its check. After a crash

@@ -139,6 +139,22 @@ async fn raw_restore_of_a_deep_incremental_equals_the_source() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_restored_disk_can_be_read_by_its_owner_only_unless_a_file_with_another_mode_was_there() {
+    let rig = rig("").await;
+    let point = commit(&rig).await;
+    let folder = tempfile::tempdir().unwrap();
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
+    for format in ["raw", "qcow2"] {
+        let (file, target) = path_in(&folder, format);
+        let made = raw(&rig, &point, &target, &["--format", format]).await;
+        assert_eq!((made.code, mode(&file)), (0, 0o600), "{format}: {made:?}");
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o640)).unwrap();
+        let made = raw(&rig, &point, &target, &["--format", format, "--force"]).await;
+        assert_eq!((made.code, mode(&file)), (0, 0o640), "{format}: {made:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn raw_restore_onto_an_nbd_server_leaves_nothing_of_what_was_there() {
     let mut rig = rig("").await;
     let point = deep_chain(&mut rig, 1).await;

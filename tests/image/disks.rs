@@ -1,6 +1,6 @@
 //! `blockyard image` on whole disks: check, repair, map, compare, flatten, grow, with `qemu-img` as judge.
 
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Instant;
@@ -239,6 +239,21 @@ fn a_chain_is_flattened_into_an_image_or_a_raw_file() {
     assert_eq!(refused(&["flatten", text(&raw), text(&new)]).0, 6);
     assert_eq!(refused(&["flatten", text(&new), text(&new)]).0, 4);
     assert_eq!(names(folder.path()), before);
+}
+
+#[test]
+fn a_file_that_holds_a_disk_is_made_for_its_owner_only() {
+    let folder = folder();
+    let top = chain(&folder);
+    let made = |name: &str, arguments: &[&str]| {
+        let path = folder.path().join(name);
+        let arguments = arguments.iter().map(|argument| if *argument == "FILE" { text(&path) } else { argument });
+        assert_eq!(json(&arguments.collect::<Vec<_>>()).0, 0, "{name}");
+        std::fs::metadata(path).unwrap().permissions().mode() & 0o7777
+    };
+    assert_eq!(made("flat.qcow2", &["flatten", text(&top), "FILE"]), 0o600);
+    assert_eq!(made("flat.raw", &["flatten", text(&top), "FILE", "--format", "raw"]), 0o600);
+    assert_eq!(made("new.qcow2", &["create", "FILE", "--size", "1M"]), 0o600);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -140,7 +140,7 @@ impl Unfinished {
     /// Gives it its name, durably.
     pub(super) fn finish(self) -> Result<(), RestoreCommandError> {
         let named = match self.existing {
-            Existing::Replace => fs::rename(&self.partial, &self.path),
+            Existing::Replace => self.take_over_mode().and_then(|()| fs::rename(&self.partial, &self.path)),
             Existing::Refuse => rename_new(&self.partial, &self.path),
         };
         let named = named.and_then(|()| {
@@ -151,6 +151,17 @@ impl Unfinished {
             io::ErrorKind::AlreadyExists => RestoreCommandError::Exists { path: self.path.clone() },
             _ => RestoreCommandError::Rename { path: self.path.clone(), source },
         })
+    }
+
+    /// Who may read the file that is replaced may read the new one; of a new name only its owner.
+    fn take_over_mode(&self) -> io::Result<()> {
+        let mode = match fs::symlink_metadata(&self.path) {
+            Ok(facts) if facts.is_file() => facts.permissions().mode() & 0o777,
+            Ok(_) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        fs::set_permissions(&self.partial, fs::Permissions::from_mode(mode))
     }
 }
 
