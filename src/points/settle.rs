@@ -50,6 +50,7 @@ impl Points {
                 Outcome::Verified
             }
         };
+        findings.extend(known_before(&row, outcome, &findings));
         if !matches!(outcome, Outcome::Failed | Outcome::Missing) {
             trust::set_verified_at(&mut transaction, id, now).await?;
             if row.state == PointState::Missing {
@@ -66,6 +67,19 @@ impl Points {
         }
         Ok(VerifiedPoint { point_id: id.clone(), outcome, findings })
     }
+}
+
+/// What a point that is not trusted was found to have, where nothing that is found now is as bad: whoever is told that it is damaged
+/// is told why.
+fn known_before(row: &PointRow, outcome: Outcome, found: &[Finding]) -> Option<Finding> {
+    let severity = match outcome {
+        Outcome::Suspect => Severity::Suspect,
+        Outcome::Corrupt => Severity::Corrupt,
+        Outcome::Verified | Outcome::Failed | Outcome::Missing => return None,
+    };
+    let is_told = found.iter().any(|finding| finding.severity == severity);
+    let reason = row.trust_reason.as_deref().unwrap_or("the reason is not recorded");
+    (!is_told).then(|| Finding::of_point(severity, "found_before", reason))
 }
 
 /// Whether the files of a point in this state may be looked at.

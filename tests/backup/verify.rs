@@ -231,9 +231,20 @@ async fn one_flipped_bit_is_found_by_verify_and_ends_the_chain() {
     assert_eq!((&change["from"], &change["to"]), (&json!("verified"), &json!("corrupt")));
     assert!(told.iter().any(|(kind, data)| kind == "alert" && data["alert"] == "point_damaged"), "{told:?}");
 
-    // Corrupt is final, and what is above stays suspect, also when the bit is as it was.
+    // Corrupt is final, and what is above stays suspect, also when the bit is as it was: what was found is told again.
     flip(&image, fs::metadata(&image).unwrap().len() * 8 - 8 * 4000);
-    assert_eq!(verify(&rig.service, &ids[2], json!({})).await["outcome"], "corrupt");
+    let again = verify(&rig.service, &ids[2], json!({})).await;
+    assert_eq!(again["outcome"], "corrupt");
+    let [sound, damaged, above] = [0, 1, 2].map(|index| &again["points"][index]["findings"]);
+    assert_eq!(sound, &json!([]));
+    assert_eq!(
+        (&damaged[0]["severity"], &damaged[0]["code"]),
+        (&json!("corrupt"), &json!("found_before")),
+        "{again:#}"
+    );
+    assert_eq!(damaged[0]["detail"], corrupt["trust_reason"]);
+    assert_eq!(above[0]["code"], "built_upon", "what is found now as well is told once: {again:#}");
+    assert!(above[1].is_null(), "{again:#}");
     assert_eq!(verify(&rig.service, &ids[2], json!({"scope": "point"})).await["outcome"], "suspect");
     assert_eq!(trust(&ids[1]).await["trust"], "corrupt");
 
