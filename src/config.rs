@@ -16,8 +16,8 @@ use std::path::PathBuf;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use form::{blank, networks};
-pub use load::{ConfigError, Environment};
+use form::{address, blank, networks};
+pub use load::{ConfigError, Environment, Origin};
 pub use ports::{PortRange, PortRangeError};
 
 /// The whole configuration. Every section may be left out.
@@ -53,6 +53,7 @@ pub struct Config {
 #[serde(default)]
 pub struct Server {
     /// Address of the API. Loopback only; port 0 takes any free port.
+    #[serde(with = "address")]
     pub bind: SocketAddr,
     /// A second address that serves the three callbacks and nothing else.
     #[serde(with = "blank")]

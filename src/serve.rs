@@ -70,8 +70,10 @@ pub enum StartError {
     #[error(transparent)]
     Recover(#[from] RecoverError),
     /// An address cannot be listened on.
-    #[error("cannot listen on {address}: is another program using the port?")]
+    #[error("cannot listen on {address}, which is {key}: is another program using the port?")]
     Bind {
+        /// The key that names it.
+        key: &'static str,
         /// The address.
         address: SocketAddr,
         /// What the system said.
@@ -113,9 +115,9 @@ impl Service {
         let webhooks = Webhook::all(&config, Patience::default())?;
         let store = Store::open(&config.database_file()).await?;
         store.has_room().await;
-        let (listener, address) = bind(config.server.bind).await?;
+        let (listener, address) = bind("server.bind", config.server.bind).await?;
         let callbacks = match config.server.callbacks_bind {
-            Some(address) => Some(bind(address).await?),
+            Some(address) => Some(bind("server.callbacks_bind", address).await?),
             None => None,
         };
         let callbacks_address = callbacks.as_ref().map(|(_, address)| *address);
@@ -196,8 +198,8 @@ impl Drop for Service {
 }
 
 /// A listener and the address that it really has.
-async fn bind(address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {
-    let failed = |source| StartError::Bind { address, source };
+async fn bind(key: &'static str, address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {
+    let failed = |source| StartError::Bind { key, address, source };
     let listener = TcpListener::bind(address).await.map_err(failed)?;
     let real = listener.local_addr().map_err(failed)?;
     Ok((listener, real))

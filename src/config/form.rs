@@ -1,5 +1,22 @@
 //! How values of the configuration are written where serde's own form does not fit.
 
+/// An address to listen on as text, which cannot be the name of a host.
+pub(super) mod address {
+    use std::net::SocketAddr;
+
+    use serde::de::{Deserialize, Deserializer, Error};
+    use serde::ser::{Serialize, Serializer};
+
+    pub(in crate::config) fn serialize<S: Serializer>(address: &SocketAddr, serializer: S) -> Result<S::Ok, S::Error> {
+        address.serialize(serializer)
+    }
+
+    pub(in crate::config) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<SocketAddr, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map_err(|_| D::Error::custom("this is no IP address with a port, such as 127.0.0.1:8082"))
+    }
+}
+
 /// An optional value that is written as text, where the empty text means "not set".
 pub(super) mod blank {
     use serde::de::value::StringDeserializer;

@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 use toml::{Table, Value};
@@ -57,11 +58,13 @@ pub enum ConfigError {
         variable: String,
     },
     /// A value of the wrong type or form.
-    #[error("`{key}`: {reason}")]
+    #[error("`{key}`{}: {reason}", value.as_ref().map(|value| format!(" = {value}")).unwrap_or_default())]
     WrongType {
         /// The key with its section.
         key: String,
-        /// What was expected and found.
+        /// The value as TOML, unless it is a whole section.
+        value: Option<String>,
+        /// What is wrong with it.
         reason: String,
     },
     /// A value of the right type that breaks a rule.
@@ -72,6 +75,35 @@ pub enum ConfigError {
         /// The rule and the value that broke it.
         rule: String,
     },
+    /// One of the above, with the place to set it right.
+    #[error("{error} ({origin})")]
+    At {
+        /// What is wrong.
+        error: Box<ConfigError>,
+        /// Where.
+        origin: Origin,
+    },
+}
+
+/// Where a key has its value from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// This file.
+    File(PathBuf),
+    /// This variable of the environment.
+    Variable(String),
+    /// Its default: this file does not set it.
+    Unset(PathBuf),
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(path) => write!(f, "in {}", path.display()),
+            Self::Variable(name) => write!(f, "in the environment variable {name}"),
+            Self::Unset(path) => write!(f, "not set in {}", path.display()),
+        }
+    }
 }
 
 /// The environment variables that the configuration reads, so that a test can pass its own.
@@ -123,15 +155,35 @@ impl Config {
     /// The same for text that was read already; `path` is for messages only.
     pub fn from_toml(text: &str, path: &Path, environment: &Environment) -> Result<Self, ConfigError> {
         let syntax = |source| ConfigError::Syntax { path: path.to_owned(), source: Box::new(source) };
-        let mut table: Table = text.parse().map_err(syntax)?;
+        let table: Table = text.parse().map_err(syntax)?;
+        Self::from_table(table.clone(), environment).map_err(|error| {
+            let (ConfigError::UnknownKey { key, .. }
+            | ConfigError::WrongType { key, .. }
+            | ConfigError::Invalid { key, .. }) = &error
+            else {
+                return error;
+            };
+            let variable = environment.overrides.keys().find(|variable| path_of(variable).join(".") == *key);
+            let origin = match variable {
+                Some(variable) => Origin::Variable(variable.clone()),
+                None if value_of(&table, key).is_some() => Origin::File(path.to_owned()),
+                None => Origin::Unset(path.to_owned()),
+            };
+            ConfigError::At { error: Box::new(error), origin }
+        })
+    }
+
+    fn from_table(mut table: Table, environment: &Environment) -> Result<Self, ConfigError> {
         let known = known_keys();
         check_known(&table, &known, &mut Vec::new())?;
         for (variable, value) in &environment.overrides {
             let value = value.to_str().ok_or_else(|| ConfigError::MalformedVariable { variable: variable.clone() })?;
             apply_override(&mut table, &known, variable, value)?;
         }
-        let mut config: Self = serde_path_to_error::deserialize(Value::Table(table)).map_err(|error| {
-            ConfigError::WrongType { key: error.path().to_string(), reason: error.inner().message().to_owned() }
+        let mut config: Self = serde_path_to_error::deserialize(Value::Table(table.clone())).map_err(|error| {
+            let key = error.path().to_string();
+            let value = value_of(&table, &key).filter(|value| !value.is_table()).map(ToString::to_string);
+            ConfigError::WrongType { key, value, reason: error.inner().message().to_owned() }
         })?;
         config.validate()?;
         config.nodes.entry(DEFAULT_NODE.to_owned()).or_default();
@@ -210,10 +262,21 @@ fn unknown(path: &[String], known: &Table) -> ConfigError {
     ConfigError::UnknownKey { key, nearest: moved.cloned().unwrap_or_else(sibling) }
 }
 
+/// The sections and the key that a variable overrides.
+fn path_of(variable: &str) -> Vec<String> {
+    variable.trim_start_matches(OVERRIDE_PREFIX).split("__").map(str::to_ascii_lowercase).collect()
+}
+
+/// What a table has under a key with its section, or under one item of its list, such as `auth.callback_peers[0]`.
+fn value_of<'a>(table: &'a Table, key: &str) -> Option<&'a Value> {
+    let mut names = key.split('.').map(|name| name.split('[').next().unwrap_or_default());
+    let first = table.get(names.next()?)?;
+    names.try_fold(first, |value, name| value.as_table()?.get(name))
+}
+
 fn apply_override(table: &mut Table, known: &Table, variable: &str, text: &str) -> Result<(), ConfigError> {
     let malformed = || ConfigError::MalformedVariable { variable: variable.to_owned() };
-    let path: Vec<String> =
-        variable.trim_start_matches(OVERRIDE_PREFIX).split("__").map(str::to_ascii_lowercase).collect();
+    let path = path_of(variable);
     let wanted = if NAMED_SECTIONS.contains(&path[0].as_str()) { 3 } else { 2 };
     if path.len() != wanted || path.iter().any(String::is_empty) {
         return Err(malformed());
@@ -240,7 +303,8 @@ fn apply_override(table: &mut Table, known: &Table, variable: &str, text: &str) 
 fn parse_like(example: &Value, key: &str, text: &str) -> Result<Value, ConfigError> {
     let wrong = |expected: &str| ConfigError::WrongType {
         key: key.to_owned(),
-        reason: format!("{text:?} in the environment is no {expected}"),
+        value: Some(format!("{text:?}")),
+        reason: format!("this is no {expected}"),
     };
     Ok(match example {
         Value::Integer(_) => Value::Integer(text.parse().map_err(|_| wrong("whole number"))?),

@@ -40,7 +40,7 @@ fn unknown_keys_and_sections_name_the_nearest_known_one() {
         ("[storage]\ncluster_size = 1", "unknown key `storage.cluster_size`, did you mean `storage.cluster_bytes`?"),
     ];
     for (toml, message) in rows {
-        assert_eq!(parse(toml).unwrap_err(), message);
+        assert_eq!(parse(toml).unwrap_err(), format!("{message} (in test.toml)"));
     }
 }
 
@@ -167,6 +167,31 @@ fn listeners_beyond_loopback_are_for_those_who_encrypt() {
 }
 
 #[test]
+fn an_error_names_the_key_its_value_and_the_place_of_it() {
+    let variable = [("BLOCKYARD__SERVER__BIND", "localhost:2")];
+    let no_address = "this is no IP address with a port, such as 127.0.0.1:8082";
+    let rows = [
+        ("[server]\nbind = \"localhost:1\"", &[][..], format!("`server.bind` = \"localhost:1\": {no_address} (in test.toml)")),
+        (
+            "[server]\nbind = \"127.0.0.1:1\"",
+            &variable,
+            format!("`server.bind` = \"localhost:2\": {no_address} (in the environment variable BLOCKYARD__SERVER__BIND)"),
+        ),
+        ("[jobs]\nidle_s = 0", &[], "`jobs.idle_s` must be 1 to 2592000, not 0 (in test.toml)".to_owned()),
+        (
+            "[server]\nbind = \"127.0.0.1:10100\"",
+            &[],
+            "`nbd.port_range` contains port 10100, on which the API listens (not set in test.toml)".to_owned(),
+        ),
+        ("", &[("BLOCKYARD__SERVER__BNID", "x")], 
+            "unknown key `server.bnid`, did you mean `server.bind`? (in the environment variable BLOCKYARD__SERVER__BNID)".to_owned()),
+    ];
+    for (toml, variables, message) in rows {
+        assert_eq!(parse_with(toml, variables).unwrap_err(), message);
+    }
+}
+
+#[test]
 fn environment_overrides_the_file_key_by_key() {
     let toml = "[server]\nbind = \"127.0.0.1:1\"\ndrain_s = 5\n[nodes.far]\nurl = \"http://far\"\nport_range = \"7-9\"";
     let variables = [
@@ -194,8 +219,8 @@ fn environment_overrides_the_file_key_by_key() {
         ("BLOCKYARD__SERVER", "x", "environment variable BLOCKYARD__SERVER overrides nothing"),
         ("BLOCKYARD__SERVER__BIND__X", "x", "environment variable BLOCKYARD__SERVER__BIND__X overrides nothing"),
         ("BLOCKYARD__", "x", "environment variable BLOCKYARD__ overrides nothing"),
-        ("BLOCKYARD__JOBS__IDLE_S", "soon", "`jobs.idle_s`: \"soon\" in the environment is no whole number"),
-        ("BLOCKYARD__NBD__LIST_EXPORTS", "yes", "`nbd.list_exports`: \"yes\" in the environment is no true or false"),
+        ("BLOCKYARD__JOBS__IDLE_S", "soon", "`jobs.idle_s` = \"soon\": this is no whole number"),
+        ("BLOCKYARD__NBD__LIST_EXPORTS", "yes", "`nbd.list_exports` = \"yes\": this is no true or false"),
     ];
     for (name, value, message) in rows {
         let found = parse_with("", &[(name, value)]).unwrap_err();
