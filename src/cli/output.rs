@@ -45,11 +45,14 @@ impl Output {
         }
     }
 
-    /// Prints what was done: the document, or a note that `--quiet` leaves away.
+    /// Prints what was done: the document, or a note that `--quiet` leaves away. An empty one says that nothing was.
     pub fn done(&self, document: &Value, note: impl FnOnce(&Value) -> String) -> Result<(), CliError> {
         match self.format {
             Format::Text if self.quiet => Ok(()),
-            Format::Text => self.line(&note(document)),
+            Format::Text => {
+                let note = note(document);
+                if note.is_empty() { Ok(()) } else { self.line(&note) }
+            }
             Format::Json => self.line(&format!("{document:#}")),
         }
     }

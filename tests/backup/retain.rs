@@ -548,6 +548,7 @@ async fn points_are_protected_deleted_and_pruned_by_command() {
     let (full, top) = (history[0].0.as_str(), history[1].0.as_str());
     let (code, text) = cli(&rig, &["point", "delete", full]).await;
     assert!(code == 5 && text.contains("point_has_dependents") && text.contains(top), "{code} {text}");
+    assert!(text.lines().all(|line| !line.is_empty()), "nothing was deleted, and nothing is said of it: {text:?}");
     let (code, text) = cli(&rig, &["point", "protect", top, "--until", "2098-01-01"]).await;
     assert!(code == 0 && text.contains("protected until 2098-01-01T00:00:00"), "{code} {text}");
     for arguments in [["--until", "2097-01-01"].as_slice(), &["--off"]] {
