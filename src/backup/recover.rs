@@ -92,7 +92,9 @@ pub(crate) async fn settle_waiting(
 }
 
 fn restarted() -> Failed {
-    Failed::new(FailureCode::ServiceRestart, "the service was restarted while the backup ran")
+    // What it counts was recorded while it ran.
+    let message = "the service was restarted while the backup ran; what had come is told as it was some seconds before";
+    Failed::new(FailureCode::ServiceRestart, message)
 }
 
 /// The repositories whose locks this process has from now on. One that is not there now (an unmounted disk) does not stop the

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use blockyard::node::fake::{Faults, PausePoint, StartFault};
 use serde_json::{Value, json};
 
-use crate::process::{Child, sqlite};
+use crate::process::{Child, sqlite, sqlite_number};
 use crate::rig::{self, Plan, Rig, id_of};
 use crate::support::TestService;
 use crate::support::process::{ServeProcess, blockyard};
@@ -49,6 +49,34 @@ async fn kill_nine_at_any_moment_leaves_no_running_row_port_or_partial_after_res
             rig::expect_image_equals(Path::new(disk["qcow2_path"].as_str().unwrap()), bytes);
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_was_killed_tells_what_had_come_some_seconds_before() {
+    let child = Child::new(Faults { pause: Some(PausePoint::AfterBytes(3 << 20)), ..Faults::default() }).await;
+    let running = child.start();
+    let vm = child.furnish(&running).await;
+    let path = format!("/backups/{}", id_of(&running.back_up(&vm).await));
+    child.paused().await;
+    let counts = |backup: &Value| {
+        ["covered_bytes", "written_bytes", "zeroed_bytes"].map(|name| backup["disks"][0][name].clone())
+    };
+    let seen = counts(&running.get(&path).await);
+    assert!(seen[0].as_i64().unwrap() > 0, "{seen:?}");
+    let database = child.folder.path().join("state/blockyard.db");
+    let recorded = async {
+        while sqlite_number(&database, "SELECT sum(covered_bytes) FROM backup_disks").await != seen[0] {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(rig::DEADLINE, recorded).await.expect("what came was not recorded");
+    running.process.signal("KILL");
+    running.process.wait();
+
+    let running = child.start();
+    let backup = running.get(&path).await;
+    assert_eq!((&backup["code"], counts(&backup)), (&json!("service_restart"), seen), "{backup:#}");
+    assert!(backup["error_message"].as_str().unwrap().contains("some seconds before"), "{backup:#}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
