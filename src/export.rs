@@ -14,6 +14,7 @@ pub use blockyard_qcow2::{Access, Caching, OpenOptions};
 
 pub mod busy;
 pub mod coverage;
+pub mod erased;
 pub mod gate;
 pub mod meter;
 mod rate;
@@ -95,6 +96,11 @@ impl ImageExport {
     /// The image behind the name.
     pub fn image(&self) -> &AsyncImage {
         &self.image
+    }
+
+    /// The older state of the disk that large zeroes are held against.
+    pub fn known(&self) -> Option<&AsyncImage> {
+        self.known.as_ref()
     }
 
     /// Refuses new connections and new requests from now on, with `ESHUTDOWN`. Repeatable.

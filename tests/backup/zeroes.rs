@@ -121,3 +121,26 @@ async fn zeroes_of_a_delta_small_zeroes_and_zeroes_over_nothing_are_no_warning()
     expect_result(&full, "success");
     assert_eq!(over_data(&full), 0);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn zeroes_over_zeroes_that_were_stored_as_data_are_counted_and_no_warning() {
+    // With requests of 8 MiB what there is comes with the zeroes around it, which are stored as they come.
+    let mut rig = rig(8 << 20).await;
+    expect_result(&back_up(&rig, "full").await, "success");
+    // The same disk in requests of 4 MiB: the second one is zeroes as a whole.
+    rig.node.reconfigure(|config| config.request_bytes = 4 << 20);
+    let same = back_up(&rig, "full").await;
+    assert!(over_data(&same) >= 4 << 20, "{same:#}");
+    expect_result(&same, "success");
+
+    // One byte among them is data that went.
+    let last = (8 << 20) - 1;
+    rig.node.reconfigure(|config| config.request_bytes = 8 << 20);
+    rig.write(&[(2000, last, vec![1])]);
+    expect_result(&back_up(&rig, "full").await, "success");
+    rig.node.reconfigure(|config| config.request_bytes = 4 << 20);
+    rig.write(&[(2000, last, vec![0])]);
+    let erased = back_up(&rig, "full").await;
+    expect_result(&erased, "warning");
+    assert_eq!(alerts(&rig, id_of(&erased)).await.len(), 1);
+}
