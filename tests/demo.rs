@@ -74,7 +74,7 @@ fn expect_empty(folder: &Path) {
 fn expect_kept(folder: &Path) {
     let mut left: Vec<_> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     left.sort();
-    assert_eq!(left, ["disks", "repository", "state", "vcenter-password"]);
+    assert_eq!(left, ["blockyard.toml", "disks", "repository", "state", "vcenter-password"]);
 }
 
 #[track_caller]
@@ -355,7 +355,7 @@ async fn interrupted_demo_that_is_kept_leaves_no_copy() {
 #[tokio::test]
 async fn serving_demo_answers_the_requests_of_the_tour() {
     let folder = tempfile::tempdir().unwrap();
-    let disks = [("a.raw", 3 << 20), ("b.raw", (1 << 20) + 512)].map(|(name, size)| {
+    let disks = [("a.raw", 8 << 20), ("b.raw", (1 << 20) + 512)].map(|(name, size)| {
         let path = folder.path().join(name);
         fs::write(&path, (0..size).map(|index: u32| (index / 700) as u8).collect::<Vec<u8>>()).unwrap();
         path
@@ -378,28 +378,70 @@ async fn serving_demo_answers_the_requests_of_the_tour() {
     assert_eq!(get("/api/v1/repositories").await["repositories"][0]["id"], "demo");
     // The body as the printed line has it.
     let body: Value = serde_json::from_str(curl.split('\'').nth(3).unwrap()).unwrap();
-    assert_eq!(body, json!({"vm_name": "demo-vm", "repository_id": "demo", "backup_type": "full"}));
-    let start = client.post(format!("{url}/api/v1/backups/vm")).bearer_auth(token.trim()).json(&body);
-    let started = support::send(start).await.expect_status(200).json();
-    let ended = async {
+    assert_eq!(body, json!({"vm_name": "demo-vm", "repository_id": "demo", "backup_type": "auto"}));
+    let back_up = async || {
+        let start = client.post(format!("{url}/api/v1/backups/vm")).bearer_auth(token.trim()).json(&body);
+        let started = support::send(start).await.expect_status(200).json();
         let path = format!("/api/v1/backups/{}?wait=1", started["backup_id"].as_str().unwrap());
-        loop {
-            let backup = get(&path).await;
-            if ["committed", "failed"].contains(&backup["state"].as_str().unwrap()) {
-                return backup;
+        let ended = async {
+            loop {
+                let backup = get(&path).await;
+                if ["committed", "failed"].contains(&backup["state"].as_str().unwrap()) {
+                    return backup;
+                }
             }
-        }
+        };
+        tokio::time::timeout(DEADLINE, ended).await.expect("the backup did not end")
     };
-    let backup = tokio::time::timeout(DEADLINE, ended).await.expect("the backup did not end");
+    let backup = back_up().await;
     assert_eq!(backup["state"], "committed", "{backup:#}");
     assert_eq!(get("/api/v1/backups?limit=1").await["backups"][0]["backup_id"], backup["backup_id"]);
     assert_eq!(get("/api/v1/points").await["points"][0]["id"], backup["backup_id"]);
     for (result, source) in backup["disk_results"].as_array().unwrap().iter().zip(&disks) {
         expect_same_by_qemu(result["qcow2_path"].as_str().unwrap(), &sha256_of(source.to_str().unwrap()));
     }
+    // The same request again meets disks that have changed in between.
+    for _ in 0..2 {
+        let next = back_up().await;
+        assert_eq!((&next["backup_type"], &next["result"]), (&json!("incremental"), &json!("success")), "{next:#}");
+        assert_eq!(next["warnings"], json!([]));
+        let disk = &next["disks"][0];
+        let [covered, size] = [&disk["covered_bytes"], &disk["size_bytes"]].map(|bytes| bytes.as_u64().unwrap());
+        assert!(disk["effective_type"] == "incremental" && 0 < covered && covered < size, "{disk:#}");
+    }
     signal(&child, "TERM");
     assert_eq!(exit_code(&mut child).await, Some(0));
     assert!(kept.join("repository").is_dir());
+}
+
+#[tokio::test]
+async fn kept_points_are_served_by_the_command_that_the_demo_prints() {
+    let folder = tempfile::tempdir().unwrap();
+    let disk = folder.path().join("disk");
+    fs::write(&disk, vec![7; 4 << 20]).unwrap();
+    let kept = folder.path().join("kept, with spaces");
+    let (stdout, _) = expect_exit(&Demo::new().disk(&disk).keep(&kept).run().await, 0);
+    let printed = |text: &str| stdout.lines().find(|line| line.contains(text)).unwrap_or_else(|| panic!("{stdout}"));
+    let [serve, token_file, list] = [" serve --config ", "BLOCKYARD_TOKEN_FILE=", " point list"].map(printed);
+
+    // A demo is not begun upon another one, which is told how to be looked at.
+    let (_, stderr) = expect_exit(&Demo::new().disk(&disk).keep(&kept).run().await, 5);
+    assert!(stderr.contains("an earlier demo") && stderr.contains(serve.trim()), "{stderr}");
+
+    let shell = |script: &str| {
+        let mut shell = tokio::process::Command::new("sh");
+        shell.args(["-c", script]).kill_on_drop(true).stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap()
+    };
+    // A free port instead of the default one, which is somebody else's here.
+    let mut service = shell(&format!("BLOCKYARD__SERVER__BIND=127.0.0.1:0 exec {serve}"));
+    let ready = line_with(&mut lines(service.stdout.take()), "ready ").await;
+    let url = ready.split(' ').nth(1).unwrap();
+    let listed = shell(&format!("{token_file}\nexport BLOCKYARD_URL={url}\n{list}")).wait_with_output();
+    let listed = tokio::time::timeout(DEADLINE, listed).await.expect("the points were not listed").unwrap();
+    let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+    assert_eq!(listed.lines().filter(|line| line.contains("demo-vm")).count(), 3, "{listed}");
+    signal(&service, "TERM");
+    assert_eq!(exit_code(&mut service).await, Some(0));
 }
 
 #[tokio::test]

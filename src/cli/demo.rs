@@ -35,6 +35,7 @@ use clap::Args;
 use super::serve::Stop;
 use super::{CliError, Exit, Output};
 use crate::config::Server;
+use crate::node::fake::Event;
 use crate::telemetry;
 use copy::Point;
 use disks::DemoDisk;
@@ -67,7 +68,7 @@ pub(super) async fn run(arguments: Arguments, output: &Output) -> Result<Exit, C
     let disks = interruptible(&mut stop, choose(given, &folder, output)).await?;
     let stage = interruptible(&mut stop, Stage::start(&folder, &disks)).await?;
     let done = if arguments.serve {
-        serve(&mut stop, &stage, &disks, output).await
+        serve(&mut stop, &stage, &disks, &folder, output).await
     } else {
         Box::pin(tell(&mut stop, &stage, &disks, &folder, output)).await
     };
@@ -97,10 +98,38 @@ async fn choose(given: Vec<DemoDisk>, folder: &Arc<Folder>, output: &Output) -> 
     Ok(generated.disks)
 }
 
-async fn serve(stop: &mut Stop, stage: &Stage, disks: &[DemoDisk], output: &Output) -> Result<Exit, CliError> {
+/// Waits for requests. Something changes on every disk after each snapshot, so that the next backup has something to store.
+async fn serve(
+    stop: &mut Stop,
+    stage: &Stage,
+    disks: &[DemoDisk],
+    folder: &Folder,
+    output: &Output,
+) -> Result<Exit, CliError> {
     report::ready(stage, disks, output)?;
-    stop.wait().await;
+    tokio::select! {
+        () = stop.wait() => {}
+        () = change(stage, State::first(disks), output) => {}
+    }
+    if folder.is_kept() {
+        output.note(&report::kept_service(folder));
+    }
     Ok(Exit::Ok)
+}
+
+/// Presents the next state of the VM as soon as a backup client has the one before; has no end.
+async fn change(stage: &Stage, mut state: State, output: &Output) {
+    let mut seen = 0;
+    loop {
+        let log = stage.node().log();
+        // A client has its snapshot when it connects, and begins with the first disk.
+        let began = |event: &Event| matches!(event, Event::Connected { disk_id: 0 }).then_some(());
+        log.first_after(seen, began).await;
+        seen = log.count();
+        state = state.next();
+        stage.present(&state);
+        output.note(&report::changed(&state));
+    }
 }
 
 /// The whole story, and its report.

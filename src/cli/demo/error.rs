@@ -37,6 +37,17 @@ pub enum DemoError {
         /// The folder.
         path: PathBuf,
     },
+    /// `--keep` names what an earlier demo kept.
+    #[error(
+        "{} holds what an earlier demo kept: `{serve}` serves it; for a new demo name another folder, or remove it",
+        path.display()
+    )]
+    KeepIsDemo {
+        /// The folder.
+        path: PathBuf,
+        /// The command that serves it.
+        serve: String,
+    },
     /// A file or folder of the demo cannot be made.
     #[error("{} cannot be made", path.display())]
     Make {
@@ -108,7 +119,7 @@ impl DemoError {
         match self {
             Self::DiskUnreadable { source, .. } if source.kind() == io::ErrorKind::NotFound => Exit::NotFound,
             Self::DiskUnreadable { .. } | Self::NotADisk { .. } | Self::DiskSize { .. } => Exit::Usage,
-            Self::KeepNotEmpty { .. } => Exit::Conflict,
+            Self::KeepNotEmpty { .. } | Self::KeepIsDemo { .. } => Exit::Conflict,
             Self::Interrupted => Exit::Interrupted,
             // The service is the demo's own: whatever it refuses, the demo has failed.
             Self::Make { .. }

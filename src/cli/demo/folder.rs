@@ -8,6 +8,8 @@ use tempfile::TempDir;
 
 use super::DemoError;
 
+const CONFIGURATION: &str = "blockyard.toml";
+
 /// A folder with a place for each part. Dropped, it goes with all that is in it, unless it is kept.
 #[derive(Debug)]
 pub(super) struct Folder {
@@ -59,6 +61,11 @@ impl Folder {
         self.path.join("state")
     }
 
+    /// With which `blockyard serve` runs on what was kept.
+    pub(super) fn configuration_file(&self) -> PathBuf {
+        self.path.join(CONFIGURATION)
+    }
+
     /// The password of the vCenter that there is not.
     pub(super) fn password_file(&self) -> PathBuf {
         self.path.join("vcenter-password")
@@ -69,7 +76,13 @@ fn empty_folder(path: &Path) -> Result<PathBuf, DemoError> {
     let failed = |source| DemoError::Make { path: path.to_owned(), source };
     fs::create_dir_all(path).map_err(failed)?;
     if fs::read_dir(path).map_err(failed)?.next().is_some() {
-        return Err(DemoError::KeepNotEmpty { path: path.to_owned() });
+        let path = absolute(path)?;
+        let configuration = path.join(CONFIGURATION);
+        return Err(if configuration.is_file() {
+            DemoError::KeepIsDemo { serve: super::report::serve_command(&configuration), path }
+        } else {
+            DemoError::KeepNotEmpty { path }
+        });
     }
     absolute(path)
 }

@@ -13,6 +13,7 @@ use super::folder::Folder;
 use super::merge::Merge;
 use super::restore::Restore;
 use super::stage::{REPOSITORY_ID, Stage, VM_NAME};
+use super::state::State;
 use super::verify::{Verification, VerifiedPoint};
 use crate::cli::size::readable;
 use crate::cli::{CliError, Exit, Format, Output, table};
@@ -210,7 +211,39 @@ fn kept(newest: &Point, folder: &Folder) -> String {
         let image = quoted(&disk.image.path);
         format!("\n  qemu-img info --backing-chain {image}\n  qemu-img check {image}")
     });
-    format!("The three points are in {}. The newest:{}", folder.path().display(), commands.collect::<String>())
+    let newest =
+        format!("The three points are in {}. The newest:{}", folder.path().display(), commands.collect::<String>());
+    format!("{newest}\n{}", kept_service(folder))
+}
+
+/// How what was kept is looked at later.
+pub(super) fn kept_service(folder: &Folder) -> String {
+    let (token_file, program) = (quoted(&folder.state().join("token")), program());
+    format!(
+        "To serve them again, to list and to restore from them (there is no appliance then, so nothing can be backed up):\n  \
+         {}\nand in another terminal:\n  export BLOCKYARD_TOKEN_FILE={token_file}\n  {program} point list\n  \
+         {program} restore export POINT",
+        serve_command(&folder.configuration_file()),
+    )
+}
+
+/// The command that serves what was kept.
+pub(super) fn serve_command(configuration: &Path) -> String {
+    format!("{} serve --config {}", program(), quoted(configuration))
+}
+
+/// This program, as it was called.
+fn program() -> String {
+    let called = std::env::args_os().next();
+    called.map_or_else(|| "blockyard".to_owned(), |called| quoted(Path::new(&called)))
+}
+
+/// One line about a change of the VM after a snapshot.
+pub(super) fn changed(state: &State) -> String {
+    format!(
+        "{} of the disks of {VM_NAME} changed after the snapshot: the next backup stores that",
+        readable(state.expected_bytes().iter().sum())
+    )
 }
 
 /// Where the service is, and requests to begin with.
@@ -228,7 +261,7 @@ pub(super) fn ready(stage: &Stage, disks: &[DemoDisk], output: &Output) -> Resul
     if !output.has_notes() {
         return Ok(());
     }
-    let body = json!({"vm_name": VM_NAME, "repository_id": REPOSITORY_ID, "backup_type": "full"});
+    let body = json!({"vm_name": VM_NAME, "repository_id": REPOSITORY_ID, "backup_type": "auto"});
     output.line(&format!(
         "\nVM {VM_NAME} with {} and repository {REPOSITORY_ID} wait for requests until Ctrl-C. In another terminal:\n\n\
          URL={url}\n\
@@ -236,6 +269,7 @@ pub(super) fn ready(stage: &Stage, disks: &[DemoDisk], output: &Output) -> Resul
          curl -s -H \"$auth\" -H 'Content-Type: application/json' $URL/api/v1/backups/vm -d '{body}'\n\
          curl -s -H \"$auth\" \"$URL/api/v1/backups?limit=1\"\n\
          \n\
+         After each backup something changes on every disk: the first is a full, and the same request again makes an incremental.\n\
          Every route, to look at and to try: {url}/docs",
         counted(disks.len(), "disk"),
         quoted(token_file),

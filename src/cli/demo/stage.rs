@@ -43,6 +43,9 @@ impl Stage {
         let password_file = folder.password_file();
         write_private(&password_file, "there is no vCenter\n")
             .map_err(|source| DemoError::Make { path: password_file.clone(), source })?;
+        if folder.is_kept() {
+            write_configuration(folder)?;
+        }
         let hub = Hub::start(folder.state(), |config| configure(config, &node.url(), &password_file)).await?;
         node.reconfigure(|fake| fake.hub_url = hub.url());
         let stage = Self { hub, node };
@@ -96,6 +99,18 @@ impl Stage {
 fn write_private(path: &Path, content: &str) -> std::io::Result<()> {
     let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
     file.write_all(content.as_bytes())
+}
+
+/// The configuration by which `blockyard serve` runs on what is kept. There is no appliance then: it restores, and backs up nothing.
+fn write_configuration(folder: &Folder) -> Result<(), DemoError> {
+    let path = folder.configuration_file();
+    let credential = json!({"vcenter_host": VCENTER, "username": "demo", "password_file": folder.password_file()});
+    let server = json!({"state_dir": folder.state()});
+    let written = toml::to_string(&json!({"server": server, "credentials": {CREDENTIAL: credential}}));
+    written
+        .map_err(std::io::Error::other)
+        .and_then(|text| write_private(&path, &text))
+        .map_err(|source| DemoError::Make { path, source })
 }
 
 fn configure(config: &mut Config, node_url: &str, password_file: &Path) {

@@ -46,7 +46,11 @@ impl State {
         let disks = self.disks.iter().zip(0..).map(|((key, disk), index)| {
             let size_bytes = disk.source.size_bytes();
             let writes = writes(size_bytes, number as u64, &mut Data::new((number as u64) << 8 | index));
-            let changes = BTreeMap::from([(disk.change_id.clone(), tracked(&writes, size_bytes))]);
+            let changed = tracked(&writes, size_bytes);
+            // Whoever has an older state is told what changed since that, too.
+            let older =
+                disk.changes.iter().map(|(since, ranges)| (since.clone(), joined(ranges.iter().chain(&changed))));
+            let changes = older.chain([(disk.change_id.clone(), changed.clone())]).collect();
             let source = Source::Changed { before: Arc::new(disk.source.clone()), writes: writes.into() };
             (*key, FakeDisk { source, change_id: change_id(*key, number), changes })
         });
@@ -65,11 +69,11 @@ impl State {
 
     /// How many bytes of each disk a backup will receive: what has changed, or all of it at first.
     pub(super) fn expected_bytes(&self) -> Vec<u64> {
-        let expected = |disk: &FakeDisk| match disk.changes.values().next() {
+        let expected = |key: u32, disk: &FakeDisk| match disk.changes.get(&change_id(key, self.number - 1)) {
             Some(ranges) => ranges.iter().map(|(_, length)| length).sum(),
             None => disk.source.size_bytes(),
         };
-        self.disks.iter().map(|(_, disk)| expected(disk)).collect()
+        self.disks.iter().map(|(key, disk)| expected(*key, disk)).collect()
     }
 
     /// Reads every disk and keeps its hash: what restores are held against.
@@ -111,10 +115,19 @@ fn writes(size_bytes: u64, number: u64, data: &mut Data) -> Vec<(u64, Vec<u8>)> 
 /// The blocks that hold these writes, as offset and length in ascending order.
 fn tracked(writes: &[(u64, Vec<u8>)], size_bytes: u64) -> Vec<(u64, u64)> {
     let block = |offset: u64| offset / TRACKED_BYTES * TRACKED_BYTES;
-    let mut ranges: Vec<(u64, u64)> = writes
+    let blocks: Vec<(u64, u64)> = writes
         .iter()
-        .map(|(offset, data)| (block(*offset), block(offset + data.len() as u64 + TRACKED_BYTES - 1).min(size_bytes)))
+        .map(|(offset, data)| {
+            let (begin, end) = (block(*offset), block(offset + data.len() as u64 + TRACKED_BYTES - 1).min(size_bytes));
+            (begin, end - begin)
+        })
         .collect();
+    joined(blocks.iter())
+}
+
+/// All that is in any of these ranges, as offset and length in ascending order.
+fn joined<'a>(ranges: impl Iterator<Item = &'a (u64, u64)>) -> Vec<(u64, u64)> {
+    let mut ranges: Vec<(u64, u64)> = ranges.map(|(offset, length)| (*offset, offset + length)).collect();
     ranges.sort_unstable();
     ranges.dedup_by(|later, earlier| {
         let joins = later.0 <= earlier.1;
@@ -139,24 +152,33 @@ mod tests {
     async fn every_change_is_tracked_on_disks_of_any_size() {
         for size in [512, 4096, (1 << 20) + 512, (8 << 20) + 512 * 3] {
             let mut before = state(size);
+            let first = before.clone();
             for _ in 0..2 {
                 let after = before.next();
                 let [old, new] = [&before, &after].map(|state| state.disks[0].1.clone());
                 let bytes = [old.source.read(0, size).await.unwrap(), new.source.read(0, size).await.unwrap()];
                 assert_eq!(new.source.size_bytes(), size as u64);
                 assert_ne!(bytes[0], bytes[1], "nothing changed");
-                let mut carried = bytes[0].clone();
-                let mut position = None;
-                for (offset, length) in &new.changes[&old.change_id] {
-                    assert!(position.is_none_or(|end| end < *offset), "not in order");
-                    position = Some(offset + length);
-                    let range = *offset as usize..(offset + length) as usize;
-                    carried[range.clone()].copy_from_slice(&bytes[1][range]);
-                }
-                assert!(carried == bytes[1], "a change of {size} bytes is not tracked");
+                carry(&new, &old.change_id, &bytes[0], &bytes[1]);
+                let first = &first.disks[0].1;
+                carry(&new, &first.change_id, &first.source.read(0, size).await.unwrap(), &bytes[1]);
                 before = after;
             }
         }
+    }
+
+    /// Holds that what is tracked since a state makes of its bytes those of the new one.
+    #[track_caller]
+    fn carry(new: &FakeDisk, since: &str, old_bytes: &[u8], new_bytes: &[u8]) {
+        let mut carried = old_bytes.to_vec();
+        let mut position = None;
+        for (offset, length) in &new.changes[since] {
+            assert!(position.is_none_or(|end| end < *offset), "not in order");
+            position = Some(offset + length);
+            let range = *offset as usize..(offset + length) as usize;
+            carried[range.clone()].copy_from_slice(&new_bytes[range]);
+        }
+        assert!(carried == new_bytes, "a change of {} bytes since {since} is not tracked", new_bytes.len());
     }
 
     #[test]
