@@ -225,7 +225,9 @@ impl CliError {
             Self::Bind { .. } => Exit::Conflict,
             Self::Tls(error) => tls_exit(error),
             Self::Start(StartError::Tls(error)) => tls_exit(error),
-            Self::Start(StartError::StateInUse { .. }) | Self::Ambiguous { .. } => Exit::Conflict,
+            Self::Start(StartError::StateInUse { .. } | StartError::Bind { .. }) | Self::Ambiguous { .. } => {
+                Exit::Conflict
+            }
             Self::NotFound { .. } => Exit::NotFound,
             Self::BackingRoot { source, .. } if source.kind() == std::io::ErrorKind::NotFound => Exit::NotFound,
             Self::BackingRoot { .. } => Exit::Usage,

@@ -112,6 +112,14 @@ async fn port_that_is_taken_refuses_the_start_and_names_the_address() {
     config.server.bind = address;
     let error = Service::start(config).await.unwrap_err();
     assert!(error.to_string().starts_with(&format!("cannot listen on {address}")), "{error}");
+    let variables = [
+        ("BLOCKYARD__SERVER__BIND", address.to_string().into()),
+        ("BLOCKYARD__SERVER__STATE_DIR", folder.path().join("another").into_os_string()),
+    ];
+    let output = blockyard().arg("serve").envs(variables).output().unwrap();
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    let told = format!("cannot listen on {address}, which is server.bind");
+    assert!(output.status.code() == Some(5) && message.contains(&told), "{message}");
 }
 
 #[tokio::test]
