@@ -269,10 +269,15 @@ pub(super) fn ready(stage: &Stage, disks: &[DemoDisk], output: &Output) -> Resul
          curl -s -H \"$auth\" -H 'Content-Type: application/json' $URL/api/v1/backups/vm -d '{body}'\n\
          curl -s -H \"$auth\" \"$URL/api/v1/backups?limit=1\"\n\
          \n\
+         export BLOCKYARD_URL=$URL BLOCKYARD_TOKEN_FILE={}\n\
+         {} point list\n\
+         \n\
          After each backup something changes on every disk: the first is a full, and the same request again makes an incremental.\n\
          Every route, to look at and to try: {url}/docs",
         counted(disks.len(), "disk"),
         quoted(token_file),
+        quoted(token_file),
+        program(),
     ))
 }
 
