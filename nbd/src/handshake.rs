@@ -39,13 +39,13 @@ pub struct ExportFacts {
     pub preferred_block_size: u32,
 }
 
-/// Whether LIST tells the exports.
+/// Whether clients are told of exports whose name they do not know.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ListPolicy {
-    /// It does.
+    /// LIST tells them, and the empty name is the only export, if there is just one.
     #[default]
     Show,
-    /// It is answered ERR_POLICY.
+    /// LIST is answered ERR_POLICY, and the empty name is a name like any other.
     Hide,
 }
 

@@ -466,6 +466,23 @@ fn the_empty_name_is_the_only_export_and_nothing_among_two() {
 }
 
 #[test]
+fn the_empty_name_is_no_export_where_names_are_hidden() {
+    let mut hidden = Server::new();
+    hidden.policy.list = ListPolicy::Hide;
+    for code in [OptionCode::INFO, OptionCode::GO] {
+        let told = hidden.hears(FIXED, &[(code, &go("")), (OptionCode::GO, &go("disk0"))]);
+        assert_eq!(told.types()[0], ReplyType::ERR_UNKNOWN);
+        assert_eq!(told.entered.unwrap().export, 0);
+    }
+    let told = hidden.hears(FIXED, &[(OptionCode::EXPORT_NAME, b"")]);
+    assert_eq!(told.entered, None);
+    // A server may call its export so.
+    let exports = Arc::new([ExportFacts { name: String::new(), ..hidden.exports[0].clone() }]);
+    let unnamed = Server { exports, ..hidden };
+    assert_eq!(unnamed.hears(FIXED, &[(OptionCode::GO, &go(""))]).entered.unwrap().export, 0);
+}
+
+#[test]
 fn an_export_that_does_not_open_is_refused_with_its_reason_and_haggling_goes_on() {
     for (kind, reply) in [
         (ErrorKind::Io, ReplyType::ERR_PLATFORM),

@@ -153,10 +153,11 @@ impl Handshake {
         Some(ExportInfo { size: facts.size, flags: negotiated.terms(facts).flags() })
     }
 
-    /// The export of that name; the empty one is the only export, if there is just one.
+    /// The export of that name; the empty one is the only export, if there is just one and its name is no secret.
     fn find(&self, name: &str) -> Option<usize> {
         let found = self.exports.iter().position(|export| export.name == name);
-        found.or((name.is_empty() && self.exports.len() == 1).then_some(0))
+        let is_default = name.is_empty() && self.exports.len() == 1 && self.policy.list == ListPolicy::Show;
+        found.or(is_default.then_some(0))
     }
 
     /// What entering `export` now would mean. Contexts that were selected for another export do not count.

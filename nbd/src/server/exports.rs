@@ -70,7 +70,7 @@ impl Exports {
         Ok(Self { entries, facts: facts.into() })
     }
 
-    /// One export, which clients also get for the empty name.
+    /// One export, which clients also get for the empty name unless [`ListPolicy::Hide`](crate::ListPolicy::Hide) is set.
     pub fn single(export: Arc<dyn Export>) -> Result<Self, ExportsError> {
         Self::new([export])
     }
