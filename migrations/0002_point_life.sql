@@ -12,6 +12,9 @@ ALTER TABLE point_disks ADD COLUMN content_digest  TEXT    CHECK (content_digest
 -- Zeroes of 4 MiB and more over data of the disk's last usable point.
 ALTER TABLE backup_disks ADD COLUMN zeroed_over_data_bytes INTEGER NOT NULL DEFAULT 0 CHECK (zeroed_over_data_bytes >= 0);
 
+-- Which names were served on a port: a client may come late for one of them.
+CREATE INDEX backup_disks_export ON backup_disks (port, export_name);
+
 -- The last event that each [webhooks.<name>] has accepted.
 CREATE TABLE webhook_cursors (
     name     TEXT    NOT NULL PRIMARY KEY CHECK (name <> ''),

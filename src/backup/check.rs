@@ -177,7 +177,7 @@ fn examine(repository: &Path, images: &[ChainImage], size_bytes: u64) -> Result<
 }
 
 /// Something for an export name that nobody can guess: 80 random bits of a ULID are what the names have room for.
-fn new_secret() -> String {
+pub(super) fn new_secret() -> String {
     new_ulid().to_string()
 }
 

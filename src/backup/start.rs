@@ -12,7 +12,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::check::{Checked, check};
+use super::check::{Checked, check, new_secret};
 use super::ending::{End, Failed, StartNews};
 use super::idempotency::IdempotencyKey;
 use super::job::{Job, JobDisk, JobFacts, JobHandle, NewJob};
@@ -32,6 +32,10 @@ use crate::store::backups::{self, BackupDiskRow, BackupRow};
 use crate::store::leases::{self, LeaseKind};
 use crate::store::vms::Vm;
 use crate::store::{Connection, StoreError, idempotency, points};
+
+/// How late a client may come for a job that is over. A guess: one that was launched late or lost its way in a tunnel comes
+/// within minutes, and the last disk of a long copy within hours.
+const LATE_CLIENT_S: u64 = 24 * 3600;
 
 /// What a caller asks for.
 #[derive(Clone, Debug)]
@@ -300,7 +304,7 @@ async fn record(
     checked: Checked,
     ports: &[BoundPort],
 ) -> Result<(Arc<JobFacts>, String, Secret), StartError> {
-    let Checked { vm, repository, plans, username, password, estimated_bytes, last_order, warnings, .. } = checked;
+    let Checked { vm, repository, mut plans, username, password, estimated_bytes, last_order, warnings, .. } = checked;
     new.warnings.extend(warnings);
     let boot_id = shared.boot_id.as_str();
     let mut transaction = shared.store.write().await?;
@@ -337,6 +341,9 @@ async fn record(
         known_images.push(known.map(|(_, image)| Path::new(&repository.path).join(image)));
     }
     let backup_type = plan::job_type(&plans);
+    for (plan, bound) in plans.iter_mut().zip(ports) {
+        fence_off(plan, &vm.name, bound.lease.port(), &mut transaction).await?;
+    }
     let offset = shared.config.nbd.advertise_port_offset;
     let disks: Vec<JobDisk> = plans
         .into_iter()
@@ -373,6 +380,20 @@ async fn record(
     }
     transaction.commit().await?;
     Ok((Arc::new(facts), username, password))
+}
+
+/// Gives a disk a name that nobody knows yet where a client of an earlier job may still come to its port for the one that it has.
+async fn fence_off(
+    plan: &mut DiskPlan,
+    vm_name: &str,
+    port: u16,
+    connection: &mut Connection,
+) -> Result<(), StoreError> {
+    let since = UtcTime::now().minus_seconds(LATE_CLIENT_S);
+    if backups::has_had_export(connection, port, &plan.export_name, since).await? {
+        plan.export_name = layout::unguessable_export_name(vm_name, &new_secret(), plan.disk_id);
+    }
+    Ok(())
 }
 
 /// Whether what a disk builds upon is still what it was when that was chosen. From here on the pins hold it.

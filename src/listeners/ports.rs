@@ -2,6 +2,9 @@
 //!
 //! The pool remembers what this process has leased. What a foreign process holds is found by binding, skipped, and never
 //! announced to anyone. All ports of a VM are leased together or none is.
+//!
+//! A port that was given back is the last to be given out again: whoever comes late for the disk that was there finds nobody for
+//! as long as the range allows.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -26,6 +29,9 @@ struct Leases {
     /// Port to the number of its lease.
     by_port: BTreeMap<u16, u64>,
     next_lease: u64,
+    /// Port to the number of its last release: the higher, the later.
+    released: BTreeMap<u16, u64>,
+    next_release: u64,
 }
 
 /// A port that is ours until this value is dropped. Dropping gives back this lease and never a later one of the port.
@@ -74,13 +80,14 @@ impl PortPool {
         Self { bind, leased: Arc::default() }
     }
 
-    /// Binds `count` ports of `range`, the lowest free ones, in ascending order. Must be called on a runtime.
+    /// Binds `count` free ports of `range`: those that nobody has had yet, from the lowest on, then those that have been free for
+    /// longest. Must be called on a runtime.
     ///
     /// # Errors
     /// Fewer than `count` can be bound; nothing is kept then.
     pub fn lease(&self, range: &RangeInclusive<u16>, count: usize) -> Result<Vec<BoundPort>, PortError> {
         let mut bound = Vec::with_capacity(count);
-        for port in range.clone() {
+        for port in self.in_turn(range) {
             if bound.len() == count {
                 break;
             }
@@ -103,6 +110,14 @@ impl PortPool {
     /// The ports that this process has leased.
     pub fn leased(&self) -> Vec<u16> {
         lock(&self.leased).by_port.keys().copied().collect()
+    }
+
+    /// The ports of a range in the order in which they are to be given out.
+    fn in_turn(&self, range: &RangeInclusive<u16>) -> Vec<u16> {
+        let leased = lock(&self.leased);
+        let mut ports: Vec<u16> = range.clone().collect();
+        ports.sort_by_key(|port| leased.released.get(port));
+        ports
     }
 
     /// Claims a number before it is bound, so that two jobs never try the same one.
@@ -130,6 +145,9 @@ impl Drop for PortLease {
         let mut leased = lock(&self.leased);
         if leased.by_port.get(&self.port) == Some(&self.lease) {
             leased.by_port.remove(&self.port);
+            let release = leased.next_release;
+            leased.next_release += 1;
+            leased.released.insert(self.port, release);
         }
     }
 }
@@ -162,7 +180,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn lowest_free_ports_come_first_and_come_back_when_dropped() {
+    async fn lowest_free_ports_come_first_and_are_free_again_when_dropped() {
         let pool = PortPool::new(LOOPBACK);
         let range = range(50);
         let first = pool.lease(&range, 3).unwrap();
@@ -171,8 +189,25 @@ mod tests {
         assert_eq!(pool.leased(), ports);
         let second = pool.lease(&range, 1).unwrap();
         assert!(second[0].lease.port() > ports[2]);
-        drop(first);
-        assert_eq!(pool.lease(&range, 3).unwrap()[0].lease.port(), ports[0]);
+        drop((first, second));
+        assert!(pool.leased().is_empty());
+    }
+
+    #[test]
+    fn port_that_was_given_back_is_the_last_to_be_given_out_again() {
+        let pool = PortPool::new(LOOPBACK);
+        let range = 10..=15;
+        for (given_back, expected) in [
+            (&[][..], [10, 11, 12, 13, 14, 15]),
+            (&[13, 10], [11, 12, 14, 15, 13, 10]),
+            (&[12, 13], [11, 14, 15, 10, 12, 13]),
+            (&[15, 14, 11], [10, 12, 13, 15, 14, 11]),
+        ] {
+            let leases: Vec<PortLease> = given_back.iter().map(|port| pool.reserve(*port).unwrap()).collect();
+            leases.into_iter().for_each(drop);
+            assert_eq!(pool.in_turn(&range), expected);
+        }
+        assert_eq!(pool.in_turn(&(13..=16)), [16, 13, 15, 14]);
     }
 
     #[tokio::test]

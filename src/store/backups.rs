@@ -115,6 +115,27 @@ pub async fn insert(
     tell_warnings(connection, &backup.id, &backup.warnings, Actor::User).await
 }
 
+/// Whether a job had an export of this name on this port and is not over, or was over only after `since`.
+///
+/// # Errors
+/// The database's.
+pub async fn has_had_export(
+    connection: &mut Connection,
+    port: u16,
+    export_name: &str,
+    since: UtcTime,
+) -> Result<bool, StoreError> {
+    Ok(sqlx::query_scalar(
+        "SELECT EXISTS (SELECT 1 FROM backup_disks JOIN backups ON backups.id = backup_disks.backup_id \
+         WHERE port = ? AND export_name = ? AND (completed_at IS NULL OR completed_at > ?))",
+    )
+    .bind(port)
+    .bind(export_name)
+    .bind(since)
+    .fetch_one(connection)
+    .await?)
+}
+
 /// An event per warning. Warnings are texts that begin with a word and a colon.
 async fn tell_warnings(
     connection: &mut Connection,

@@ -24,6 +24,7 @@ mod import;
 mod incremental;
 mod kills;
 mod kills_of_points;
+mod late_client;
 mod late_mount;
 mod limits;
 mod lists;
