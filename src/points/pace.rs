@@ -14,6 +14,8 @@ pub struct Gate {
 struct GateState {
     stopped: bool,
     held: usize,
+    /// How many stand before it.
+    waiting: usize,
 }
 
 /// The service stops; what was read so far means nothing.
@@ -33,9 +35,12 @@ impl Gate {
     /// # Errors
     /// The service stops.
     pub fn pass(&self) -> Result<(), Stopped> {
-        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let waiting = self.changed.wait_while(state, |state| state.held > 0 && !state.stopped);
-        if waiting.unwrap_or_else(PoisonError::into_inner).stopped { Err(Stopped) } else { Ok(()) }
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.waiting += 1;
+        let passing = self.changed.wait_while(state, |state| state.held > 0 && !state.stopped);
+        let mut state = passing.unwrap_or_else(PoisonError::into_inner);
+        state.waiting -= 1;
+        if state.stopped { Err(Stopped) } else { Ok(()) }
     }
 
     /// Lets nothing pass until the value is dropped.
@@ -53,6 +58,13 @@ impl Gate {
     /// Whether it was stopped.
     pub fn is_stopped(&self) -> bool {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).stopped
+    }
+}
+
+impl Held {
+    /// How many verifications stand still now.
+    pub fn waiting(&self) -> usize {
+        self.gate.state.lock().unwrap_or_else(PoisonError::into_inner).waiting
     }
 }
 
@@ -136,6 +148,9 @@ mod tests {
             let gate = Arc::clone(&gate);
             move || gate.pass()
         });
+        while held.waiting() < 1 {
+            std::thread::yield_now();
+        }
         drop(held);
         assert_eq!(waiting.join().unwrap(), Ok(()));
         let _held = gate.hold();

@@ -51,6 +51,7 @@ mod rig;
 mod sse;
 mod start;
 mod tls;
+mod trust;
 mod verify;
 mod watch;
 mod webhooks;

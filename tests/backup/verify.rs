@@ -6,7 +6,6 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use blockyard::clock::UtcTime;
-use blockyard::node::fake::{Faults, PausePoint};
 use blockyard::points::scrub::Scrubbed;
 use blockyard::points::verification::Outcome;
 use blockyard::store::leases::{self, LeaseKind};
@@ -14,25 +13,25 @@ use blockyard::store::{Store, events, points};
 use serde_json::{Value, json};
 
 use crate::cli::cli;
-use crate::rig::{DEADLINE, Plan, Rig, backup_directories, content, id_of, published};
+use crate::rig::{DEADLINE, Plan, Rig, content, id_of, published};
 use crate::support::TestService;
 
 const FIRST: u32 = 2000;
 const SECOND: u32 = 2016;
 const MIB: usize = 1 << 20;
-const AUTOMATIC: &str = "[storage]\nverify_after_commit = true\n";
+pub const AUTOMATIC: &str = "[storage]\nverify_after_commit = true\n";
 
-fn plan(toml: &str) -> Plan {
+pub fn plan(toml: &str) -> Plan {
     let disks = vec![(FIRST, content(1, 5 * MIB)), (SECOND, content(2, 2 * MIB + 512))];
     Plan { disks, toml: toml.to_owned(), ..Plan::default() }
 }
 
-async fn rig(toml: &str) -> Rig {
+pub async fn rig(toml: &str) -> Rig {
     Rig::with(plan(toml)).await
 }
 
 /// Makes a chain of so many points, each with a change in the second block of the first disk.
-async fn chain(rig: &mut Rig, points: u8) -> Vec<String> {
+pub async fn chain(rig: &mut Rig, points: u8) -> Vec<String> {
     let mut ids = Vec::new();
     for round in 0..points {
         if round > 0 {
@@ -50,7 +49,7 @@ pub async fn point(service: &TestService, id: &str) -> Value {
 }
 
 /// The point when a condition holds.
-async fn when(service: &TestService, id: &str, holds: impl Fn(&Value) -> bool) -> Value {
+pub async fn when(service: &TestService, id: &str, holds: impl Fn(&Value) -> bool) -> Value {
     let wait = async {
         loop {
             let point = service.get(&format!("/api/v1/points/{id}?wait=1")).await.expect_status(200).json();
@@ -78,7 +77,7 @@ pub fn findings(verification: &Value) -> Vec<&str> {
     points.iter().flat_map(|p| p["findings"].as_array().unwrap()).map(|f| f["code"].as_str().unwrap()).collect()
 }
 
-fn flip(path: &Path, bit: u64) {
+pub fn flip(path: &Path, bit: u64) {
     fs::set_permissions(path, Permissions::from_mode(0o640)).unwrap();
     let mut bytes = fs::read(path).unwrap();
     bytes[usize::try_from(bit / 8).unwrap()] ^= 1 << (bit % 8);
@@ -172,32 +171,6 @@ async fn verify_of_a_deep_chain_reads_each_image_once() {
         verification["points"].as_array().unwrap().iter().map(|point| point["point_id"].as_str().unwrap()).collect();
     assert_eq!(read, ids, "the lowest first");
     rig.expect_nothing_left(6).await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn verify_never_raises_an_uncommitted_backup() {
-    let faults = Faults { pause: Some(PausePoint::BeforeConnect(0)), ..Faults::default() };
-    let rig = Rig::with(Plan { faults, ..plan(AUTOMATIC) }).await;
-    let started = rig.start().await;
-    rig.paused().await;
-    let id = id_of(&started);
-    let before = backup_directories(&rig.repository);
-    for body in [json!({}), json!({"scope": "point", "content": true})] {
-        let answer = rig.service.post(&format!("/api/v1/points/{id}/verify"), &body).await;
-        answer.expect_problem(404, "point_not_found");
-    }
-    let points = &rig.service.service.app().points;
-    let later = UtcTime::now().plus_seconds(1000 * 86_400);
-    assert_eq!(points.scrub_next(later).await.unwrap(), Scrubbed::Nothing);
-    assert_eq!(points.verify_next_new(later).await.unwrap(), Scrubbed::Nothing);
-    assert_eq!(rig.backup(id).await["facets"]["verify"], "pending");
-    rig.cancel(id).await;
-    let ended = rig.end_of(id).await;
-    assert_eq!((&ended["state"], &ended["facets"]["verify"]), (&json!("cancelled"), &json!("off")));
-    assert!(rig.points().await.is_empty());
-    assert_eq!(before.len(), 1, "the staged folder was all there was: {before:?}");
-    rig.node.resume();
-    rig.expect_nothing_left(0).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
