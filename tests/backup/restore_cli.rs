@@ -16,12 +16,15 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::process::Child as Hub;
-use crate::restore::{commit, deep_chain, export, rig, set_point};
+use crate::restore::{client, commit, deep_chain, export, read_all, rig, set_point};
 use crate::rig::{DEADLINE, Plan, Rig, content, expect_image_equals, free_ports, id_of, published};
 use crate::support::process::blockyard;
 
 const KEY: u32 = 2000;
 const MIB: usize = 1 << 20;
+const CLUSTER: usize = 65_536;
+/// EIO on the wire.
+const EIO: u32 = 5;
 const SET_TRUST: &str = "UPDATE restore_points SET trust = ? WHERE id = ?";
 const SET_CONTENT_DIGEST: &str = "UPDATE point_disks SET content_digest = ? WHERE point_id = ?";
 
@@ -136,6 +139,12 @@ async fn raw_restore_of_a_deep_incremental_equals_the_source() {
     expect_image_equals(&image, &disk);
     fs::remove_file(&image).unwrap();
     expect_nothing_made(&rig, &folder).await;
+
+    // The other ways out go through the whole chain as well.
+    assert!(download(&rig, &point, None).await.unwrap() == disk);
+    for mode in ["read-only", "overlay"] {
+        assert!(read_all(&client(&export(&rig, &point, mode).await).await).await == disk, "{mode}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -215,11 +224,55 @@ async fn raw_restore_of_a_sparse_disk_is_sparse() {
     assert!(counts["bytes_zeroed"].as_u64().unwrap() >= 61 * MIB as u64, "{counts}");
 }
 
+/// A disk, or a part of it, as the service sends it.
+async fn download(rig: &Rig, point: &str, range: Option<&str>) -> reqwest::Result<Vec<u8>> {
+    let request = rig.service.request(reqwest::Method::GET, &format!("/api/v1/points/{point}/disks/0/raw"));
+    let request = range.into_iter().fold(request, |request, range| request.header("range", range));
+    // A connection may break before the answer has begun.
+    let answer = request.send().await?;
+    assert!(answer.status().is_success() && answer.content_length().is_some(), "{answer:?}");
+    Ok(answer.bytes().await?.to_vec())
+}
+
+/// Holds that no way out of the point gets past a cluster that cannot be read. A copy may fail from the byte `first` on.
+async fn expect_no_way_past(rig: &Rig, point: &str, cluster: usize, first: usize, folder: &TempDir) {
+    let (place, size) = (cluster * CLUSTER, rig.disks[0].1.len());
+    let end = (place + CLUSTER).min(size);
+    for (name, more) in [("disk.raw", &[][..]), ("disk.qcow2", &["--format", "qcow2"][..])] {
+        let (_, target) = path_in(folder, name);
+        let failed = raw(rig, point, &target, more).await;
+        assert_eq!(failed.code, 1, "cluster {cluster}: {failed:?}");
+        let offset = failed.stderr.split("at offset ").nth(1).and_then(|rest| rest.split(':').next());
+        let offset: usize = offset.and_then(|text| text.parse().ok()).unwrap_or_else(|| panic!("{failed:?}"));
+        assert!((first..=place).contains(&offset), "cluster {cluster}: {failed:?}");
+    }
+    expect_nothing_made(rig, folder).await;
+    let parts = [None, Some(format!("bytes={}-{}", place + 1, end - 1)), Some(format!("bytes=0-{place}"))];
+    for part in &parts {
+        let arrived = download(rig, point, part.as_deref()).await;
+        assert!(arrived.is_err(), "cluster {cluster}, {part:?}: {:?} bytes", arrived.map(|bytes| bytes.len()));
+    }
+    for mode in ["read-only", "overlay"] {
+        let export = export(rig, point, mode).await;
+        let client = client(&export).await;
+        let length = u32::try_from(end - place).unwrap();
+        for (offset, length) in [(place as u64, length), (end as u64 - 1, 1), (0, u32::try_from(size).unwrap())] {
+            let read = client.read(offset, length).await;
+            assert_eq!(read.unwrap_err().errno(), Some(EIO), "cluster {cluster}, {mode}");
+        }
+        drop(client);
+        rig.service.delete(&format!("/api/v1/exports/{}", export["id"].as_str().unwrap())).await.expect_status(204);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn read_error_in_any_block_fails_the_restore() {
-    let rig = rig("").await;
+    let mut rig = rig("").await;
+    let full = commit(&rig).await;
+    // Blocks of the full are read through an image that has others.
+    rig.write(&[(KEY, 3 * CLUSTER, content(7, 512)), (KEY, 50 * CLUSTER - 100_352, content(8, 512))]);
     let point = commit(&rig).await;
-    let image = published(&rig, &point).await.join("disk-0.qcow2");
+    let image = published(&rig, &full).await.join("disk-0.qcow2");
     fs::set_permissions(&image, fs::Permissions::from_mode(0o640)).unwrap();
     let file = fs::OpenOptions::new().read(true).write(true).open(&image).unwrap();
     let word = |at: u64| {
@@ -230,24 +283,17 @@ async fn read_error_in_any_block_fails_the_restore() {
     let l2 = word(word(40)) & 0x00ff_ffff_ffff_fe00;
     let data = word(l2) & 0x00ff_ffff_ffff_fe00;
     let folder = tempfile::tempdir().unwrap();
-    let clusters = rig.disks[0].1.len().div_ceil(65_536);
+    let clusters = rig.disks[0].1.len().div_ceil(CLUSTER);
     let mut tried = 0;
     for cluster in (0..clusters).step_by(13).chain([clusters - 1]) {
         let entry = l2 + cluster as u64 * 8;
         let sound = word(entry);
-        // A compressed cluster in a place where nothing is that was ever compressed.
-        file.write_all_at(&(1 << 62 | data).to_be_bytes(), entry).unwrap();
-        for (name, more) in [("disk.raw", &[][..]), ("disk.qcow2", &["--format", "qcow2"][..])] {
-            let (_, target) = path_in(&folder, name);
-            let failed = raw(&rig, &point, &target, more).await;
-            assert_eq!(failed.code, 1, "cluster {cluster}: {failed:?}");
-            // The block of the copy in which it lies, or the place itself.
-            let offset = failed.stderr.split("at offset ").nth(1).and_then(|rest| rest.split(':').next());
-            let offset: usize = offset.and_then(|text| text.parse().ok()).unwrap_or_else(|| panic!("{failed:?}"));
-            let place = cluster * 65_536;
-            assert!((place / MIB * MIB..=place).contains(&offset), "cluster {cluster}: {failed:?}");
+        // A compressed cluster in a place where nothing is that was ever compressed: it is found in its block of the copy. Then an
+        // offset at which no cluster can be: nothing that its table maps can be read.
+        for (unreadable, first) in [(1 << 62 | data, cluster * CLUSTER / MIB * MIB), (0x8000_0000_0000_0200, 0)] {
+            file.write_all_at(&u64::to_be_bytes(unreadable), entry).unwrap();
+            expect_no_way_past(&rig, &point, cluster, first, &folder).await;
         }
-        expect_nothing_made(&rig, &folder).await;
         file.write_all_at(&sound.to_be_bytes(), entry).unwrap();
         tried += 1;
     }
@@ -255,6 +301,7 @@ async fn read_error_in_any_block_fails_the_restore() {
     let (path, target) = path_in(&folder, "disk.raw");
     assert_eq!(raw(&rig, &point, &target, &[]).await.code, 0);
     assert!(fs::read(path).unwrap() == rig.disks[0].1);
+    assert!(download(&rig, &point, None).await.unwrap() == rig.disks[0].1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
