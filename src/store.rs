@@ -37,9 +37,9 @@ pub use schema::{SchemaError, migrations};
 /// One open connection, as the query functions of this module take it.
 pub type Connection = sqlx::SqliteConnection;
 
-/// Connections of the pool. A guess: WAL lets readers work beside the one writer, and handlers hold a connection for
+/// Connections of the pool; a caller that needs one more waits. A guess: WAL lets readers work beside the one writer, and handlers hold a connection for
 /// microseconds.
-const POOL_SIZE: u32 = 8;
+pub const POOL_SIZE: u32 = 8;
 
 /// How long a statement waits for the writer before it, and how long a caller waits for a connection of the pool.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -49,6 +49,7 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct Store {
     pool: SqlitePool,
     commits: Arc<watch::Sender<()>>,
+    settling: watch::Sender<usize>,
     ballast: Arc<Ballast>,
 }
 
@@ -137,7 +138,8 @@ impl Store {
             return Err(error);
         }
         let ballast = Ballast::new(path.parent().unwrap_or(Path::new(".")));
-        Ok(Self { pool, commits: Arc::new(watch::Sender::new(())), ballast: Arc::new(ballast) })
+        let (commits, settling) = (Arc::new(watch::Sender::new(())), watch::Sender::new(0));
+        Ok(Self { pool, commits, settling, ballast: Arc::new(ballast) })
     }
 
     /// A connection for reading. Each statement sees what is committed by then; several that must agree belong into one
@@ -180,6 +182,11 @@ impl Store {
     /// Tells when something was committed, for whoever looks for new events.
     pub fn watch_commits(&self) -> watch::Receiver<()> {
         self.commits.subscribe()
+    }
+
+    /// How many wait for a record that is about to follow its files. For whoever waits, and for tests.
+    pub fn settling(&self) -> &watch::Sender<usize> {
+        &self.settling
     }
 
     /// Whether the database answers.

@@ -145,6 +145,7 @@ pub(crate) enum Sign {
 pub(crate) struct Settling {
     store: Store,
     commits: watch::Receiver<()>,
+    settling: watch::Sender<usize>,
     /// Set by the first thing that did not fit.
     deadline: Option<Instant>,
     changes: u32,
@@ -153,7 +154,8 @@ pub(crate) struct Settling {
 impl Settling {
     /// For one attempt to open something; nothing has happened yet.
     pub(crate) fn new(store: &Store) -> Self {
-        Self { store: store.clone(), commits: store.watch_commits(), deadline: None, changes: 0 }
+        let settling = store.settling().clone();
+        Self { store: store.clone(), commits: store.watch_commits(), settling, deadline: None, changes: 0 }
     }
 
     /// Something of these chains (number of a disk and the rows that were read) of `point` did not fit. Whether the rows are
@@ -195,6 +197,7 @@ impl Settling {
         if Instant::now() >= deadline {
             return false;
         }
+        let _waiting = Waiting::begin(&self.settling);
         // When the time is up, one last look.
         let _ = tokio::time::timeout_at(deadline, self.commits.changed()).await;
         true
@@ -203,5 +206,21 @@ impl Settling {
     /// Everything that was committed so far is known, or about to be read.
     pub(crate) fn seen(&mut self) {
         self.commits.mark_unchanged();
+    }
+}
+
+/// One more that waits for a record, until dropped.
+struct Waiting<'a>(&'a watch::Sender<usize>);
+
+impl<'a> Waiting<'a> {
+    fn begin(settling: &'a watch::Sender<usize>) -> Self {
+        settling.send_modify(|waiting| *waiting += 1);
+        Self(settling)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.send_modify(|waiting| *waiting -= 1);
     }
 }

@@ -1,16 +1,11 @@
 //! The moment between a merge's exchange of folders and its record, when files and rows do not agree: whoever opens a chain then
 //! waits, and is not told of damage that is none.
 
-use std::time::Duration;
-
 use serde_json::json;
 
 use crate::merge::{chain, expect_whole, rig, write_everywhere};
 use crate::process::sqlite;
 use crate::rig::{self, id_of, manifest};
-
-/// Whoever does not wait for the record has answered long before.
-const HELD: Duration = Duration::from_millis(500);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn between_the_exchange_and_the_record_of_a_merge_nothing_above_it_is_called_damaged() {
@@ -40,11 +35,19 @@ async fn between_the_exchange_and_the_record_of_a_merge_nothing_above_it_is_call
         )
     };
     let mut asked = std::pin::pin!(asked);
-    let early = tokio::time::timeout(HELD, &mut asked).await;
-    sqlite(&database, "DROP TRIGGER refuse").await;
+    let store = &rig.service.service.app().store;
+    let mut settling = store.settling().subscribe();
+    // The record follows when each of them has looked and waits; one that does not wait is told of damage and ends the others' wait.
+    let early = tokio::select! {
+        answers = &mut asked => Some(answers),
+        _ = settling.wait_for(|waiting| *waiting == 4) => None,
+    };
+    let mut transaction = store.write().await.unwrap();
+    sqlx::query("DROP TRIGGER refuse").execute(&mut *transaction).await.unwrap();
+    transaction.commit().await.unwrap();
     let (export, raw, started, checked) = match early {
-        Ok(answers) => answers,
-        Err(_) => asked.await,
+        Some(answers) => answers,
+        None => asked.await,
     };
     merging.await.unwrap().unwrap();
     let (export, started) = (export.expect_status(201).json(), started.expect_status(200).json());
