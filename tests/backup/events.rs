@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use blockyard::app::Phase;
 use blockyard::clock::UtcTime;
 use blockyard::node::fake::{Faults, PausePoint};
 use blockyard::store::events::{self, Actor};
@@ -231,6 +232,8 @@ async fn open_streams_end_with_the_service_and_do_not_hold_it_up() {
     let end = told.last().unwrap();
     assert_eq!((&end.data["state"], &end.data["code"]), (&json!("failed"), &json!("service_restart")));
     let everything = everything.rest().await;
+    // Told to end, when no job could have anything to say any more: not cut, nor ended by a database that was gone.
+    assert_eq!(app.phase(), Phase::Closing);
     assert_eq!(ids(&everything).last(), ids(&told).last(), "the ends of jobs are told before the service goes");
     tokio::time::timeout(rig::DEADLINE, stop).await.expect("the stop ends").unwrap();
     assert_eq!(Arc::strong_count(&app), 1, "a stream has outlived the service");

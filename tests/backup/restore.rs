@@ -72,11 +72,11 @@ fn path_of(export: &Value) -> String {
     format!("/api/v1/exports/{}", text(export, "id"))
 }
 
-async fn client(export: &Value) -> Client {
+pub async fn client(export: &Value) -> Client {
     Client::connect(&text(export, "uri").parse().unwrap()).await.unwrap()
 }
 
-async fn read_all(client: &Client) -> Vec<u8> {
+pub async fn read_all(client: &Client) -> Vec<u8> {
     client.read(0, u32::try_from(client.size()).unwrap()).await.unwrap()
 }
 
@@ -356,22 +356,41 @@ async fn an_export_that_is_not_used_ends_by_itself_with_all_it_had() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn traffic_and_renewal_keep_an_export_alive() {
-    let rig = rig("ttl_s = 2\n").await;
+    const TTL: Duration = Duration::from_secs(3);
+    let rig = rig("ttl_s = 3\n").await;
     let point = commit(&rig).await;
-    let (used, renewed) = (export(&rig, &point, "read-only").await, export(&rig, &point, "read-only").await);
-    let client = client(&used).await;
-    let until = Instant::now() + Duration::from_secs(6);
-    let mut last = text(&renewed, "expires_at").to_owned();
-    while Instant::now() < until {
-        client.read(0, 512).await.unwrap();
-        let answer = rig.service.post(&format!("{}/renew", path_of(&renewed)), &json!({})).await.expect_status(200);
-        let expires_at = text(&answer.json(), "expires_at").to_owned();
-        assert!(expires_at >= last);
-        last = expires_at;
-        tokio::time::sleep(Duration::from_millis(100)).await;
+    // A machine that lets more time go by between two signs of life than an export lives proves nothing, and it is tried again.
+    for _ in 0..20 {
+        let mut before = Instant::now();
+        let (used, renewed) = (export(&rig, &point, "read-only").await, export(&rig, &point, "read-only").await);
+        let client = client(&used).await;
+        let mut last = text(&renewed, "expires_at").to_owned();
+        let until = before + 3 * TTL;
+        let kept = loop {
+            let now = Instant::now();
+            if now > until {
+                break true;
+            }
+            let read = client.read(0, 512).await;
+            let answer = rig.service.post(&format!("{}/renew", path_of(&renewed)), &json!({})).await;
+            let shown = rig.service.get(&path_of(&used)).await;
+            if before.elapsed() >= TTL {
+                break false;
+            }
+            before = now;
+            read.unwrap();
+            shown.expect_status(200);
+            let expires_at = text(&answer.expect_status(200).json(), "expires_at").to_owned();
+            assert!(expires_at >= last);
+            last = expires_at;
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        };
+        if kept {
+            assert!(last.as_str() > text(&renewed, "expires_at"));
+            return;
+        }
     }
-    rig.service.get(&path_of(&used)).await.expect_status(200);
-    assert!(last.as_str() > text(&renewed, "expires_at"));
+    panic!("the machine was never fast enough");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -4,8 +4,11 @@ use std::path::Path;
 
 use blockyard::id::BackupId;
 use blockyard::node::fake::{Faults, PausePoint};
+use blockyard::points::prune::Mode;
+use blockyard::points::retention::Decision;
 use blockyard::points::state::PointState;
-use blockyard::store::{events, leases, points};
+use blockyard::store::events::Actor;
+use blockyard::store::{POOL_SIZE, events, leases, points};
 use serde_json::{Value, json};
 
 use crate::cli::cli;
@@ -527,6 +530,42 @@ async fn what_becomes_free_while_the_rules_are_applied_goes_and_nothing_is_left_
     prune(&rig, "?dry_run=false").await;
     assert_eq!(rig.points().await.len(), 1);
     expect_restores(&published(&rig, &history[5].0).await, &history[5].1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_becomes_free_right_after_the_last_look_of_a_prune_is_looked_at_again() {
+    let mut rig = rig("[storage]\nmax_chain_depth = 1\n").await;
+    let history = chain(&mut rig, 8).await;
+    set_rules(&rig, &json!({"keep_last": 1})).await;
+    // With one connection left a prune and somebody else take turns: what the one has just seen the other changes.
+    let app = rig.service.service.app().clone();
+    let mut taken = Vec::new();
+    for _ in 1..POOL_SIZE {
+        taken.push(app.store.read().await.unwrap());
+    }
+    let task = blockyard::id::TaskId::new();
+    let pinned: Vec<BackupId> = history[..7].iter().map(|(id, _)| id.parse().unwrap()).collect();
+    let come_and_go = async {
+        for _ in 0..50 {
+            let mut transaction = app.store.write().await.unwrap();
+            for id in &pinned {
+                let _ = leases::pin_chain(&mut transaction, id, task.as_str(), &app.boot_id).await;
+            }
+            transaction.commit().await.unwrap();
+            let mut transaction = app.store.write().await.unwrap();
+            leases::release_all(&mut transaction, task.as_str()).await.unwrap();
+            transaction.commit().await.unwrap();
+        }
+    };
+    let repository = "main".parse().unwrap();
+    let (pruned, ()) = tokio::join!(app.points.prune(&repository, None, Mode::Apply(Actor::User)), come_and_go);
+    drop(taken);
+    for outcome in pruned.unwrap() {
+        assert_eq!(outcome.error, None, "{outcome:#?}");
+        assert!(outcome.verdict.decision != Decision::Keep || !outcome.verdict.reasons.is_empty(), "{outcome:#?}");
+    }
+    assert_eq!(rig.points().await.len(), 1);
+    expect_restores(&published(&rig, &history[7].0).await, &history[7].1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
