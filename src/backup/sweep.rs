@@ -12,8 +12,9 @@ use crate::points::folder::{FolderError, on_disk};
 use crate::points::import::ImportReport;
 use crate::points::state::PointState;
 use crate::points::{delete, import, merge};
+use crate::repository::layout::{self, BackupPaths};
+use crate::repository::merging;
 use crate::repository::survey::{self, Other, OtherKind, Presence, Survey};
-use crate::repository::{directory, layout};
 use crate::store::points::PointRow;
 use crate::store::repositories::Repository;
 use crate::store::{Store, StoreError, points};
@@ -46,17 +47,21 @@ pub(crate) async fn sweep(store: &Store, repository: &Repository) -> Result<Impo
         points::set_presence(&mut transaction, point, state).await?;
     }
     transaction.commit().await?;
-    finish_deletions(store, repository, &recorded, &found.others).await?;
     let report = import::import(store, repository, found.points).await?;
+    let merged = found.others.iter().filter(|other| other.kind == OtherKind::Merging);
+    for id in merged.filter_map(|other| other.id.as_ref()).filter(|id| report.imported.contains(id)) {
+        merge::recover_imported(store, repository, id).await?;
+    }
+    finish_removals(store, repository, &recorded, &found.others).await?;
     if !report.imported.is_empty() {
         tracing::warn!(repository = %repository.id, points = report.imported.len(), "restore points without a record");
     }
     Ok(report)
 }
 
-/// Removes what is left of points that were being deleted when the last process ended, wherever that was cut. A folder that
-/// only looks like one of them is left alone.
-async fn finish_deletions(
+/// Removes what is left of points that were being deleted when the last process ended, wherever that was cut, with what merges have
+/// left of them. A folder that only looks like one of them is left alone.
+async fn finish_removals(
     store: &Store,
     repository: &Repository,
     recorded: &[PointRow],
@@ -70,26 +75,37 @@ async fn finish_deletions(
             tracing::error!(point = %point.id, %error, "the deletion of a restore point could not be finished");
         }
     }
-    for other in others.iter().filter(|other| other.kind == OtherKind::Deleting) {
+    let left = others.iter().filter(|other| matches!(other.kind, OtherKind::Deleting | OtherKind::Merging));
+    for other in left {
         let Some(id) = &other.id else { continue };
         let path = Path::new(&repository.path).join(&other.path);
         let point = points::find(&mut *store.read().await?, id).await?;
-        let ours = point.filter(|point| {
-            point.repository_id == repository.id && crate::points::paths(repository, point).deleting == path
-        });
-        match ours.map(|point| (point.state, crate::points::paths(repository, &point))) {
-            Some((PointState::Deleting, _)) => {}
+        let recorded = point.filter(|point| point.repository_id == repository.id);
+        match recorded.map(|point| (point.state, crate::points::paths(repository, &point))) {
             // It was away when the deletion was finished.
-            Some((PointState::Deleted, paths)) => {
-                let removed = tokio::task::spawn_blocking(move || directory::remove_retired(&paths)).await;
+            Some((PointState::Deleted, paths)) if is_beside(&path, &paths) => {
+                let point = id.clone();
+                let removed = tokio::task::spawn_blocking(move || delete::remove_remains(&paths, &point)).await;
                 if !matches!(removed, Ok(Ok(()))) {
                     tracing::error!(point = %id, ?removed, "what is left of a deleted restore point is in the way");
                 }
+            }
+            // Told of where it could not be finished.
+            Some((PointState::Deleting, paths)) if is_beside(&path, &paths) => {}
+            Some((PointState::Committed | PointState::Missing, paths))
+                if other.kind == OtherKind::Merging && is_beside(&path, &paths) => {}
+            _ if other.kind == OtherKind::Merging => {
+                tracing::warn!(path = %path.display(), "what a merge of an unknown point left is left alone");
             }
             _ => tracing::warn!(path = %path.display(), "a folder of a deletion that nobody recorded is left alone"),
         }
     }
     Ok(())
+}
+
+/// Whether this is where a deletion or a merge of the point with these paths leaves something.
+fn is_beside(path: &Path, paths: &BackupPaths) -> bool {
+    path == paths.deleting || path == paths.merging || path == merging::probe(paths)
 }
 
 /// Jobs that were running have been ended before, with their staged data; whatever is left belongs to nobody.

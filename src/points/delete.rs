@@ -18,6 +18,7 @@ use crate::clock::UtcTime;
 use crate::id::{BackupId, RepositoryId};
 use crate::repository::directory;
 use crate::repository::layout::BackupPaths;
+use crate::repository::merging::{self, Orphan};
 use crate::store::events::{self, Actor};
 use crate::store::points::{self, PointRow};
 use crate::store::repositories;
@@ -281,9 +282,10 @@ async fn refuse(transaction: &mut Connection, point: &PointRow, now: UtcTime) ->
 /// [`DeleteError::Files`] and the database's.
 pub(crate) async fn finish(store: &Store, paths: &BackupPaths, id: &BackupId) -> Result<(), DeleteError> {
     let files = paths.clone();
+    let point = id.clone();
     let removed = tokio::task::spawn_blocking(move || {
         directory::retire(&files)?;
-        directory::remove_retired(&files)
+        remove_remains(&files, &point)
     });
     let removed = removed.await.map_err(|_| DeleteError::Panicked)?;
     removed.map_err(|source| DeleteError::Files { id: id.clone(), source })?;
@@ -295,6 +297,16 @@ pub(crate) async fn finish(store: &Store, paths: &BackupPaths, id: &BackupId) ->
     }
     transaction.commit().await?;
     Ok(())
+}
+
+/// Removes everything that is left of a point whose record says that it goes, or is gone: what was put aside, and what a merge
+/// that was cut has left beside it. Blocks.
+pub(crate) fn remove_remains(paths: &BackupPaths, id: &BackupId) -> io::Result<()> {
+    if let Orphan::Foreign(reason) = merging::remove_orphaned(paths, id)? {
+        let path = paths.merging.display();
+        tracing::warn!(point = %id, %path, reason, "what looks like the rest of a merge is left alone");
+    }
+    directory::remove_retired(paths)
 }
 
 async fn record_deleted_in(transaction: &mut Connection, point: &PointRow, by: Actor) -> Result<(), StoreError> {

@@ -33,7 +33,7 @@ use crate::store::points;
 pub use error::MergeError;
 use plan::{Plan, refuse_untrusted};
 use recover::Settled;
-pub(crate) use recover::recover;
+pub(crate) use recover::{recover, recover_imported};
 
 /// The first pause before a step after the exchange is repeated; it doubles up to [`PAUSE_MAX`].
 const PAUSE: Duration = Duration::from_millis(100);

@@ -11,7 +11,7 @@ use std::path::Path;
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
-use super::layout::{BackupPaths, MANIFEST};
+use super::layout::{self, BackupPaths, MANIFEST};
 use super::manifest::{Manifest, ManifestError};
 use crate::id::BackupId;
 
@@ -204,6 +204,28 @@ pub fn load(folder: &Path, backup_id: &BackupId) -> Result<Manifest, ManifestErr
         }
     }
     Ok(manifest)
+}
+
+/// What in the folder of a backup this service cannot have written, by its name or because it is no plain file; nothing when
+/// all of it is ours, or there is no such folder.
+///
+/// # Errors
+/// Any error of the file system but "not found".
+pub(super) fn foreign_in(folder: &Path) -> io::Result<Option<String>> {
+    let entries = match fs::symlink_metadata(folder) {
+        Ok(facts) if facts.is_dir() => fs::read_dir(folder)?,
+        Ok(_) => return Ok(Some("it is no folder".to_owned())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    for entry in entries {
+        let entry = entry?;
+        let name = entry.file_name();
+        if !entry.file_type()?.is_file() || !name.to_str().is_some_and(layout::is_backup_file) {
+            return Ok(Some(format!("{} in it is not of this service", name.to_string_lossy())));
+        }
+    }
+    Ok(None)
 }
 
 /// The length of a file in bytes.

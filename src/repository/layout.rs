@@ -18,6 +18,12 @@ use crate::id::BackupId;
 
 /// The name of the manifest in a published directory.
 pub const MANIFEST: &str = "manifest.json";
+/// The name of the file that has the digests of a published directory.
+const DIGESTS: &str = "digests.json";
+/// An image, and the digests of its blocks.
+const IMAGE_EXTENSIONS: [&str; 2] = ["qcow2", "blocks"];
+/// What the name of a file ends in until it is whole.
+const UNFINISHED_SUFFIX: &str = ".new";
 /// What a staged directory that belongs to nobody is called instead of `.partial`.
 pub const QUARANTINE_EXTENSION: &str = "failed";
 /// What is appended to the directory of a job that is not committed.
@@ -82,6 +88,17 @@ pub fn vm_directory_names(vm_name: &str, vm_id: &str) -> impl Iterator<Item = St
 /// The image of a disk inside a staged or published directory.
 pub fn image_file_name(disk_id: u32) -> String {
     format!("disk-{disk_id}.qcow2")
+}
+
+/// Whether this service writes files of this name into the folder of a backup: images, what it knows of them, the manifest, and
+/// each of these while it is written.
+pub fn is_backup_file(name: &str) -> bool {
+    let name = name.strip_suffix(UNFINISHED_SUFFIX).unwrap_or(name);
+    if name == MANIFEST || name == DIGESTS {
+        return true;
+    }
+    let number = name.strip_prefix("disk-").and_then(|rest| rest.split_once('.'));
+    number.is_some_and(|(number, extension)| number.parse::<u32>().is_ok() && IMAGE_EXTENSIONS.contains(&extension))
 }
 
 /// What an overlay calls the image below it: from one backup's folder into the one beside it, whatever the repository is called.
@@ -172,6 +189,18 @@ mod tests {
         assert_eq!(export_name("x-disk-2000", 11), "x-disk-2000-disk11");
         assert_eq!(export_name("a b", 3), "a_b-disk3");
         assert_eq!(unguessable_export_name("a", "k3y", 3), "a-k3y-disk3");
+    }
+
+    #[test]
+    fn what_the_service_writes_is_told_from_everything_else_by_its_name() {
+        for ours in ["disk-0.qcow2", "disk-11.blocks", "disk-0.blocks.new", "manifest.json", "digests.json.new"] {
+            assert!(is_backup_file(ours), "{ours}");
+        }
+        for foreign in
+            ["disk-.qcow2", "disk-a.qcow2", "disk-0.raw", "disk-0", "notes", ".new", "disk-0.qcow2.old", "disk-1"]
+        {
+            assert!(!is_backup_file(foreign), "{foreign}");
+        }
     }
 
     #[test]

@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
 
-use super::directory::{DIRECTORY_MODE, finish, load, sync_directory};
-use super::layout::BackupPaths;
+use super::directory::{DIRECTORY_MODE, finish, foreign_in, load, sync_directory};
+use super::layout::{BackupPaths, MANIFEST};
 use super::manifest::{Manifest, ManifestError};
 use crate::id::BackupId;
 
@@ -123,6 +123,40 @@ pub fn remove_merging(paths: &BackupPaths) -> io::Result<()> {
     sync_directory(&paths.vm)
 }
 
+/// What became of the rest of a merge whose point goes, or is gone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Orphan {
+    /// Nothing is left of it, or there was none.
+    Gone,
+    /// It is not proven to be ours, and why; it is left alone.
+    Foreign(String),
+}
+
+/// Removes what a merge left of a point whose record says that it is being deleted, or is deleted. Old files and new ones, whole
+/// or not, are of that point and of no other; a folder that says something else, or holds something else, is not such a rest.
+///
+/// # Errors
+/// Any error of the file system but "not found".
+pub fn remove_orphaned(paths: &BackupPaths, id: &BackupId) -> io::Result<Orphan> {
+    if let Some(foreign) = foreign_in(&paths.merging)? {
+        return Ok(Orphan::Foreign(foreign));
+    }
+    match fs::read(paths.merging.join(MANIFEST)).map(|bytes| Manifest::decode(&bytes)) {
+        Ok(Ok(manifest)) if manifest.backup_id != *id => {
+            return Ok(Orphan::Foreign(format!("its manifest is that of {}", manifest.backup_id)));
+        }
+        Ok(Err(error @ ManifestError::Newer { .. })) => return Ok(Orphan::Foreign(error.to_string())),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        // One that was cut while it was written, or not begun.
+        Ok(Ok(_) | Err(_)) | Err(_) => {}
+    }
+    match remove_merging(paths) {
+        // The folder of the VM went before, with its last point.
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        Ok(()) | Err(_) => Ok(Orphan::Gone),
+    }
+}
+
 /// What the folders of a point say about a merge that was cut.
 #[derive(Debug)]
 pub enum Remains {
@@ -163,6 +197,30 @@ mod tests {
         remove_merging(&paths).unwrap();
         remove_merging(&paths).unwrap();
         assert_eq!(fs::read_dir(&paths.vm).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn the_rest_of_a_merge_goes_with_its_point_when_it_is_all_ours() {
+        let root = tempfile::tempdir().unwrap();
+        let id = BackupId::new();
+        let paths = BackupPaths::new(root.path(), "db-4X7Z", id.as_str());
+        assert_eq!(remove_orphaned(&paths, &id).unwrap(), Orphan::Gone, "there is none");
+        fs::create_dir_all(&paths.merging).unwrap();
+        fs::create_dir(probe(&paths)).unwrap();
+        fs::write(paths.merging.join("disk-0.qcow2"), b"x").unwrap();
+        fs::write(paths.merging.join(MANIFEST), b"{").unwrap();
+        fs::write(paths.merging.join("precious"), b"mine").unwrap();
+        assert!(matches!(remove_orphaned(&paths, &id).unwrap(), Orphan::Foreign(_)));
+        fs::remove_file(paths.merging.join("precious")).unwrap();
+        fs::write(paths.merging.join(MANIFEST), br#"{"format": 99}"#).unwrap();
+        assert!(matches!(remove_orphaned(&paths, &id).unwrap(), Orphan::Foreign(_)));
+        assert!(paths.merging.join("disk-0.qcow2").exists());
+        fs::write(paths.merging.join(MANIFEST), b"{").unwrap();
+        assert_eq!(remove_orphaned(&paths, &id).unwrap(), Orphan::Gone);
+        assert_eq!(fs::read_dir(&paths.vm).unwrap().count(), 0);
+        // A link is not followed, and is nobody's rest.
+        std::os::unix::fs::symlink(root.path(), &paths.merging).unwrap();
+        assert!(matches!(remove_orphaned(&paths, &id).unwrap(), Orphan::Foreign(_)));
     }
 
     #[test]

@@ -157,7 +157,7 @@ fn kind_of(name: &str) -> (Option<BackupId>, OtherKind) {
     let kind = match extension {
         "partial" => OtherKind::Staged,
         "deleting" => OtherKind::Deleting,
-        "merging" => OtherKind::Merging,
+        "merging" | "merging.probe" => OtherKind::Merging,
         layout::QUARANTINE_EXTENSION => OtherKind::Quarantined,
         _ => OtherKind::Unknown,
     };
@@ -371,6 +371,7 @@ mod tests {
             ("failed", OtherKind::Quarantined),
             ("deleting", OtherKind::Deleting),
             ("merging", OtherKind::Merging),
+            ("merging.probe", OtherKind::Merging),
             ("partial.old", OtherKind::Unknown),
         ] {
             assert_eq!(kind_of(&format!("{id}.{extension}")), (Some(id.parse().unwrap()), kind));

@@ -25,7 +25,7 @@ struct Stopped {
 }
 
 /// The parts of a rig that outlive its hub.
-struct Rest {
+pub struct Rest {
     node: blockyard::node::fake::FakeNode,
     vm: String,
     repository: PathBuf,
@@ -97,12 +97,12 @@ impl Stopped {
     }
 }
 
-async fn stop(rig: Rig) -> (tempfile::TempDir, Rest) {
+pub async fn stop(rig: Rig) -> (tempfile::TempDir, Rest) {
     let Rig { service, node, vm, repository, disks, ports } = rig;
     (service.stop().await, Rest { node, vm, repository, disks, ports })
 }
 
-async fn start(folder: tempfile::TempDir, rest: Rest) -> Rig {
+pub async fn start(folder: tempfile::TempDir, rest: Rest) -> Rig {
     let Rest { node, vm, repository, disks, ports } = rest;
     let toml = rig::configuration(&node.url(), folder.path(), &ports, "");
     let service = TestService::start_in(folder, &toml).await;

@@ -35,16 +35,28 @@ pub(crate) async fn recover(store: &Store, repository: &Repository) -> Result<()
     let (left, changed) = looked.await?;
     for (id, path) in left {
         match recorded.get(&id) {
+            // It goes with its point.
+            Some(point) if point.state == PointState::Deleting => {}
             Some(point) if paths(repository, point).merging == path => {
                 settle(store, &paths(repository, point), point).await?;
             }
-            _ => tracing::warn!(path = %path.display(), "a merge of an unknown point is left alone"),
+            // Of a deleted point, or of one that is imported next, or of nobody: looked at when that is done.
+            _ => {}
         }
     }
     for manifest in changed {
         if manifest.repository_id == repository.id && follow(store, &manifest).await? {
             tracing::warn!(point = %manifest.backup_id, "the record of a merged point was older than its files");
         }
+    }
+    Ok(())
+}
+
+/// Clears up beside a point that was just imported, whose files nobody relies on yet.
+pub(crate) async fn recover_imported(store: &Store, repository: &Repository, id: &BackupId) -> Result<(), StoreError> {
+    let point = points::find(&mut *store.read().await?, id).await?;
+    if let Some(point) = point.filter(|point| point.repository_id == repository.id) {
+        settle(store, &paths(repository, &point), &point).await?;
     }
     Ok(())
 }
