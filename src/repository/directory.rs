@@ -194,7 +194,7 @@ pub fn load_published(paths: &BackupPaths, backup_id: &BackupId) -> Result<Optio
 /// # Errors
 /// Anything that is not so.
 pub fn load(folder: &Path, backup_id: &BackupId) -> Result<Manifest, ManifestError> {
-    let manifest = Manifest::decode(&fs::read(folder.join(MANIFEST))?)?;
+    let manifest = Manifest::read(folder)?;
     if manifest.backup_id != *backup_id {
         return Err(io::Error::other("the manifest belongs to another backup").into());
     }

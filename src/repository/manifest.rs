@@ -1,10 +1,18 @@
 //! `manifest.json`: everything about a restore point that its images do not say themselves, beside them, so that a
 //! repository can be understood and imported without any database, and restored with `qemu-img` alone.
+//!
+//! Whoever reads one reads it here: anybody may have written it, so it is bounded, must be a plain file, and no link is followed.
+//! What it says of the files beside it is held against them in `directory` and `survey`.
 
 use std::collections::BTreeMap;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::layout::MANIFEST;
 use crate::backup::state::{BackupType, RequestedType, TypeReason};
 use crate::clock::UtcTime;
 use crate::digest::Digest;
@@ -14,6 +22,9 @@ use crate::id::{BackupId, RepositoryId, VmId};
 
 /// The format this version writes; a reader refuses a higher one.
 pub const FORMAT: u32 = 1;
+/// The longest manifest that is read, in bytes. A guess: a range of coverage takes some 60 bytes, and a disk with a million of them
+/// apart is beyond anything seen.
+pub const BYTES_MAX: u64 = 256 << 20;
 
 /// One restore point.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -125,7 +136,13 @@ pub struct ManifestDisk {
 pub enum ManifestError {
     /// The file cannot be read.
     #[error("the manifest cannot be read: {0}")]
-    Read(#[from] std::io::Error),
+    Read(#[from] io::Error),
+    /// In its place is a link, a folder or a special file.
+    #[error("{MANIFEST} is a link or a special file")]
+    NotPlain,
+    /// It is too long to be one.
+    #[error("the manifest has {0} bytes")]
+    TooLong(u64),
     /// It is not what a manifest looks like.
     #[error("the manifest is not valid: {0}")]
     Invalid(#[from] serde_json::Error),
@@ -169,20 +186,56 @@ impl Manifest {
         Ok(bytes)
     }
 
+    /// The manifest of a folder. Blocks.
+    ///
+    /// # Errors
+    /// There is none, it cannot be read, or is no manifest of a version that is known.
+    pub fn read(folder: &Path) -> Result<Self, ManifestError> {
+        Self::decode(&bytes_of(folder)?)
+    }
+
     /// Reads the bytes of a file.
     ///
     /// # Errors
     /// Bytes that are no manifest, or one of a newer version.
     pub fn decode(bytes: &[u8]) -> Result<Self, ManifestError> {
-        #[derive(Deserialize)]
-        struct Head {
-            format: u32,
-        }
-        let head: Head = serde_json::from_slice(bytes)?;
-        if head.format > FORMAT {
-            return Err(ManifestError::Newer { found: head.format });
-        }
+        Head::decode(bytes)?;
         Ok(serde_json::from_slice(bytes)?)
+    }
+}
+
+/// The bytes of the manifest in a folder.
+fn bytes_of(folder: &Path) -> Result<Vec<u8>, ManifestError> {
+    let path = folder.join(MANIFEST);
+    // Not through a link, and not waiting for the other end of a pipe.
+    if !fs::symlink_metadata(&path)?.is_file() {
+        return Err(ManifestError::NotPlain);
+    }
+    let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK;
+    let flags = i32::try_from(flags.bits()).unwrap_or_default();
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+    let facts = file.metadata()?;
+    if !facts.is_file() {
+        return Err(ManifestError::NotPlain);
+    }
+    if facts.len() > BYTES_MAX {
+        return Err(ManifestError::TooLong(facts.len()));
+    }
+    let mut bytes = Vec::new();
+    file.take(BYTES_MAX).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// What is read before the rest, which a newer version may write in another way.
+#[derive(Deserialize)]
+struct Head {
+    format: u32,
+}
+
+impl Head {
+    fn decode(bytes: &[u8]) -> Result<Self, ManifestError> {
+        let head: Self = serde_json::from_slice(bytes)?;
+        if head.format > FORMAT { Err(ManifestError::Newer { found: head.format }) } else { Ok(head) }
     }
 }
 
@@ -260,6 +313,24 @@ mod tests {
         let text = String::from_utf8(never.encode().unwrap()).unwrap();
         assert!(!text.contains("generation") && !text.contains("merged"), "{text}");
         assert_eq!(Manifest::decode(text.as_bytes()).unwrap(), never);
+    }
+
+    #[test]
+    fn a_folder_is_read_only_when_its_manifest_is_a_plain_file_of_a_bounded_length() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join(MANIFEST);
+        assert!(matches!(Manifest::read(root.path()), Err(ManifestError::Read(_))));
+        std::os::unix::fs::symlink("elsewhere.json", &path).unwrap();
+        fs::write(root.path().join("elsewhere.json"), manifest().encode().unwrap()).unwrap();
+        assert!(matches!(Manifest::read(root.path()), Err(ManifestError::NotPlain)));
+        fs::remove_file(&path).unwrap();
+        rustix::fs::mkfifoat(rustix::fs::CWD, &path, rustix::fs::Mode::RUSR).unwrap();
+        assert!(matches!(Manifest::read(root.path()), Err(ManifestError::NotPlain)));
+        fs::remove_file(&path).unwrap();
+        fs::File::create(&path).unwrap().set_len(BYTES_MAX + 1).unwrap();
+        assert!(matches!(Manifest::read(root.path()), Err(ManifestError::TooLong(_))));
+        fs::write(&path, manifest().encode().unwrap()).unwrap();
+        assert_eq!(Manifest::read(root.path()).unwrap(), manifest());
     }
 
     #[test]

@@ -13,7 +13,7 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
 
 use super::directory::{DIRECTORY_MODE, finish, foreign_in, load, sync_directory};
-use super::layout::{BackupPaths, MANIFEST};
+use super::layout::BackupPaths;
 use super::manifest::{Manifest, ManifestError};
 use crate::id::BackupId;
 
@@ -141,14 +141,16 @@ pub fn remove_orphaned(paths: &BackupPaths, id: &BackupId) -> io::Result<Orphan>
     if let Some(foreign) = foreign_in(&paths.merging)? {
         return Ok(Orphan::Foreign(foreign));
     }
-    match fs::read(paths.merging.join(MANIFEST)).map(|bytes| Manifest::decode(&bytes)) {
-        Ok(Ok(manifest)) if manifest.backup_id != *id => {
-            return Ok(Orphan::Foreign(format!("its manifest is that of {}", manifest.backup_id)));
+    match Manifest::read(&paths.merging) {
+        Ok(manifest) if manifest.backup_id == *id => {}
+        Ok(manifest) => return Ok(Orphan::Foreign(format!("its manifest is that of {}", manifest.backup_id))),
+        // Not begun, or cut while it was written.
+        Err(ManifestError::Read(error)) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(ManifestError::Invalid(_)) => {}
+        Err(ManifestError::Read(error)) => return Err(error),
+        Err(error @ (ManifestError::Newer { .. } | ManifestError::NotPlain | ManifestError::TooLong(_))) => {
+            return Ok(Orphan::Foreign(error.to_string()));
         }
-        Ok(Err(error @ ManifestError::Newer { .. })) => return Ok(Orphan::Foreign(error.to_string())),
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        // One that was cut while it was written, or not begun.
-        Ok(Ok(_) | Err(_)) | Err(_) => {}
     }
     match remove_merging(paths) {
         // The folder of the VM went before, with its last point.
@@ -176,13 +178,16 @@ pub fn judge(paths: &BackupPaths, id: &BackupId) -> Remains {
         Ok(beside) if beside.generation == published.generation => {
             Remains::Unclear("both folders say that they are the same".to_owned())
         }
-        Err(error @ ManifestError::Newer { .. }) => Remains::Unclear(error.to_string()),
+        Err(error @ (ManifestError::Newer { .. } | ManifestError::NotPlain | ManifestError::TooLong(_))) => {
+            Remains::Unclear(error.to_string())
+        }
         Ok(_) | Err(ManifestError::Read(_) | ManifestError::Invalid(_)) => Remains::Needless(Box::new(published)),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::layout::MANIFEST;
     use super::*;
 
     #[test]

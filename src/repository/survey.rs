@@ -5,22 +5,18 @@
 //! files are bounded before they are read, and one thing that is wrong makes one finding. Nothing is changed and no content is read.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs;
+use std::io;
 use std::path::Path;
 
 use blockyard_qcow2 as qcow2;
 
-use super::layout::{self, MANIFEST};
+use super::layout;
 use super::lock::is_marked;
 use super::manifest::{Manifest, ManifestDisk, ManifestError};
 use crate::backup::state::BackupType;
 use crate::id::{BackupId, RepositoryId};
 
-/// The longest manifest that is read. A guess: a range of coverage takes some 60 bytes, and a disk with a million of them apart is
-/// beyond anything seen.
-const MANIFEST_MAX_BYTES: u64 = 256 << 20;
 /// The longest name, path or id in a manifest, in bytes: what the API takes is shorter.
 const TEXT_MAX: usize = 4000;
 
@@ -81,12 +77,9 @@ pub enum Fault {
     /// The manifest cannot be used.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
-    /// The folder or its manifest is a link or something else that is no folder or file.
+    /// The folder or an image is a link or something else that is no folder or file.
     #[error("{0} is a link or a special file")]
     NotPlain(String),
-    /// The manifest is too long to be one.
-    #[error("the manifest has {0} bytes")]
-    TooLong(u64),
     /// The manifest is of another folder.
     #[error("the manifest is that of {0}")]
     OtherBackup(BackupId),
@@ -230,7 +223,7 @@ pub fn read(root: &Path, point: &PointFolder, repository: &RepositoryId) -> Resu
     if !fs::symlink_metadata(&folder).map_err(unreadable)?.is_dir() {
         return Err(Fault::NotPlain(id.to_string()));
     }
-    let manifest = read_manifest(&folder.join(MANIFEST))?;
+    let manifest = Manifest::read(&folder)?;
     if manifest.backup_id != *id {
         return Err(Fault::OtherBackup(manifest.backup_id));
     }
@@ -250,27 +243,6 @@ pub fn read(root: &Path, point: &PointFolder, repository: &RepositoryId) -> Resu
         return Err(Fault::Unsound("it has no disks".to_owned()));
     }
     Ok(manifest)
-}
-
-fn read_manifest(path: &Path) -> Result<Manifest, Fault> {
-    let unreadable = |error: io::Error| Fault::Manifest(error.into());
-    // Not through a link, and not waiting for the other end of a pipe.
-    let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK;
-    let flags = i32::try_from(flags.bits()).unwrap_or_default();
-    if !fs::symlink_metadata(path).map_err(unreadable)?.is_file() {
-        return Err(Fault::NotPlain(MANIFEST.to_owned()));
-    }
-    let file: File = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(unreadable)?;
-    let facts = file.metadata().map_err(unreadable)?;
-    if !facts.is_file() {
-        return Err(Fault::NotPlain(MANIFEST.to_owned()));
-    }
-    if facts.len() > MANIFEST_MAX_BYTES {
-        return Err(Fault::TooLong(facts.len()));
-    }
-    let mut bytes = Vec::new();
-    file.take(MANIFEST_MAX_BYTES).read_to_end(&mut bytes).map_err(unreadable)?;
-    Ok(Manifest::decode(&bytes)?)
 }
 
 /// Texts that a database and a person can take.
