@@ -2,6 +2,8 @@
 
 ALTER TABLE restore_points ADD COLUMN verified_at  TEXT;                                   -- end of the last verification
 ALTER TABLE restore_points ADD COLUMN trust_reason TEXT CHECK (trust_reason <> '');        -- why it is suspect or corrupt
+-- How often its images were made anew: that of its manifest. The files of a point with another one are those of another time.
+ALTER TABLE restore_points ADD COLUMN generation   INTEGER NOT NULL DEFAULT 0 CHECK (generation >= 0);
 
 -- Known of points that were committed by a version that stores them; the manifest has them for all.
 ALTER TABLE point_disks ADD COLUMN effective_type  TEXT    CHECK (effective_type <> '');

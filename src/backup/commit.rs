@@ -280,6 +280,7 @@ pub(super) async fn record(store: &Store, manifest: &Manifest, paths: &BackupPat
         dir: &directory_name.to_string_lossy(),
         trust,
         committed_at: manifest.committed_at,
+        generation: manifest.generation,
         disks: &disks,
     };
     points::insert(&mut transaction, &point).await?;

@@ -327,6 +327,7 @@ mod tests {
             verified_at: None,
             protected_until: None,
             committed_at: "2026-11-23T22:05:00Z".parse().unwrap(),
+            generation: 0,
         };
         let image = ChainImage {
             dir: point.dir.clone(),

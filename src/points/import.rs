@@ -229,6 +229,7 @@ async fn take(
         dir: &folder.dir(),
         trust,
         committed_at: manifest.committed_at,
+        generation: manifest.generation,
         disks: &disks,
     };
     points::insert(&mut transaction, &point).await?;
@@ -237,7 +238,7 @@ async fn take(
 }
 
 /// The depth and the trust of what a disk builds upon, or why it cannot be restored.
-async fn below(
+pub(super) async fn below(
     connection: &mut Connection,
     folder: &PointFolder,
     disk: &ManifestDisk,

@@ -194,6 +194,14 @@ impl Manifest {
         Self::decode(&bytes_of(folder)?)
     }
 
+    /// How often the images of a folder were made anew, of which nothing else is understood. Blocks.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn read_generation(folder: &Path) -> Result<u32, ManifestError> {
+        Ok(Head::decode(&bytes_of(folder)?)?.generation)
+    }
+
     /// Reads the bytes of a file.
     ///
     /// # Errors
@@ -230,6 +238,8 @@ fn bytes_of(folder: &Path) -> Result<Vec<u8>, ManifestError> {
 #[derive(Deserialize)]
 struct Head {
     format: u32,
+    #[serde(default)]
+    generation: u32,
 }
 
 impl Head {
@@ -331,6 +341,7 @@ mod tests {
         assert!(matches!(Manifest::read(root.path()), Err(ManifestError::TooLong(_))));
         fs::write(&path, manifest().encode().unwrap()).unwrap();
         assert_eq!(Manifest::read(root.path()).unwrap(), manifest());
+        assert_eq!(Manifest::read_generation(root.path()).unwrap(), 2);
     }
 
     #[test]

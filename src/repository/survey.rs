@@ -39,6 +39,12 @@ pub struct PointFolder {
 }
 
 impl PointFolder {
+    /// The folder at this place, relative to the repository; nothing when no point can be there.
+    pub fn of_dir(dir: &str) -> Option<Self> {
+        let (vm_directory, id) = dir.split_once('/')?;
+        Some(Self { id: id.parse().ok()?, vm_directory: vm_directory.to_owned() })
+    }
+
     /// Where it is, relative to the repository.
     pub fn dir(&self) -> String {
         format!("{}/{}", self.vm_directory, self.id)

@@ -39,6 +39,8 @@ pub struct PointRow {
     pub protected_until: Option<UtcTime>,
     /// When it was committed.
     pub committed_at: UtcTime,
+    /// How often its images were made anew, as its manifest had it when that was last followed.
+    pub generation: u32,
 }
 
 /// One disk of a restore point.
@@ -119,6 +121,7 @@ impl FromRow<'_, SqliteRow> for PointRow {
             verified_at: row.try_get("verified_at")?,
             protected_until: row.try_get("protected_until")?,
             committed_at: row.try_get("committed_at")?,
+            generation: row.try_get("generation")?,
         })
     }
 }
@@ -161,6 +164,8 @@ pub struct NewPoint<'a> {
     pub trust: Trust,
     /// When.
     pub committed_at: UtcTime,
+    /// How often its images were made anew, as its manifest says.
+    pub generation: u32,
     /// Its disks.
     pub disks: &'a [PointDiskRow],
 }
@@ -174,8 +179,8 @@ pub async fn insert(connection: &mut Connection, point: &NewPoint<'_>) -> Result
         .fetch_one(&mut *connection)
         .await?;
     sqlx::query(
-        "INSERT INTO restore_points (id, vm_id, repository_id, sequence, dir, state, trust, committed_at) \
-         VALUES (?, ?, ?, ?, ?, 'committed', ?, ?)",
+        "INSERT INTO restore_points (id, vm_id, repository_id, sequence, dir, state, trust, committed_at, generation) \
+         VALUES (?, ?, ?, ?, ?, 'committed', ?, ?, ?)",
     )
     .bind(point.id)
     .bind(point.vm_id)
@@ -184,6 +189,7 @@ pub async fn insert(connection: &mut Connection, point: &NewPoint<'_>) -> Result
     .bind(point.dir)
     .bind(point.trust)
     .bind(point.committed_at)
+    .bind(point.generation)
     .execute(&mut *connection)
     .await?;
     for disk in point.disks {
@@ -266,7 +272,7 @@ pub struct MergedDisk {
     pub from_change_id: Option<String>,
 }
 
-/// Brings the record of a point to what a merge has published: its disks, the depths of all above it, what is trusted of it,
+/// Brings the record of a point to what a merge has published: its generation, its disks, the depths of all above it, what is trusted of it,
 /// and the event. The digest of an image that was made anew is not known; that of the content stays what it is.
 ///
 /// # Errors
@@ -293,6 +299,11 @@ pub async fn record_merge(
         .await?;
     }
     refresh_depths(connection, id).await?;
+    sqlx::query("UPDATE restore_points SET generation = ? WHERE id = ?")
+        .bind(generation)
+        .bind(id)
+        .execute(&mut *connection)
+        .await?;
     // Files that nobody has read since they were written.
     sqlx::query(
         "UPDATE restore_points SET trust = 'unverified', verified_at = NULL WHERE id = ? AND trust = 'verified'",
@@ -306,24 +317,6 @@ pub async fn record_merge(
     });
     events::append(connection, "point.merged", id.as_str(), &data, Actor::Service, UtcTime::now()).await?;
     Ok(())
-}
-
-/// The length of every image of the committed points of a repository, as recorded: point, file, bytes.
-///
-/// # Errors
-/// The database's.
-pub async fn images_in(
-    connection: &mut Connection,
-    repository: &RepositoryId,
-) -> Result<Vec<(BackupId, String, u64)>, StoreError> {
-    let rows: Vec<(BackupId, String, i64)> = sqlx::query_as(
-        "SELECT point_id, file, file_bytes FROM point_disks JOIN restore_points ON id = point_id \
-         WHERE repository_id = ? AND state = 'committed' ORDER BY sequence, disk_id",
-    )
-    .bind(repository)
-    .fetch_all(connection)
-    .await?;
-    Ok(rows.into_iter().map(|(point, file, bytes)| (point, file, bytes.unsigned_abs())).collect())
 }
 
 /// The names of the images of all points in a repository that are there or missing.

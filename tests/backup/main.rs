@@ -31,6 +31,7 @@ mod lists;
 mod many;
 mod merge;
 mod merge_crash;
+mod merge_generations;
 mod merge_orphans;
 mod merge_seam;
 mod metrics;

@@ -156,6 +156,12 @@ async fn judge(
         Ok(manifest) => manifest,
         Err(fault) => return Ok(Some(fault.to_string())),
     };
+    if manifest.generation != point.generation {
+        let (files, record) = (manifest.generation, point.generation);
+        return Ok(Some(format!(
+            "its files are of generation {files} and its record of {record}: the next start follows them if it can"
+        )));
+    }
     let disks = points::disks(connection, &point.id).await?;
     if disks.len() != manifest.disks.len() || manifest.vm.id != point.vm_id {
         return Ok(Some("the manifest has another VM or other disks than the record".to_owned()));

@@ -1,36 +1,37 @@
 //! What a merge that was cut has left, told from the names of folders and the generations in their manifests: the record follows
 //! what is published, and what lies beside it goes when it is proven to be ours and needless.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::id::BackupId;
+use crate::id::{BackupId, RepositoryId};
 use crate::points::folder::{FolderError, on_disk};
-use crate::points::paths;
+use crate::points::settle::is_there;
 use crate::points::state::PointState;
+use crate::points::{import, paths};
 use crate::repository::directory;
 use crate::repository::layout::{self, BackupPaths};
-use crate::repository::manifest::Manifest;
+use crate::repository::manifest::{Manifest, ManifestDisk};
 use crate::repository::merging::{self, Remains};
-use crate::store::points::{self, MergedDisk, PointRow};
+use crate::repository::survey::{self, Fault, PointFolder};
+use crate::store::points::{self, MergedDisk, PointDiskRow, PointRow};
 use crate::store::repositories::Repository;
-use crate::store::{Store, StoreError};
+use crate::store::{Connection, Store, StoreError};
 
 /// Clears up a repository that this process owns, before anything else looks at its points.
 pub(crate) async fn recover(store: &Store, repository: &Repository) -> Result<(), FolderError> {
     let mut connection = store.read().await?;
     let recorded = points::all_in(&mut connection, &repository.id).await?;
-    let images = points::images_in(&mut connection, &repository.id).await?;
     drop(connection);
     let recorded: BTreeMap<BackupId, PointRow> = recorded.into_iter().map(|point| (point.id.clone(), point)).collect();
-    let folders: BTreeMap<BackupId, BackupPaths> =
-        recorded.iter().map(|(id, point)| (id.clone(), paths(repository, point))).collect();
-    let root = PathBuf::from(&repository.path);
+    let there = recorded.values().filter(|point| is_there(point.state));
+    let known: Vec<(String, u32)> = there.map(|point| (point.dir.clone(), point.generation)).collect();
+    let (root, id) = (PathBuf::from(&repository.path), repository.id.clone());
     let looked = on_disk(repository, move || {
         let left = look(&root)?;
-        Ok((left, changed(&folders, &images)))
+        Ok((left, changed(&root, known, &id)))
     });
     let (left, changed) = looked.await?;
     for (id, path) in left {
@@ -44,12 +45,61 @@ pub(crate) async fn recover(store: &Store, repository: &Repository) -> Result<()
             _ => {}
         }
     }
-    for manifest in changed {
-        if manifest.repository_id == repository.id && follow(store, &manifest).await? {
-            tracing::warn!(point = %manifest.backup_id, "the record of a merged point was older than its files");
+    // In the order of their commits: what is below is right before what stands upon it.
+    let mut changed: Vec<(&PointRow, Result<Manifest, Fault>)> =
+        changed.into_iter().filter_map(|(folder, read)| Some((recorded.get(&folder.id)?, read))).collect();
+    changed.sort_by_key(|(point, _)| point.sequence);
+    for (point, read) in changed {
+        let adopted = match read {
+            Ok(manifest) => adopt(store, &manifest).await?,
+            Err(fault) => Err(fault.to_string()),
+        };
+        match adopted {
+            Ok(Some(generation)) => {
+                let was = point.generation;
+                tracing::warn!(point = %point.id, was, generation, "a record follows files of another time");
+            }
+            Ok(None) => {}
+            Err(reason) => {
+                tracing::error!(point = %point.id, reason, "files of another time than their record cannot be followed");
+            }
         }
     }
     Ok(())
+}
+
+/// Brings a record to files that were made anew before or after it was written, as with a database or a folder that was put back:
+/// they are the point, if it can be restored from them. The generation that it has now, nothing when it had that already, or why
+/// it stays as it is.
+async fn adopt(store: &Store, manifest: &Manifest) -> Result<Result<Option<u32>, String>, StoreError> {
+    let mut transaction = store.write().await?;
+    let point = points::find(&mut transaction, &manifest.backup_id).await?;
+    // Its rest was settled a moment ago, and its record with that.
+    let Some(point) = point.filter(|point| point.generation != manifest.generation) else { return Ok(Ok(None)) };
+    let disks = points::disks(&mut transaction, &point.id).await?;
+    let same = |(row, told): (&PointDiskRow, &ManifestDisk)| {
+        (row.disk_id, row.device_key, row.size_bytes, &row.change_id)
+            == (told.disk_id, told.device_key, told.size_bytes, &told.change_id)
+    };
+    if manifest.vm.id != point.vm_id
+        || disks.len() != manifest.disks.len()
+        || !disks.iter().zip(&manifest.disks).all(same)
+    {
+        return Ok(Err("the manifest has another VM or other disks than the record".to_owned()));
+    }
+    let Some(folder) = PointFolder::of_dir(&point.dir) else {
+        return Ok(Err("its folder has no name of ours".to_owned()));
+    };
+    for disk in &manifest.disks {
+        if let Some(parent) = &disk.parent_id
+            && let Err(reason) = import::below(&mut transaction, &folder, disk, parent).await?
+        {
+            return Ok(Err(reason));
+        }
+    }
+    record(&mut transaction, manifest).await?;
+    transaction.commit().await?;
+    Ok(Ok(Some(manifest.generation)))
 }
 
 /// Clears up beside a point that was just imported, whose files nobody relies on yet.
@@ -116,39 +166,26 @@ pub(super) async fn settle(store: &Store, paths: &BackupPaths, point: &PointRow)
 
 /// Brings the record of a point that was merged to its published manifest; whether there was anything to do.
 pub(super) async fn follow(store: &Store, manifest: &Manifest) -> Result<bool, StoreError> {
-    if manifest.generation == 0 {
-        return Ok(false);
-    }
-    let wanted: Vec<MergedDisk> = manifest
-        .disks
-        .iter()
-        .map(|disk| MergedDisk {
-            disk_id: disk.disk_id,
-            backup_type: disk.backup_type,
-            file_bytes: disk.file_bytes,
-            parent_id: disk.parent_id.clone(),
-            from_change_id: disk.from_change_id.clone(),
-        })
-        .collect();
     let mut transaction = store.write().await?;
-    let recorded: Vec<MergedDisk> = points::disks(&mut transaction, &manifest.backup_id)
-        .await?
-        .into_iter()
-        .map(|row| MergedDisk {
-            disk_id: row.disk_id,
-            backup_type: row.backup_type,
-            file_bytes: row.file_bytes,
-            parent_id: row.parent_id,
-            from_change_id: row.from_change_id,
-        })
-        .collect();
-    if recorded == wanted {
+    let point = points::find(&mut transaction, &manifest.backup_id).await?;
+    if point.is_none_or(|point| point.generation == manifest.generation) {
         return Ok(false);
     }
-    let (id, generation, merged) = (&manifest.backup_id, manifest.generation, &manifest.merged);
-    points::record_merge(&mut transaction, id, generation, merged, &wanted).await?;
+    record(&mut transaction, manifest).await?;
     transaction.commit().await?;
     Ok(true)
+}
+
+async fn record(transaction: &mut Connection, manifest: &Manifest) -> Result<(), StoreError> {
+    let disks = manifest.disks.iter().map(|disk| MergedDisk {
+        disk_id: disk.disk_id,
+        backup_type: disk.backup_type,
+        file_bytes: disk.file_bytes,
+        parent_id: disk.parent_id.clone(),
+        from_change_id: disk.from_change_id.clone(),
+    });
+    let disks: Vec<MergedDisk> = disks.collect();
+    points::record_merge(transaction, &manifest.backup_id, manifest.generation, &manifest.merged, &disks).await
 }
 
 /// The folders of merges, by point. A folder that cannot be read ends the look.
@@ -175,14 +212,23 @@ fn look(root: &Path) -> io::Result<Vec<(BackupId, PathBuf)>> {
     Ok(left)
 }
 
-/// The manifests of merged points whose files have not the lengths that are recorded: a database that is older than a merge.
-/// Manifests are read for those alone; there may be many points.
-fn changed(folders: &BTreeMap<BackupId, BackupPaths>, images: &[(BackupId, String, u64)]) -> Vec<Manifest> {
-    let differs = |(id, file, recorded): &&(BackupId, String, u64)| {
-        let length = folders.get(id).map(|paths| directory::file_bytes(&paths.published.join(file)));
-        matches!(length, Some(Ok(length)) if length != *recorded)
-    };
-    let points: BTreeSet<&BackupId> = images.iter().filter(differs).map(|(id, ..)| id).collect();
-    let manifests = points.into_iter().filter_map(|id| directory::load(&folders.get(id)?.published, id).ok());
-    manifests.filter(|manifest| manifest.generation > 0).collect()
+/// The recorded points whose manifests have another generation than their records (folder and generation), each with its whole
+/// manifest where that and the heads of the images agree. Lengths tell nothing: images that are made anew may have those of the
+/// old ones.
+fn changed(
+    root: &Path,
+    known: Vec<(String, u32)>,
+    repository: &RepositoryId,
+) -> Vec<(PointFolder, Result<Manifest, Fault>)> {
+    let folders = known.into_iter().filter(|(dir, recorded)| {
+        // What cannot be read is not there, or damaged, which is found in other ways.
+        Manifest::read_generation(&root.join(dir)).is_ok_and(|generation| generation != *recorded)
+    });
+    let folders = folders.filter_map(|(dir, _)| PointFolder::of_dir(&dir));
+    folders
+        .map(|folder| {
+            let manifest = survey::read(root, &folder, repository);
+            (folder, manifest)
+        })
+        .collect()
 }
