@@ -38,7 +38,6 @@ mod token;
 mod verification;
 #[allow(unused_qualifications, reason = "the macro of utoipa repeats the type of a query")]
 mod vms;
-pub mod volume;
 
 use axum::extract::DefaultBodyLimit;
 use axum::response::{IntoResponse, Response};

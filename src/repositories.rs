@@ -3,19 +3,35 @@
 //! Owning is more than the lock: before anything else uses a repository that was just locked, the jobs that waited for it are
 //! ended and it is swept, so that nobody reads new files by old records. That is so at the start, for one that is mounted later,
 //! and for a disk that is mounted over a folder. One that cannot be swept cannot be used, and is tried again by the next who asks.
+//!
+//! A file system that hangs is refused too, within a bound and for one thread in all ([`probes`]): what asks here before it goes
+//! to the files leaves no more behind.
+
+pub mod probes;
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use tokio::time::timeout;
 
 use crate::backup::{self, RecoverError};
 use crate::config::Config;
 use crate::id::RepositoryId;
 use crate::points::folder::FolderError;
 use crate::points::import::ImportReport;
-use crate::repository::lock::{Device, Marking, RepositoryLocks};
+use crate::repository::directory;
+use crate::repository::lock::{Device, LockError, Marking, RepositoryLocks};
 use crate::store::Store;
 use crate::store::repositories::{self, Repository};
+use probes::{ProbeError, Probes};
+
+/// How long a repository is given to show that it is there. A guess: a healthy one answers in microseconds, and twice this, the most
+/// that anyone waits, is what callers' proxies wait at least.
+const LIMIT: Duration = Duration::from_secs(5);
+/// The same where nothing but space is asked, or where a path leads: the answer can do without it.
+const GLANCE: Duration = Duration::from_secs(2);
 
 /// The repositories of this process. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -29,7 +45,8 @@ struct Shared {
     store: Store,
     /// Names this process start: jobs of it have tasks of their own.
     boot_id: String,
-    locks: RepositoryLocks,
+    locks: Arc<RepositoryLocks>,
+    probes: Probes,
     swept: std::sync::Mutex<HashMap<RepositoryId, Swept>>,
 }
 
@@ -48,8 +65,15 @@ type Swept = Arc<tokio::sync::Mutex<Option<(String, Device)>>>;
 impl Repositories {
     /// Owns nothing yet.
     pub fn new(config: Arc<Config>, store: Store, boot_id: &str) -> Self {
-        let (locks, swept) = (RepositoryLocks::new(), std::sync::Mutex::default());
-        Self { shared: Arc::new(Shared { config, store, boot_id: boot_id.to_owned(), locks, swept }) }
+        let shared = Shared {
+            config,
+            store,
+            boot_id: boot_id.to_owned(),
+            locks: Arc::new(RepositoryLocks::new()),
+            probes: Probes::default(),
+            swept: std::sync::Mutex::default(),
+        };
+        Self { shared: Arc::new(shared) }
     }
 
     /// Makes a repository this process's own, or finds that it is, and that its folder is there now. Not to be called inside a
@@ -59,7 +83,7 @@ impl Repositories {
     /// What was begun goes on.
     ///
     /// # Errors
-    /// It cannot be used now, or the database fails.
+    /// It cannot be used now, which is known within ten seconds, or the database fails.
     pub async fn own(&self, repository: &Repository) -> Result<Owned, FolderError> {
         let (this, repository) = (self.clone(), repository.clone());
         let owned = tokio::spawn(async move { Box::pin(this.own_in_turn(&repository)).await });
@@ -68,7 +92,11 @@ impl Repositories {
 
     async fn own_in_turn(&self, repository: &Repository) -> Result<Owned, FolderError> {
         let swept = self.swept(&repository.id);
-        let mut swept = swept.lock().await;
+        let Ok(mut swept) = timeout(LIMIT, swept.lock()).await else {
+            // Nothing is wrong with a sweep that takes its time; nobody may use the repository before its end.
+            let reason = "it is being looked through, or its file system does not answer".to_owned();
+            return Err(FolderError::Unavailable { id: repository.id.clone(), reason });
+        };
         let refused = |error| refused(repository, error);
         let device = self.lock(repository).await.map_err(refused)?;
         let place = Some((repository.path.clone(), device));
@@ -92,17 +120,65 @@ impl Repositories {
             || repositories::active_backup(&mut connection, &repository.id).await?.is_some();
         drop(connection);
         let marking = if is_used { Marking::MustBeThere } else { Marking::MayBegin };
-        let (shared, repository) = (Arc::clone(&self.shared), repository.clone());
-        let locked = tokio::task::spawn_blocking(move || {
-            shared.locks.acquire(repository.id.as_str(), Path::new(&repository.path), marking)
-        });
-        Ok(locked.await.map_err(|_| RecoverError::Panicked)??)
+        let (locks, id, path) =
+            (Arc::clone(&self.shared.locks), repository.id.clone(), PathBuf::from(&repository.path));
+        let folder = path.clone();
+        let locked = self.shared.probes.ask(&folder, LIMIT, move || locks.acquire(id.as_str(), &path, marking)).await;
+        match locked {
+            Ok(locked) => Ok(locked?),
+            Err(ProbeError::Unanswered) => {
+                Err(LockError::Unanswered { id: repository.id.to_string(), path: folder }.into())
+            }
+            Err(ProbeError::Panicked) => Err(RecoverError::Panicked),
+        }
+    }
+
+    /// Asks the file system of a repository something that it answers at once.
+    ///
+    /// # Errors
+    /// It does not, within [`LIMIT`]; the database is not asked.
+    pub(crate) async fn ask<T: Send + 'static>(
+        &self,
+        repository: &Repository,
+        question: impl FnOnce(&Path) -> T + Send + 'static,
+    ) -> Result<T, FolderError> {
+        let path = PathBuf::from(&repository.path);
+        let folder = path.clone();
+        self.shared.probes.ask(&folder, LIMIT, move || question(&path)).await.map_err(|error| match error {
+            ProbeError::Unanswered => FolderError::Unavailable { id: repository.id.clone(), reason: error.to_string() },
+            ProbeError::Panicked => FolderError::Panicked,
+        })
+    }
+
+    /// The space of the file system that holds a folder: free for this service, and in all, in bytes. `None` when there is no
+    /// folder, or no answer.
+    pub async fn space(&self, path: &str) -> Option<(u64, u64)> {
+        let measured = self.glance(path, |path| path.is_dir().then(|| directory::space(path).ok()).flatten());
+        measured.await.flatten()
+    }
+
+    /// Where a path leads; nothing when it leads nowhere, or there is no answer.
+    pub(crate) async fn resolve(&self, path: &str) -> Option<PathBuf> {
+        self.glance(path, |path| path.canonicalize().ok()).await.flatten()
+    }
+
+    /// Asks something of which no answer is an answer too. The path need not be one of a repository.
+    async fn glance<T: Send + 'static>(
+        &self,
+        path: &str,
+        question: impl FnOnce(&Path) -> T + Send + 'static,
+    ) -> Option<T> {
+        let path = PathBuf::from(path);
+        let folder = path.clone();
+        self.shared.probes.ask(&folder, GLANCE, move || question(&path)).await.ok()
     }
 
     /// Gives up a repository that is removed from this hub.
     pub async fn release(&self, id: &RepositoryId) {
         let swept = self.swept(id);
-        *swept.lock().await = None;
+        if let Ok(mut swept) = timeout(LIMIT, swept.lock()).await {
+            *swept = None;
+        }
         self.shared.locks.release(id.as_str());
     }
 

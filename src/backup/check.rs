@@ -207,25 +207,28 @@ async fn check_repository(shared: &Shared, repository: &Repository) -> Result<()
     if !repository.enabled {
         return Err(unavailable("it is disabled".to_owned()));
     }
-    let path = repository.path.clone();
-    let checked =
-        tokio::task::spawn_blocking(move || rustix::fs::access(Path::new(&path), Access::WRITE_OK | Access::EXEC_OK));
-    checked.await.map_err(|_| StartError::Panicked)?.map_err(|error| unavailable(error.kind().to_string()))?;
-    shared.repositories.own(repository).await.map(|_| ()).map_err(|error| match error {
-        FolderError::Unavailable { reason, .. } => unavailable(reason),
+    shared.repositories.own(repository).await.map_err(|error| refused(error, repository))?;
+    let writable = |path: &Path| rustix::fs::access(path, Access::WRITE_OK | Access::EXEC_OK);
+    let writable = shared.repositories.ask(repository, writable).await.map_err(|error| refused(error, repository))?;
+    writable.map_err(|error| unavailable(error.kind().to_string()))
+}
+
+fn refused(error: FolderError, repository: &Repository) -> StartError {
+    match error {
+        FolderError::Unavailable { reason, .. } => {
+            StartError::RepositoryUnavailable { id: repository.id.clone(), reason }
+        }
         FolderError::NotFound(id) => StartError::RepositoryNotFound(id),
         FolderError::Store(error) => error.into(),
         FolderError::Panicked => StartError::Panicked,
-    })
+    }
 }
 
 /// What is free, less the reserve and what running jobs are still expected to store, covers the estimate.
 async fn check_space(shared: &Shared, repository: &Repository, needed_bytes: u64) -> Result<(), StartError> {
-    let path = repository.path.clone();
-    let free = tokio::task::spawn_blocking(move || directory::space(Path::new(&path))).await;
-    let (free, _) = free.map_err(|_| StartError::Panicked)?.map_err(|error| StartError::RepositoryUnavailable {
-        id: repository.id.clone(),
-        reason: error.kind().to_string(),
+    let measured = shared.repositories.ask(repository, directory::space).await;
+    let (free, _) = measured.map_err(|error| refused(error, repository))?.map_err(|error| {
+        StartError::RepositoryUnavailable { id: repository.id.clone(), reason: error.kind().to_string() }
     })?;
     let promised = shared.registry.promised_bytes(&repository.path);
     let free_bytes = free.saturating_sub(promised).saturating_sub(shared.config.storage.min_free_bytes);

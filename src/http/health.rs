@@ -8,7 +8,6 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::problem::{Code, Problem};
-use super::volume;
 use crate::app::{AppState, Phase};
 use crate::clock::UtcTime;
 use crate::store::repositories;
@@ -66,7 +65,7 @@ async fn readyz(State(app): State<AppState>) -> Result<Json<Ready>, Problem> {
         Err(_) => reasons.push((Code::DatabaseBusy, "the database does not answer".to_owned())),
         Ok(repositories) => {
             for (id, path) in repositories {
-                if volume::space(&path).await.is_none() {
+                if app.repositories.space(&path).await.is_none() {
                     reasons.push((
                         Code::RepositoryUnavailable,
                         format!("the folder of repository {id} cannot be reached"),

@@ -5,7 +5,6 @@ mod folder;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::path::{Component, Path as FsPath, PathBuf};
-use std::time::Duration;
 
 use axum::Json;
 use axum::extract::{Path, State};
@@ -20,15 +19,12 @@ use utoipa_axum::routes;
 use super::extract::{JsonBody, QueryParams};
 use super::problem::{Code, Problem};
 use super::vms::check_text;
-use super::{etag, listing, volume};
+use super::{etag, listing};
 use crate::app::AppState;
 use crate::clock::UtcTime;
 use crate::id::RepositoryId;
 use crate::store::repositories::{self, Repository, RepositoryDescription, Retention};
 use crate::store::{Connection, StoreError, WriteTransaction};
-
-/// A path that does not lead anywhere within this time is on a mount that hangs. A guess: a healthy one answers in microseconds.
-const RESOLVE_LIMIT: Duration = Duration::from_secs(2);
 
 pub(super) fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::new().merge(folder::routes()).routes(routes!(list_repositories, add_repository)).routes(routes!(
@@ -85,15 +81,15 @@ struct RepositoryAnswer {
 }
 
 impl RepositoryAnswer {
-    async fn measure(repository: Repository) -> Self {
-        let space = volume::space(&repository.path).await;
+    async fn measure(app: &AppState, repository: Repository) -> Self {
+        let space = app.repositories.space(&repository.path).await;
         Self {
             id: repository.id,
             name: repository.name,
             path: repository.path,
             enabled: repository.enabled,
-            free_bytes: space.map(|space| space.free_bytes),
-            total_bytes: space.map(|space| space.total_bytes),
+            free_bytes: space.map(|(free, _)| free),
+            total_bytes: space.map(|(_, total)| total),
             retention: repository.retention,
             max_running: repository.max_running,
             last_check_at: repository.last_check_at,
@@ -131,7 +127,7 @@ async fn list_repositories(
     let next_page_token = listing::next_page_token(&found);
     let mut answers = Vec::with_capacity(found.rows.len());
     for repository in found.rows {
-        answers.push(RepositoryAnswer::measure(repository).await);
+        answers.push(RepositoryAnswer::measure(&app, repository).await);
     }
     Ok(Json(RepositoryList { repositories: answers, total: found.total, next_page_token }))
 }
@@ -144,7 +140,7 @@ async fn add_repository(
     JsonBody(body): JsonBody<RepositoryBody>,
 ) -> Result<Response, Problem> {
     let id = body.id.clone().unwrap_or_else(|| RepositoryId::from_name(&body.name));
-    let description = describe(body).await?;
+    let description = describe(&app, body).await?;
     let (mut transaction, taken) = begin_with_folder(&app, &id, &description.path).await?;
     refuse_taken(taken)?;
     if let Err(error) = repositories::insert(&mut transaction, &id, &description).await {
@@ -157,7 +153,7 @@ async fn add_repository(
     transaction.commit().await?;
     let location = [(LOCATION, format!("/api/v1/repositories/{id}"))];
     let etag = etag::header(repository.revision);
-    Ok((StatusCode::CREATED, location, etag, Json(RepositoryAnswer::measure(repository).await)).into_response())
+    Ok((StatusCode::CREATED, location, etag, Json(RepositoryAnswer::measure(&app, repository).await)).into_response())
 }
 
 /// One repository. The `ETag` is for a later `PUT`.
@@ -165,7 +161,7 @@ async fn add_repository(
     responses((status = 200, body = RepositoryAnswer)))]
 async fn show_repository(State(app): State<AppState>, Path(id): Path<String>) -> Result<Response, Problem> {
     let repository = load(&mut *app.store.read().await?, &id).await?;
-    Ok((etag::header(repository.revision), Json(RepositoryAnswer::measure(repository).await)).into_response())
+    Ok((etag::header(repository.revision), Json(RepositoryAnswer::measure(&app, repository).await)).into_response())
 }
 
 /// Replaces the description of a repository. The folder can change only while no restore point is in it.
@@ -181,7 +177,7 @@ async fn replace_repository(
     if body.id.as_ref().is_some_and(|given| given.as_str() != id) {
         return Err(Problem::invalid_field("/id", format!("must be {id} or left out: an id cannot change")));
     }
-    let description = describe(body).await?;
+    let description = describe(&app, body).await?;
     let known = load(&mut *app.store.read().await?, &id).await?;
     let (mut transaction, taken) = begin_with_folder(&app, &known.id, &description.path).await?;
     let repository = load(&mut transaction, &id).await?;
@@ -193,7 +189,7 @@ async fn replace_repository(
     repositories::replace(&mut transaction, &repository.id, &description).await?;
     let repository = load(&mut transaction, &id).await?;
     transaction.commit().await?;
-    Ok((etag::header(repository.revision), Json(RepositoryAnswer::measure(repository).await)).into_response())
+    Ok((etag::header(repository.revision), Json(RepositoryAnswer::measure(&app, repository).await)).into_response())
 }
 
 /// Removes a repository that holds no restore point. The folder is not touched.
@@ -250,12 +246,12 @@ async fn begin_with_folder(
     id: &RepositoryId,
     path: &str,
 ) -> Result<(WriteTransaction, Option<RepositoryId>), Problem> {
-    let canonical = resolve(path).await;
+    let canonical = app.repositories.resolve(path).await;
     let mut resolved: BTreeMap<String, Option<PathBuf>> = BTreeMap::new();
     loop {
         for other in repositories::all(&mut *app.store.read().await?).await? {
             if let Entry::Vacant(unknown) = resolved.entry(other.path) {
-                let leads_to = resolve(unknown.key()).await;
+                let leads_to = app.repositories.resolve(unknown.key()).await;
                 unknown.insert(leads_to);
             }
         }
@@ -281,13 +277,8 @@ fn refuse_taken(taken: Option<RepositoryId>) -> Result<(), Problem> {
     }
 }
 
-/// Where a path leads; nothing when it leads nowhere, or is on a mount that does not answer.
-async fn resolve(path: &str) -> Option<PathBuf> {
-    tokio::time::timeout(RESOLVE_LIMIT, tokio::fs::canonicalize(path)).await.ok()?.ok()
-}
-
 /// Checks a body and puts it into the words of the database.
-async fn describe(body: RepositoryBody) -> Result<RepositoryDescription, Problem> {
+async fn describe(app: &AppState, body: RepositoryBody) -> Result<RepositoryDescription, Problem> {
     check_text("/name", &body.name)?;
     check_text("/path", &body.path)?;
     if body.max_running == Some(0) {
@@ -295,9 +286,8 @@ async fn describe(body: RepositoryBody) -> Result<RepositoryDescription, Problem
     }
     let path = normal_path(&body.path)
         .ok_or_else(|| Problem::invalid_field("/path", "must be an absolute path without .. in it"))?;
-    let is_folder = tokio::fs::metadata(&path).await.is_ok_and(|metadata| metadata.is_dir());
     match path.into_os_string().into_string() {
-        Ok(path) if is_folder => Ok(RepositoryDescription {
+        Ok(path) if app.repositories.space(&path).await.is_some() => Ok(RepositoryDescription {
             name: body.name,
             path,
             enabled: body.enabled,

@@ -7,6 +7,7 @@ use utoipa::ToSchema;
 
 use super::content::BLOCK_BYTES;
 use super::digests::blocks_file_name;
+use super::folder::FolderError;
 use super::leaves::Leaves;
 use super::{Points, paths};
 use crate::digest::Digest;
@@ -48,7 +49,8 @@ pub struct ComparedDisk {
 struct Side {
     size_bytes: u64,
     content: Option<Digest>,
-    leaves: PathBuf,
+    /// Nothing while the repository cannot be used.
+    leaves: Option<PathBuf>,
 }
 
 impl Points {
@@ -86,9 +88,15 @@ impl Points {
         let row = points::find(&mut connection, id).await?.filter(|row| row.state != PointState::Deleted);
         let Some(row) = row else { return Ok(None) };
         let Some(repository) = repositories::find(&mut connection, &row.repository_id).await? else { return Ok(None) };
-        let folder = paths(&repository, &row).published;
+        drop(connection);
+        let folder = match self.shared.repositories.own(&repository).await {
+            Ok(_) => Some(paths(&repository, &row).published),
+            Err(FolderError::Store(error)) => return Err(error),
+            Err(_) => None,
+        };
+        let mut connection = self.shared.store.read().await?;
         let side = |disk: PointDiskRow| {
-            let leaves = folder.join(blocks_file_name(disk.disk_id));
+            let leaves = folder.as_ref().map(|folder| folder.join(blocks_file_name(disk.disk_id)));
             let content = disk.content_digest.as_deref().and_then(|digest| digest.parse().ok());
             (disk.disk_id, Side { size_bytes: disk.size_bytes, content, leaves })
         };
@@ -111,7 +119,8 @@ fn compare(disk_id: u32, (left, right): (Option<Side>, Option<Side>)) -> Compare
 
 /// The blocks that differ, in bytes; what one disk has more counts.
 fn differing(left: (&Side, &Digest), right: (&Side, &Digest)) -> Option<u64> {
-    let open = |(side, root): (&Side, &Digest)| Leaves::open(&side.leaves, side.size_bytes, root).ok().flatten();
+    let open =
+        |(side, root): (&Side, &Digest)| Leaves::open(side.leaves.as_ref()?, side.size_bytes, root).ok().flatten();
     let (mut left, mut right) = (open(left)?, open(right)?);
     let mut blocks = 0u64;
     loop {

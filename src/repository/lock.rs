@@ -8,7 +8,7 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
@@ -49,6 +49,14 @@ pub enum LockError {
         /// Its folder.
         path: PathBuf,
     },
+    /// Its file system hangs.
+    #[error("{} does not answer, the folder of repository {id}", path.display())]
+    Unanswered {
+        /// The repository.
+        id: String,
+        /// Its folder.
+        path: PathBuf,
+    },
     /// The folder is missing, read-only, or otherwise not usable.
     #[error("repository {id} cannot be used: {source}")]
     Unusable {
@@ -71,6 +79,7 @@ impl LockError {
             Self::Held { .. } => "another hub is using its folder".to_owned(),
             Self::Foreign { found, .. } => format!("its folder is marked as repository {found}"),
             Self::Unmarked { .. } => "its folder is not there".to_owned(),
+            Self::Unanswered { .. } => "its file system does not answer".to_owned(),
             Self::Unusable { source, .. } => source.kind().to_string(),
         }
     }
@@ -125,19 +134,19 @@ impl RepositoryLocks {
     }
 
     /// Takes the lock of a repository, or finds that this process has it already, and says where the folder is. Marks it at the
-    /// first time, where `marking` allows that. Blocks for the file system.
+    /// first time, where `marking` allows that. Blocks for the file system. Not to be called twice at once for one repository: the
+    /// second would meet the lock of the first.
     ///
     /// # Errors
     /// Another hub holds it, the folder is not the one that was marked, or it cannot be written.
     pub fn acquire(&self, id: &str, path: &Path, marking: Marking) -> Result<Device, LockError> {
         let unusable = |source| LockError::Unusable { id: id.to_owned(), source };
-        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
         let device = Device(fs::metadata(path).map_err(unusable)?.dev());
         // A lock that is held says nothing of a folder that went away since.
         if marking == Marking::MustBeThere && !is_marked(path) {
             return Err(LockError::Unmarked { id: id.to_owned(), path: path.to_owned() });
         }
-        if held.get(id).is_some_and(|held| held.path == path && held.device == device) {
+        if self.held().get(id).is_some_and(|held| held.path == path && held.device == device) {
             return Ok(device);
         }
         let file = open_lock(&path.join(LOCK_FILE)).map_err(unusable)?;
@@ -149,13 +158,20 @@ impl RepositoryLocks {
             Err(TryLockError::Error(error)) => return Err(unusable(error)),
         }
         check_marker(id, path)?;
-        held.insert(id.to_owned(), Held { path: path.to_owned(), device, lock: file });
+        let before = self.held().insert(id.to_owned(), Held { path: path.to_owned(), device, lock: file });
+        drop(before);
         Ok(device)
     }
 
     /// Gives the lock back, for a repository that is removed from this hub.
     pub fn release(&self, id: &str) {
-        self.held.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
+        let held = self.held().remove(id);
+        drop(held);
+    }
+
+    /// Never held while a file system is asked: one that hangs must not hold up the others.
+    fn held(&self) -> MutexGuard<'_, HashMap<String, Held>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -18,6 +18,7 @@ mod enospc;
 mod events;
 mod foreign;
 mod full_state;
+mod hung;
 mod idempotency;
 mod idle;
 mod import;
