@@ -67,7 +67,7 @@ impl App {
         let listeners = ListenerOptions::new(&config.nbd, tls);
         let backups =
             Backups::new(Arc::clone(&config), store.clone(), repositories.clone(), listeners.clone(), &boot_id)?;
-        let points = Points::new(Arc::clone(&config), store.clone(), repositories.clone(), backups.clone(), &boot_id);
+        let points = Points::new(Arc::clone(&config), store.clone(), repositories.clone(), &boot_id);
         let restores =
             Restores::new(Arc::clone(&config), store.clone(), repositories.clone(), listeners.clone(), &boot_id);
         let phase = watch::Sender::new(Phase::Starting);

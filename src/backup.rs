@@ -168,11 +168,6 @@ impl Backups {
         self.shared.registry.all()
     }
 
-    /// What running jobs are still expected to store in the repository at this path, in bytes: it is free and spoken for.
-    pub fn promised_bytes(&self, repository: &str) -> u64 {
-        self.shared.registry.promised_bytes(repository)
-    }
-
     /// How many jobs of this process ended in each terminal state.
     pub fn ended(&self) -> BTreeMap<JobState, u64> {
         self.shared.registry.ended()

@@ -43,7 +43,6 @@ use std::sync::{Arc, Mutex};
 
 use tokio::sync::watch;
 
-use crate::backup::Backups;
 use crate::config::Config;
 use crate::id::BackupId;
 use crate::repositories::Repositories;
@@ -64,8 +63,6 @@ struct Shared {
     config: Arc<Config>,
     store: Store,
     repositories: Repositories,
-    /// The jobs, whose space is not ours to take.
-    backups: Backups,
     /// Names this process start; pins of another one are void.
     boot_id: String,
     verifications: verify::Verifications,
@@ -80,13 +77,12 @@ struct Shared {
 }
 
 impl Points {
-    /// The points that `store` has records of, beside the jobs that make more of them.
-    pub fn new(config: Arc<Config>, store: Store, repositories: Repositories, backups: Backups, boot_id: &str) -> Self {
+    /// The points that `store` has records of.
+    pub fn new(config: Arc<Config>, store: Store, repositories: Repositories, boot_id: &str) -> Self {
         let shared = Shared {
             config,
             store,
             repositories,
-            backups,
             boot_id: boot_id.to_owned(),
             verifications: verify::Verifications::new(),
             passed: scrub::Passed::default(),

@@ -8,6 +8,7 @@
 //! to the files leaves no more behind.
 
 pub mod probes;
+pub mod promises;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -26,6 +27,7 @@ use crate::repository::lock::{Device, LockError, Marking, RepositoryLocks};
 use crate::store::Store;
 use crate::store::repositories::{self, Repository};
 use probes::{ProbeError, Probes};
+use promises::{Promise, Promises};
 
 /// How long a repository is given to show that it is there. A guess: a healthy one answers in microseconds, and twice this, the most
 /// that anyone waits, is what callers' proxies wait at least.
@@ -47,6 +49,7 @@ struct Shared {
     boot_id: String,
     locks: Arc<RepositoryLocks>,
     probes: Probes,
+    promises: Arc<Promises>,
     swept: std::sync::Mutex<HashMap<RepositoryId, Swept>>,
 }
 
@@ -71,6 +74,7 @@ impl Repositories {
             boot_id: boot_id.to_owned(),
             locks: Arc::new(RepositoryLocks::new()),
             probes: Probes::default(),
+            promises: Arc::default(),
             swept: std::sync::Mutex::default(),
         };
         Self { shared: Arc::new(shared) }
@@ -131,6 +135,16 @@ impl Repositories {
             }
             Err(ProbeError::Panicked) => Err(RecoverError::Panicked),
         }
+    }
+
+    /// Speaks for room in a repository; whether it is there, the caller finds out next.
+    pub fn promise(&self, repository: &RepositoryId, bytes: u64) -> Promise {
+        self.shared.promises.make(repository, bytes)
+    }
+
+    /// What running jobs and merges are still expected to store in a repository, in bytes: it is free and spoken for.
+    pub fn spoken_for(&self, repository: &RepositoryId) -> u64 {
+        self.shared.promises.spoken_for(repository)
     }
 
     /// Asks the file system of a repository something that it answers at once.

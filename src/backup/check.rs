@@ -15,6 +15,7 @@ use crate::id::new_ulid;
 use crate::login::Login;
 use crate::points::chain::{RecordedChain, Settling};
 use crate::points::folder::FolderError;
+use crate::repositories::promises::Promise;
 use crate::repository::{directory, layout};
 use crate::secret::Secret;
 use crate::store::points::{self, ChainImage};
@@ -36,6 +37,8 @@ pub(super) struct Checked {
     pub(super) password: Secret,
     pub(super) node: Node,
     pub(super) estimated_bytes: u64,
+    /// The room for that.
+    pub(super) promise: Promise,
     /// Disks in the order in which they were copied last time.
     pub(super) last_order: Vec<u32>,
     /// What the newest point has and this backup will not have.
@@ -59,9 +62,9 @@ pub(super) async fn check(shared: &Shared, new: &NewBackup) -> Result<Checked, S
     let Login { username, password, .. } = Login::read(&shared.config, &vm).await?;
     let node = shared.config.nodes.get(&vm.node).cloned().filter(|_| shared.node(&vm.node).is_some());
     let node = node.ok_or_else(|| StartError::NodeUnknown { vm_name: vm.name.clone(), node: vm.node.clone() })?;
-    check_space(shared, &repository, estimated_bytes).await?;
+    let promise = claim_space(shared, &repository, estimated_bytes).await?;
     let warnings = gone(&plans, newest.as_ref());
-    Ok(Checked { vm, repository, plans, username, password, node, estimated_bytes, last_order, warnings })
+    Ok(Checked { vm, repository, plans, username, password, node, estimated_bytes, promise, last_order, warnings })
 }
 
 /// That a VM has a disk less may be so, or be what was wrongly told of it: a backup without it is a success that somebody should
@@ -224,16 +227,17 @@ fn refused(error: FolderError, repository: &Repository) -> StartError {
     }
 }
 
-/// What is free, less the reserve and what running jobs are still expected to store, covers the estimate.
-async fn check_space(shared: &Shared, repository: &Repository, needed_bytes: u64) -> Result<(), StartError> {
+/// What is free, less the reserve and what running jobs and merges are still expected to store, covers the estimate: it is this
+/// job's from now on.
+async fn claim_space(shared: &Shared, repository: &Repository, needed_bytes: u64) -> Result<Promise, StartError> {
+    let promise = shared.repositories.promise(&repository.id, needed_bytes);
     let measured = shared.repositories.ask(repository, directory::space).await;
     let (free, _) = measured.map_err(|error| refused(error, repository))?.map_err(|error| {
         StartError::RepositoryUnavailable { id: repository.id.clone(), reason: error.kind().to_string() }
     })?;
-    let promised = shared.registry.promised_bytes(&repository.path);
-    let free_bytes = free.saturating_sub(promised).saturating_sub(shared.config.storage.min_free_bytes);
+    let free_bytes = free.saturating_sub(promise.earlier_bytes()).saturating_sub(shared.config.storage.min_free_bytes);
     if free_bytes < needed_bytes {
         return Err(StartError::InsufficientStorage { id: repository.id.clone(), needed_bytes, free_bytes });
     }
-    Ok(())
+    Ok(promise)
 }

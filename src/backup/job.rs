@@ -29,6 +29,7 @@ use crate::export::signals::Signals;
 use crate::id::BackupId;
 use crate::listeners::ports::BoundPort;
 use crate::listeners::{DiskListener, ListenerFigures};
+use crate::repositories::promises::Promise;
 use crate::repository::layout::BackupPaths;
 use crate::secret::Secret;
 use crate::store::Store;
@@ -239,6 +240,7 @@ pub(super) struct NewJob {
     pub(super) password: Secret,
     pub(super) ports: Vec<BoundPort>,
     pub(super) slot: Slot,
+    pub(super) promise: Promise,
 }
 
 impl Job {
@@ -258,7 +260,7 @@ impl Job {
             signals: Arc::clone(&signals),
             live: OnceLock::new(),
         });
-        let presence = shared.registry.enter(Arc::clone(&handle));
+        let presence = shared.registry.enter(Arc::clone(&handle), new.promise);
         let job = Self {
             shared: Arc::clone(shared),
             facts: new.facts,

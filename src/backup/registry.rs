@@ -13,6 +13,7 @@ use tokio::task::AbortHandle;
 use super::job::JobHandle;
 use super::state::JobState;
 use crate::id::{BackupId, RepositoryId, VmId};
+use crate::repositories::promises::Promise;
 
 /// Slots and running jobs.
 #[derive(Debug, Default)]
@@ -81,6 +82,8 @@ pub(super) struct Slot {
 pub(super) struct Presence {
     id: BackupId,
     registry: Arc<Registry>,
+    /// The room that is the job's as long.
+    _promise: Promise,
 }
 
 impl Registry {
@@ -117,13 +120,15 @@ impl Registry {
         Ok(Slot { id: id.clone(), registry: Arc::clone(self) })
     }
 
-    /// Makes a job reachable.
-    pub(super) fn enter(self: &Arc<Self>, handle: Arc<JobHandle>) -> Presence {
+    /// Makes a job reachable. What it was promised is from now on what it has not stored yet.
+    pub(super) fn enter(self: &Arc<Self>, handle: Arc<JobHandle>, promise: Promise) -> Presence {
         let id = handle.facts().id.clone();
+        let job = Arc::clone(&handle);
+        promise.follow(move || job.outstanding_bytes());
         let mut inner = self.lock();
         inner.jobs.insert(id.clone(), handle);
         self.report(&inner);
-        Presence { id, registry: Arc::clone(self) }
+        Presence { id, registry: Arc::clone(self), _promise: promise }
     }
 
     /// Keeps the means to end the task of a job that can be reached.
@@ -148,13 +153,6 @@ impl Registry {
     /// All jobs that can be reached, oldest first.
     pub(super) fn all(&self) -> Vec<Arc<JobHandle>> {
         self.lock().jobs.values().cloned().collect()
-    }
-
-    /// What running jobs are still expected to store in the repository at this path, in bytes.
-    pub(super) fn promised_bytes(&self, repository: &str) -> u64 {
-        let jobs = self.all();
-        let here = jobs.iter().filter(|job| job.facts().repository.path == repository);
-        here.map(|job| job.outstanding_bytes()).fold(0, u64::saturating_add)
     }
 
     /// How many jobs ended in each terminal state.

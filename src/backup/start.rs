@@ -26,6 +26,7 @@ use crate::discovery::RefreshError;
 use crate::id::{BackupId, RepositoryId, VmId};
 use crate::listeners::ports::{BoundPort, PortError};
 use crate::login::LoginError;
+use crate::repositories::promises::Promise;
 use crate::repository::layout::{self, BackupPaths};
 use crate::secret::Secret;
 use crate::store::backups::{self, BackupDiskRow, BackupRow};
@@ -261,9 +262,9 @@ async fn accept_as_planned(shared: &Arc<Shared>, new: NewBackup) -> Result<Accep
     let id = BackupId::new();
     let slot = claim(shared, &id, &checked)?;
     let ports = shared.ports.lease(&shared.config.port_range(&checked.node).ports(), checked.plans.len())?;
-    let (facts, username, password) = record(shared, id, new, checked, &ports).await?;
+    let Accepting { facts, username, password, promise } = record(shared, id, new, checked, &ports).await?;
     tracing::info!(job_id = %facts.id, vm = facts.vm.name, disks = facts.disks.len(), "backup accepted");
-    let new_job = NewJob { facts, vcenter_user: username, password, ports, slot };
+    let new_job = NewJob { facts, vcenter_user: username, password, ports, slot, promise };
     let (job, handle, news) = Job::new(shared, new_job);
     super::supervise(shared, job);
     Ok(Accepted { handle, news })
@@ -296,6 +297,14 @@ pub(super) fn in_progress(shared: &Shared, vm: &Vm, active: BackupId) -> StartEr
     StartError::InProgress { vm_name: vm.name.clone(), active, state }
 }
 
+/// What is left of the check once the job exists.
+struct Accepting {
+    facts: Arc<JobFacts>,
+    username: String,
+    password: Secret,
+    promise: Promise,
+}
+
 /// The transaction that makes the job exist.
 async fn record(
     shared: &Shared,
@@ -303,8 +312,10 @@ async fn record(
     mut new: NewBackup,
     checked: Checked,
     ports: &[BoundPort],
-) -> Result<(Arc<JobFacts>, String, Secret), StartError> {
-    let Checked { vm, repository, mut plans, username, password, estimated_bytes, last_order, warnings, .. } = checked;
+) -> Result<Accepting, StartError> {
+    let Checked {
+        vm, repository, mut plans, username, password, estimated_bytes, last_order, promise, warnings, ..
+    } = checked;
     new.warnings.extend(warnings);
     let boot_id = shared.boot_id.as_str();
     let mut transaction = shared.store.write().await?;
@@ -379,7 +390,7 @@ async fn record(
         idempotency::insert(&mut transaction, key, body_hash, &facts.id, expires_at).await?;
     }
     transaction.commit().await?;
-    Ok((Arc::new(facts), username, password))
+    Ok(Accepting { facts: Arc::new(facts), username, password, promise })
 }
 
 /// Gives a disk a name that nobody knows yet where a client of an earlier job may still come to its port for the one that it has.

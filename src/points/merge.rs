@@ -13,7 +13,7 @@ mod recover;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use serde_json::json;
@@ -24,6 +24,7 @@ use super::folder::FolderError;
 use super::state::PointState;
 use crate::clock::UtcTime;
 use crate::id::{BackupId, TaskId};
+use crate::repositories::promises::Promise;
 use crate::repository::directory;
 use crate::repository::manifest::Manifest;
 use crate::repository::merging::{self, Exchange};
@@ -137,11 +138,11 @@ impl Points {
     }
 
     async fn merge_pinned(&self, child: &BackupId, plan: &Arc<Plan>) -> Result<Merged, MergeError> {
-        self.check_room(plan).await?;
+        let promise = self.claim_room(plan).await?;
         if let Settled::LeftAlone(reason) = recover::settle(&self.shared.store, &plan.paths, &plan.point).await? {
             return Err(MergeError::Leftover { point: child.clone(), reason });
         }
-        let built = self.build(plan).await;
+        let built = self.build(plan, promise).await;
         let published = match built {
             Ok(manifest) => self.publish(plan, &manifest).await.map(|()| manifest),
             Err(error) => Err(error),
@@ -175,44 +176,49 @@ impl Points {
         })
     }
 
-    /// The repository has room.
-    async fn check_room(&self, plan: &Arc<Plan>) -> Result<(), MergeError> {
-        let room = self.room(plan);
+    /// The repository has room, which is the merge's from now on.
+    async fn claim_room(&self, plan: &Arc<Plan>) -> Result<Arc<Promise>, MergeError> {
+        let promise = Arc::new(self.shared.repositories.promise(&plan.repository.id, plan.needed_bytes()));
+        let (earlier, min_free) = (Arc::clone(&promise), self.shared.config.storage.min_free_bytes);
         blocking(plan, move |plan| {
             let id = &plan.repository.id;
-            let free_bytes = room().map_err(|error| MergeError::RepositoryUnavailable {
-                id: id.clone(),
-                reason: error.kind().to_string(),
+            let (free, _) = directory::space(Path::new(&plan.repository.path)).map_err(|error| {
+                MergeError::RepositoryUnavailable { id: id.clone(), reason: error.kind().to_string() }
             })?;
-            let needed_bytes = plan.needed_bytes;
+            let free_bytes = free.saturating_sub(earlier.earlier_bytes()).saturating_sub(min_free);
+            let needed_bytes = plan.needed_bytes();
             if free_bytes < needed_bytes {
                 return Err(MergeError::InsufficientStorage { id: id.clone(), needed_bytes, free_bytes });
             }
             Ok(())
         })
-        .await
+        .await?;
+        Ok(promise)
     }
 
-    /// How many bytes a merge may take of the repository now. What jobs were accepted for is theirs, although it is not written
-    /// yet. Asking blocks.
-    fn room(&self, plan: &Plan) -> impl Fn() -> io::Result<u64> + Send + 'static {
-        let (backups, path) = (self.shared.backups.clone(), plan.repository.path.clone());
-        let min_free = self.shared.config.storage.min_free_bytes;
+    /// How many bytes a merge may take of the repository now beyond what it was promised. What others were promised is theirs,
+    /// although it is not written yet. Asking blocks.
+    fn room(&self, plan: &Plan, promise: Arc<Promise>) -> impl Fn() -> io::Result<u64> + Send + 'static {
+        let (path, min_free) = (plan.repository.path.clone(), self.shared.config.storage.min_free_bytes);
         move || {
             let (free, _) = directory::space(Path::new(&path))?;
-            Ok(free.saturating_sub(backups.promised_bytes(&path)).saturating_sub(min_free))
+            Ok(free.saturating_sub(promise.spoken_for()).saturating_sub(min_free))
         }
     }
 
     /// Makes the folder with everything in it. Whatever this made is the caller's to remove when it fails.
-    async fn build(&self, plan: &Arc<Plan>) -> Result<Manifest, MergeError> {
+    async fn build(&self, plan: &Arc<Plan>, promise: Arc<Promise>) -> Result<Manifest, MergeError> {
         let merges = &self.shared.merges;
-        let (stop, progress, room) = (Arc::clone(&merges.stop), Arc::clone(&merges.progress), self.room(plan));
+        let (stop, progress) = (Arc::clone(&merges.stop), Arc::clone(&merges.progress));
+        let left = Arc::new(AtomicU64::new(plan.needed_bytes()));
+        let outstanding = Arc::clone(&left);
+        promise.follow(move || outstanding.load(Ordering::Relaxed));
+        let room = self.room(plan, promise);
         let built = blocking(plan, move |plan| {
             if merging::create_merging(&plan.paths)? == Exchange::Impossible {
                 return Err(MergeError::NoExchange { path: plan.paths.vm.clone() });
             }
-            build::build(plan, &room, &stop, &progress)
+            build::build(plan, &room, &stop, &left, &progress)
         })
         .await;
         if let Err(MergeError::Unequal { disk_id, offset }) = &built {

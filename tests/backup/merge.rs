@@ -416,6 +416,45 @@ async fn a_repository_without_room_refuses_a_merge_or_ends_it_and_nothing_change
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_backup_leaves_what_a_running_merge_still_needs() {
+    let mut rig = with(|plan| plan.disks = vec![(FIRST, content(1, 24 * MIB)), (SECOND, content(2, 2 * MIB))]).await;
+    let history = chain(&mut rig, 2).await;
+    let app = Arc::clone(rig.service.service.app());
+    let main = "main".parse().unwrap();
+    // A merge speaks for as much as both images have, and for less and less of it.
+    let (merged, needed) = (Arc::new(AtomicBool::new(false)), {
+        let mut connection = app.store.read().await.unwrap();
+        let mut bytes = 0;
+        for (id, _) in &history {
+            bytes += points::disks(&mut connection, id).await.unwrap().iter().map(|disk| disk.file_bytes).sum::<u64>();
+        }
+        bytes
+    });
+    let watching = std::thread::spawn({
+        let (repositories, merged) = (app.repositories.clone(), Arc::clone(&merged));
+        move || {
+            let mut seen = std::collections::BTreeSet::new();
+            while !merged.load(Ordering::Relaxed) {
+                seen.insert(repositories.spoken_for(&"main".parse().unwrap()));
+            }
+            seen
+        }
+    });
+    merge(&rig, &history[1].0).await.unwrap();
+    merged.store(true, Ordering::Relaxed);
+    let seen = watching.join().unwrap();
+    assert_eq!(seen.last(), Some(&needed), "{seen:?}");
+    assert!(seen.iter().any(|left| (1..needed).contains(left)), "{seen:?}");
+    assert_eq!(app.repositories.spoken_for(&main), 0);
+    // What is spoken for is not free, whoever spoke.
+    let spoken = app.repositories.promise(&main, u64::MAX / 2);
+    let problem = rig.try_start().await.expect_problem(507, "insufficient_storage");
+    assert_eq!(problem["free_bytes"], 0, "{problem:#}");
+    drop(spoken);
+    assert_eq!(rig.back_up().await["state"], "committed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_merge_leaves_what_a_running_backup_was_promised() {
     let folder = tempfile::tempdir().unwrap();
     let small = folder.path().join("main-is-small");

@@ -3,7 +3,7 @@
 use std::io;
 use std::ops::ControlFlow;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use blockyard_qcow2::{self as qcow2, Access, Backing, BackingFormat, CreateOptions, Disk, Image, OpenOptions};
 use tokio::sync::watch;
@@ -20,11 +20,12 @@ use crate::store::points::PointDiskRow;
 const BLOCKS_EXTENSION: &str = "blocks";
 
 /// Fills the folder, which is there and empty. Blocks for as long as it takes to read everything three times.
-/// `room` tells how many bytes a copy may take.
+/// `room` tells how many bytes a copy may take; `left` is told how many the new images may still take.
 pub(super) fn build(
     plan: &Plan,
     room: &dyn Fn() -> io::Result<u64>,
     stop: &AtomicBool,
+    left: &AtomicU64,
     progress: &watch::Sender<Option<MergeProgress>>,
 ) -> Result<Manifest, MergeError> {
     let published = directory::load(&plan.paths.published, &plan.point.id)?;
@@ -34,7 +35,7 @@ pub(super) fn build(
         .map(|point| directory::load(&plan.paths.vm.join(point.id.as_str()), &point.id))
         .collect::<Result<_, _>>()?;
     let total_bytes = plan.disks.iter().filter(|disk| disk.parent.is_some()).map(|disk| 2 * disk.row.size_bytes).sum();
-    let mut before = 0;
+    let (mut before, mut after_this) = (0, plan.needed_bytes());
     let mut disks = Vec::with_capacity(plan.disks.len());
     for disk in &plan.disks {
         let disk_id = disk.row.disk_id;
@@ -49,7 +50,11 @@ pub(super) fn build(
             disks.push(known.clone());
             continue;
         }
+        after_this = after_this.saturating_sub(disk.needed_bytes());
+        let image = plan.paths.merging.join(&disk.row.file);
         let mut tell = |done: u64| {
+            let stored = directory::file_bytes(&image).unwrap_or_default();
+            left.store(after_this.saturating_add(disk.needed_bytes().saturating_sub(stored)), Ordering::Relaxed);
             let done_bytes = before + done;
             let now = MergeProgress { point: plan.point.id.clone(), done_bytes, total_bytes };
             progress.send_replace(Some(now));
@@ -59,6 +64,7 @@ pub(super) fn build(
             MergeError::Image { source: qcow2::Error::Cancelled, .. } => MergeError::Stopping,
             error => error,
         })?;
+        left.store(after_this, Ordering::Relaxed);
         disks.push(describe(plan, disk, known, &absorbed)?);
         before += 2 * disk.row.size_bytes;
     }

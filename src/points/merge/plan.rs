@@ -24,7 +24,13 @@ pub(super) struct Plan {
     pub(super) disks: Vec<PlannedDisk>,
     /// The direct parents, oldest first.
     pub(super) absorbed: Vec<PointRow>,
-    pub(super) needed_bytes: u64,
+}
+
+impl Plan {
+    /// What all new images may take, in bytes.
+    pub(super) fn needed_bytes(&self) -> u64 {
+        self.disks.iter().map(PlannedDisk::needed_bytes).fold(0, u64::saturating_add)
+    }
 }
 
 /// One disk of the point.
@@ -35,6 +41,13 @@ pub(super) struct PlannedDisk {
     pub(super) parent: Option<(BackupId, PointDiskRow)>,
     /// What will lie below, with the name of its image; nothing for what will be a full.
     pub(super) base: Option<(BackupId, PointDiskRow)>,
+}
+
+impl PlannedDisk {
+    /// What its new image may take, in bytes: it holds what one of the two holds, cluster by cluster.
+    pub(super) fn needed_bytes(&self) -> u64 {
+        self.parent.as_ref().map_or(0, |(_, parent)| self.row.file_bytes.saturating_add(parent.file_bytes))
+    }
 }
 
 impl Points {
@@ -61,13 +74,8 @@ impl Points {
         let pins = Pins::of(&self.shared.store, task.as_str());
         leases::pin_chain(&mut transaction, child, task.as_str(), &self.shared.boot_id).await?;
         transaction.commit().await?;
-        // The new image holds what one of the two holds, cluster by cluster.
-        let needed_bytes = disks
-            .iter()
-            .filter_map(|disk| Some(disk.row.file_bytes + disk.parent.as_ref()?.1.file_bytes))
-            .fold(0, u64::saturating_add);
         let paths = paths(&repository, &point);
-        Ok((Plan { point, repository, paths, disks, absorbed, needed_bytes }, pins))
+        Ok((Plan { point, repository, paths, disks, absorbed }, pins))
     }
 }
 
