@@ -38,7 +38,7 @@ async fn delete_point(State(app): State<AppState>, Path(id): Path<String>) -> Re
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// Deletes what a backup left: its restore point, or, when it has none, its record.
+/// Deletes what a backup left: its restore point, or, when it has none, its record with what it has put aside.
 #[utoipa::path(delete, path = "/backups/{id}", tag = "backups", params(("id" = String, Path)), responses((status = 204)))]
 async fn delete_backup(State(app): State<AppState>, Path(id): Path<String>) -> Result<StatusCode, Problem> {
     let id = backups::parse_id(&id)?;
@@ -212,6 +212,17 @@ fn delete_refused(error: DeleteError) -> Problem {
                 "{id} is being deleted, but not all of its files could be removed yet ({}). Delete it again to go on.",
                 source.kind()
             );
+            Problem::new(Code::RepositoryUnavailable, detail)
+        }
+        DeleteError::Left { id, source } => {
+            tracing::error!(job_id = %id, error = %source, "what a job has left cannot be removed");
+            let kind = source.kind();
+            let detail =
+                format!("What {id} has left could not be removed ({kind}). Its record stays: delete it again.");
+            Problem::new(Code::RepositoryUnavailable, detail)
+        }
+        DeleteError::Foreign { id, what } => {
+            let detail = format!("What {id} has left is not removed, nor is its record: {what}. Take that away first.");
             Problem::new(Code::RepositoryUnavailable, detail)
         }
         DeleteError::Store(error) => error.into(),

@@ -7,6 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
+use std::path::Path;
 use std::sync::{Arc, PoisonError};
 
 use serde_json::{Value, json};
@@ -16,13 +17,14 @@ use super::state::PointState;
 use super::{Points, Shared, paths};
 use crate::clock::UtcTime;
 use crate::id::{BackupId, RepositoryId};
-use crate::repository::directory;
+use crate::repository::directory::{self, Leftover};
 use crate::repository::layout::BackupPaths;
 use crate::repository::merging::{self, Orphan};
+use crate::store::backups::{self, BackupRow};
 use crate::store::events::{self, Actor};
 use crate::store::points::{self, PointRow};
 use crate::store::repositories;
-use crate::store::{Connection, Store, StoreError, backups, leases};
+use crate::store::{Connection, Store, StoreError, leases};
 
 /// A deletion was recorded; its files are still there.
 const DELETING: &str = "point.deleting";
@@ -80,6 +82,22 @@ pub enum DeleteError {
         id: BackupId,
         /// What the file system said.
         source: io::Error,
+    },
+    /// What a job has left cannot be removed; the record stays, being all that names it.
+    #[error("what {id} has left could not be removed: {source}")]
+    Left {
+        /// The job.
+        id: BackupId,
+        /// What the file system said.
+        source: io::Error,
+    },
+    /// What a job has left holds something else; the record stays, and so does all of that.
+    #[error("what {id} has left is not all of it: {what}")]
+    Foreign {
+        /// The job.
+        id: BackupId,
+        /// What is somebody else's, without paths.
+        what: String,
     },
     /// The database failed.
     #[error(transparent)]
@@ -139,26 +157,57 @@ impl Points {
         deletion.await.map_err(|_| DeleteError::Panicked)?
     }
 
-    /// Deletes what a job left: its restore point, or, when it has none, its record.
+    /// Deletes what a job left: its restore point, or, when it has none, its record with what it has put aside.
+    ///
+    /// # Cancellation
+    /// The deletion runs to its end when the future is dropped.
     ///
     /// # Errors
-    /// As [`Self::delete`]; also a job that does not exist or is not over.
+    /// As [`Self::delete`]; also a job that does not exist or is not over, or whose files cannot be removed.
     pub async fn delete_backup(&self, id: &BackupId, by: Actor) -> Result<(), DeleteError> {
-        let mut transaction = self.shared.store.write().await?;
-        let row = backups::find(&mut transaction, id).await?;
-        let row = row.ok_or_else(|| DeleteError::BackupNotFound(id.clone()))?;
-        if !row.state.is_terminal() {
-            return Err(DeleteError::Active(id.clone()));
+        let (points, id) = (self.clone(), id.clone());
+        let deletion = tokio::spawn(async move {
+            let mut connection = points.shared.store.read().await?;
+            let row = over(&mut connection, &id).await?;
+            if points::find(&mut connection, &id).await?.is_some() {
+                drop(connection);
+                return points.delete(&id, by).await;
+            }
+            drop(connection);
+            // Before the record, which alone tells where they are. Cut in between, it is asked for again.
+            points.remove_left_by(&row).await?;
+            let mut transaction = points.shared.store.write().await?;
+            // Somebody may have been faster. What is over stays over, and gets no point any more.
+            let row = over(&mut transaction, &id).await?;
+            backups::remove(&mut transaction, &id).await?;
+            let data = json!({"job_id": id, "vm_context_id": row.vm_id, "state": row.state, "by": by.as_str()});
+            events::append(&mut transaction, "job.deleted", id.as_str(), &data, by, UtcTime::now()).await?;
+            transaction.commit().await?;
+            Ok(())
+        });
+        deletion.await.map_err(|_| DeleteError::Panicked)?
+    }
+
+    /// Removes what a job without a point has put aside or could not remove. Nobody can tell while its repository is away.
+    async fn remove_left_by(&self, row: &BackupRow) -> Result<(), DeleteError> {
+        let mut connection = self.shared.store.read().await?;
+        let directory = backups::directory_of(&mut connection, &row.vm_id).await?;
+        let repository = repositories::find(&mut connection, &row.repository_id).await?;
+        drop(connection);
+        // It never had a folder, or its repository is not this hub's any more.
+        let (Some(directory), Some(_)) = (directory, repository) else { return Ok(()) };
+        let repository = match self.reach(&row.repository_id).await? {
+            Reach::Ours(repository) => repository,
+            Reach::Unavailable { id, reason } => return Err(DeleteError::RepositoryUnavailable { id, reason }),
+        };
+        let id = row.id.clone();
+        let paths = BackupPaths::new(Path::new(&repository.path), &directory, id.as_str());
+        let removed = tokio::task::spawn_blocking(move || directory::remove_left(&paths)).await;
+        match removed.map_err(|_| DeleteError::Panicked)? {
+            Ok(Leftover::Gone) => Ok(()),
+            Ok(Leftover::Foreign(what)) => Err(DeleteError::Foreign { id, what }),
+            Err(source) => Err(DeleteError::Left { id, source }),
         }
-        if points::find(&mut transaction, id).await?.is_some() {
-            drop(transaction);
-            return self.delete(id, by).await;
-        }
-        backups::remove(&mut transaction, id).await?;
-        let data = json!({"job_id": id, "vm_context_id": row.vm_id, "state": row.state, "by": by.as_str()});
-        events::append(&mut transaction, "job.deleted", id.as_str(), &data, by, UtcTime::now()).await?;
-        transaction.commit().await?;
-        Ok(())
     }
 
     /// Whether the files of a point can be reached: its repository is ours, or why not.
@@ -256,6 +305,12 @@ pub(super) enum Reach {
         /// Why, without paths.
         reason: String,
     },
+}
+
+/// A job that is over.
+async fn over(connection: &mut Connection, id: &BackupId) -> Result<BackupRow, DeleteError> {
+    let row = backups::find(connection, id).await?.ok_or_else(|| DeleteError::BackupNotFound(id.clone()))?;
+    if row.state.is_terminal() { Ok(row) } else { Err(DeleteError::Active(id.clone())) }
 }
 
 /// What keeps a point from being deleted.

@@ -122,6 +122,44 @@ pub fn quarantine_staged(paths: &BackupPaths) -> io::Result<()> {
     }
 }
 
+/// What became of what a job has left.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Leftover {
+    /// Nothing of it is there.
+    Gone,
+    /// It is not all ours, and what is not; nothing was removed.
+    Foreign(String),
+}
+
+/// Removes what a job without a point has left, which is over: what was put aside, and what could not be removed at its end. An
+/// empty `<vm-dir>` goes too.
+///
+/// # Errors
+/// Any error of the file system but "not found".
+///
+/// # Durability
+/// The removal survives a power cut.
+pub fn remove_left(paths: &BackupPaths) -> io::Result<Leftover> {
+    let folders = [&paths.quarantined, &paths.staged];
+    for folder in folders {
+        if let Some(foreign) = foreign_in(folder)? {
+            return Ok(Leftover::Foreign(foreign));
+        }
+    }
+    let mut removed = false;
+    for folder in folders {
+        match fs::remove_dir_all(folder) {
+            Ok(()) => removed = true,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    if removed {
+        sync_emptied(paths)?;
+    }
+    Ok(Leftover::Gone)
+}
+
 /// Sets the modes of the staged files, writes the manifest, and makes all of it durable under the staged name.
 ///
 /// # Errors
@@ -316,6 +354,23 @@ mod tests {
         retire(&paths).unwrap();
         assert!(remove_retired(&paths).is_err());
         fs::create_dir(root.path()).unwrap();
+    }
+
+    #[test]
+    fn what_a_job_left_goes_whole_or_not_at_all() {
+        let root = tempfile::tempdir().unwrap();
+        let paths = paths(root.path());
+        assert_eq!(remove_left(&paths).unwrap(), Leftover::Gone, "there is nothing");
+        create_staged(&paths).unwrap();
+        fs::write(paths.staged_image(0), b"x").unwrap();
+        quarantine_staged(&paths).unwrap();
+        fs::write(paths.quarantined.join("what I found.txt"), b"mine").unwrap();
+        assert!(matches!(remove_left(&paths).unwrap(), Leftover::Foreign(what) if what.contains("what I found.txt")));
+        assert!(paths.quarantined.join("disk-0.qcow2").exists());
+        fs::remove_file(paths.quarantined.join("what I found.txt")).unwrap();
+        fs::create_dir(&paths.staged).unwrap();
+        assert_eq!(remove_left(&paths).unwrap(), Leftover::Gone);
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
     }
 
     #[test]
