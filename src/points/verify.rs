@@ -1,33 +1,29 @@
 //! Verifications: one at a time per hub, each pins what it reads and reads on blocking threads. What is read is the business of
-//! `inspect` and `take`, and what it means is decided in `settle`.
+//! `inspect` and `take`, and what it means is decided in `settle`. Which ones there are is kept in `registry`.
 
-use std::collections::{BTreeMap, HashMap};
+mod registry;
+
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
-
-use tokio::sync::{Semaphore, watch};
-use tokio::task::JoinSet;
+use std::sync::Arc;
+use std::time::Instant;
 
 use super::finding::{Finding, Severity};
 use super::folder::FolderError;
 use super::inspect::{self, Inspection, Subject, SubjectDisk};
-use super::pace::{Gate, Held, Reading};
+use super::pace::Reading;
 use super::pins::Pins;
 use super::settle::is_there;
-use super::state::Trust;
 use super::take::{Content, ExamineError, Examined, examine};
 use super::verification::{Outcome, Phase, Request, Scope, Verification, VerifiedPoint};
 use super::{Points, paths};
 use crate::clock::UtcTime;
 use crate::id::{BackupId, TaskId};
-use crate::store::{StoreError, leases, points, repositories, trust};
+use crate::store::{StoreError, leases, points, repositories};
+
+pub use registry::{Totals, Verifications};
 
 /// How often a point is read again whose folder was exchanged meanwhile. A guess: its pins should not let it happen once.
 const EXCHANGES_MAX: usize = 3;
-/// How long a stop waits for verifications; a file system that hangs must not hold it for ever.
-const STOP_LIMIT: Duration = Duration::from_secs(5);
-
 /// Why a point is not verified.
 #[derive(Debug, thiserror::Error)]
 pub enum VerifyError {
@@ -48,66 +44,6 @@ pub enum VerifyError {
     /// The database failed.
     #[error(transparent)]
     Store(#[from] StoreError),
-}
-
-/// The verifications of this process.
-#[derive(Debug)]
-pub struct Verifications {
-    pub(super) gate: Arc<Gate>,
-    pub(super) stopping: watch::Sender<bool>,
-    turn: Semaphore,
-    known: Mutex<Known>,
-    tasks: Mutex<JoinSet<()>>,
-}
-
-#[derive(Debug, Default)]
-struct Known {
-    /// The last one of each point.
-    last: HashMap<BackupId, Arc<Verification>>,
-    /// Those that are not over: whose pins are for reading only.
-    open: HashMap<TaskId, Arc<Verification>>,
-    totals: Totals,
-}
-
-/// What all verifications of this process came to.
-#[derive(Clone, Debug, Default)]
-pub struct Totals {
-    /// How many ended with each outcome.
-    pub outcomes: BTreeMap<Outcome, u64>,
-    /// How long they read.
-    pub time: Duration,
-    /// How much.
-    pub bytes: u64,
-}
-
-impl Verifications {
-    /// None yet.
-    pub fn new() -> Self {
-        Self {
-            gate: Arc::default(),
-            stopping: watch::Sender::new(false),
-            turn: Semaphore::new(1),
-            known: Mutex::default(),
-            tasks: Mutex::default(),
-        }
-    }
-
-    fn known(&self) -> std::sync::MutexGuard<'_, Known> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Runs in a task that a stop waits for.
-    pub(super) fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
-        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
-        while tasks.try_join_next().is_some() {}
-        tasks.spawn(work);
-    }
-}
-
-impl Default for Verifications {
-    fn default() -> Self {
-        Self::new()
-    }
 }
 
 /// A verification that holds its points. Dropped before its end, by a panic or a caller that went away, it has failed and holds
@@ -159,52 +95,6 @@ impl Points {
         Ok(verification)
     }
 
-    /// The running or the last verification of a point in this process.
-    pub fn verification(&self, id: &BackupId) -> Option<Arc<Verification>> {
-        self.shared.verifications.known().last.get(id).cloned()
-    }
-
-    /// Whether a verification reads this point now.
-    pub fn is_verifying(&self, id: &BackupId) -> bool {
-        let known = self.shared.verifications.known();
-        known.open.values().any(|open| open.view().phase == Phase::Running && open.order.contains(id))
-    }
-
-    /// What all verifications of this process came to.
-    pub fn verification_totals(&self) -> Totals {
-        self.shared.verifications.known().totals.clone()
-    }
-
-    /// How many points have each trust.
-    ///
-    /// # Errors
-    /// The database's.
-    pub async fn trust_counts(&self) -> Result<Vec<(Trust, u64)>, StoreError> {
-        trust::counts(&mut *self.shared.store.read().await?).await
-    }
-
-    /// Lets verifications stand still as long as the value lives, as one does whose file system hangs. For tests.
-    pub fn hold_verifications(&self) -> Held {
-        self.shared.verifications.gate.hold()
-    }
-
-    /// Ends what verifications are running and begins no more. Their pins are given back.
-    pub async fn stop_verifications(&self) {
-        self.abandon_verifications();
-        let mut tasks =
-            std::mem::take(&mut *self.shared.verifications.tasks.lock().unwrap_or_else(PoisonError::into_inner));
-        let ended = tokio::time::timeout(STOP_LIMIT, async { while tasks.join_next().await.is_some() {} });
-        if ended.await.is_err() {
-            tracing::warn!("a verification did not end in time; its pins end with the process");
-        }
-    }
-
-    /// Lets verifications end where they are; nobody waits for it.
-    pub(crate) fn abandon_verifications(&self) {
-        self.shared.verifications.gate.stop();
-        self.shared.verifications.stopping.send_replace(true);
-    }
-
     /// Reads the files of a point and says what is not as it was. Nothing is written or concluded.
     ///
     /// # Errors
@@ -214,15 +104,6 @@ impl Points {
         let reading = Reading { gate: Arc::clone(&self.shared.verifications.gate), ..Reading::default() };
         let inspected = tokio::task::spawn_blocking(move || inspect::inspect(&subject, &reading)).await;
         inspected.ok().and_then(Result::ok).ok_or(VerifyError::Stopping)
-    }
-
-    /// Waits until no other verification reads; nothing when the service stops.
-    pub(super) async fn turn(&self) -> Option<tokio::sync::SemaphorePermit<'_>> {
-        let mut stopping = self.shared.verifications.stopping.subscribe();
-        tokio::select! {
-            turn = self.shared.verifications.turn.acquire() => turn.ok(),
-            _ = stopping.wait_for(|stopping| *stopping) => None,
-        }
     }
 
     /// Pins a point with all below it, in the transaction in which nobody else is seen to change any of them.
