@@ -1,12 +1,15 @@
 //! A repository on a mount that hangs: everybody is refused in time, nothing piles up, and other repositories are served.
 
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::time::Duration;
 
 use blockyard::node::fake::Faults;
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use crate::privileged::Hung;
+use crate::privileged::privileged;
 use crate::process::{Child, Running};
 use crate::rig::{self, id_of};
 
@@ -16,6 +19,34 @@ const TRIES: usize = 12;
 const ANSWERED: Duration = Duration::from_secs(60);
 /// How many threads may have come besides: far below one for each try.
 const MORE_THREADS: usize = 24;
+
+/// A file system that never answers, over whatever a folder has, until dropped: the kernel waits for one in user space that nobody
+/// serves, as it does for a server that is gone.
+struct Hung {
+    folder: PathBuf,
+    daemon: Option<File>,
+}
+
+impl Hung {
+    fn over(folder: &Path) -> Self {
+        let daemon = File::options().read(true).write(true).open("/dev/fuse").expect("/dev/fuse, as root has it");
+        let options = "fd=0,rootmode=40000,user_id=0,group_id=0,allow_other";
+        let mut mount = privileged("mount");
+        mount.args(["-i", "-t", "fuse", "-o", options, "hung"]).arg(folder);
+        let output = mount.stdin(Stdio::from(daemon.try_clone().unwrap())).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "mount (needs root, or sudo without a password): {said}");
+        Self { folder: folder.to_owned(), daemon: Some(daemon) }
+    }
+}
+
+impl Drop for Hung {
+    fn drop(&mut self) {
+        // Everybody who waits is answered with an error.
+        drop(self.daemon.take());
+        let _ = privileged("umount").arg("-l").arg(&self.folder).status();
+    }
+}
 
 async fn send(running: &Running, method: &Method, path: &str, body: &Value) -> (u16, String) {
     let url = format!("{}{path}", running.process.url);

@@ -1,9 +1,8 @@
-//! What only root can do to a machine: small, read-only and hung file systems, and tracing a process. Run through sudo when the
+//! What only root can do to a machine: small and read-only file systems, and tracing a process. Run through sudo when the
 //! tests are not run by root; without either the tests that need it fail.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 /// A program run as root.
 pub fn privileged(program: &str) -> Command {
@@ -45,36 +44,8 @@ impl Mounted {
     }
 }
 
-/// A file system that never answers, over whatever a folder has, until dropped.
-pub struct Hung {
-    daemon: Option<File>,
-    _mounted: Mounted,
-}
-
-impl Hung {
-    /// The kernel waits for a file system in user space that nobody serves, as it does for a server that is gone.
-    pub fn over(folder: &Path) -> Self {
-        let daemon = File::options().read(true).write(true).open("/dev/fuse").expect("/dev/fuse, as root has it");
-        let options = "fd=0,rootmode=40000,user_id=0,group_id=0,allow_other";
-        let arguments = ["-i", "-t", "fuse", "-o", options, "hung", folder.to_str().unwrap()];
-        run_with(&arguments, daemon.try_clone().unwrap().into());
-        Self { daemon: Some(daemon), _mounted: Mounted(folder.to_owned()) }
-    }
-}
-
-impl Drop for Hung {
-    /// Everybody who waits is answered with an error; then it is unmounted.
-    fn drop(&mut self) {
-        drop(self.daemon.take());
-    }
-}
-
 fn run(arguments: &[&str]) {
-    run_with(arguments, Stdio::null());
-}
-
-fn run_with(arguments: &[&str], input: Stdio) {
-    let output = privileged("mount").args(arguments).stdin(input).output().unwrap();
+    let output = privileged("mount").args(arguments).output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "mount {arguments:?} (needs root, or sudo without a password): {said}");
 }
