@@ -7,7 +7,7 @@
 
 mod automatic;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use super::Points;
 use super::delete::{DeleteError, Reach};
@@ -18,6 +18,9 @@ use crate::id::{BackupId, RepositoryId, VmId};
 use crate::store::events::Actor;
 use crate::store::points::{self, DiskLink};
 use crate::store::{Connection, StoreError, leases, repositories};
+
+/// How often a point is tried again that somebody came to hold between the decision and the merge. A guess: each time is bad luck.
+const BUSY_MAX: u32 = 8;
 
 /// Why a repository was not pruned.
 #[derive(Debug, thiserror::Error)]
@@ -112,8 +115,8 @@ struct Pruning {
     done: Vec<Outcome>,
     /// Points that could not go, and why.
     failed: BTreeMap<BackupId, String>,
-    /// Points that could not be merged because of somebody who had not been there when it was decided. Once each.
-    busy: BTreeSet<BackupId>,
+    /// How often a point could not be merged because of somebody who had not been there when it was decided.
+    busy: BTreeMap<BackupId, u32>,
     /// Points that nothing builds upon any more: what did, and the bytes of both before.
     merged: BTreeMap<BackupId, (BackupId, u64)>,
 }
@@ -128,6 +131,13 @@ impl Pruning {
             error: self.failed.get(&verdict.id).cloned(),
             verdict: verdict.clone(),
         }
+    }
+
+    /// Whether a point that somebody held at the wrong moment is tried again: a few times, as others come and go.
+    fn is_worth_another_turn(&mut self, id: &BackupId) -> bool {
+        let tries = self.busy.entry(id.clone()).or_default();
+        *tries += 1;
+        *tries <= BUSY_MAX
     }
 
     /// A point that is gone.
@@ -217,7 +227,7 @@ impl Points {
                 vm_name,
                 done: Vec::new(),
                 failed: BTreeMap::new(),
-                busy: BTreeSet::new(),
+                busy: BTreeMap::new(),
                 merged: BTreeMap::new(),
             };
             let scene = loop {
@@ -298,7 +308,7 @@ impl Points {
                         return Ok(true);
                     }
                     // Somebody came first. The next turn sees who, so that they are waited for, or that they are gone.
-                    Err(MergeError::Busy { .. }) if pruning.busy.insert(verdict.id.clone()) => return Ok(true),
+                    Err(MergeError::Busy { .. }) if pruning.is_worth_another_turn(&verdict.id) => return Ok(true),
                     Err(error) => {
                         tracing::warn!(point = %into, %error, "a point could not be made anew without its parent");
                         Some(error.public())
