@@ -5,11 +5,13 @@
 //! What it says of the files beside it is held against them in `directory` and `survey`.
 
 use std::collections::BTreeMap;
-use std::fs::{self, OpenOptions};
-use std::io::{self, Read};
+use std::fmt;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufReader, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use serde::de::{DeserializeSeed, Error as _, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
 use super::layout::MANIFEST;
@@ -194,12 +196,22 @@ impl Manifest {
         Self::decode(&bytes_of(folder)?)
     }
 
-    /// How often the images of a folder were made anew, of which nothing else is understood. Blocks.
+    /// How often the images of a folder were made anew. Only what the manifest says before its disks is read, and nothing else of it
+    /// understood: a start asks this of every point. Blocks.
     ///
     /// # Errors
     /// As [`Self::read`].
     pub fn read_generation(folder: &Path) -> Result<u32, ManifestError> {
-        Ok(Head::decode(&bytes_of(folder)?)?.generation)
+        let mut head = Head::default();
+        let mut is_read = false;
+        let file = BufReader::new(open(folder)?);
+        let read = AheadOfDisks { head: &mut head, is_read: &mut is_read }
+            .deserialize(&mut serde_json::Deserializer::from_reader(file));
+        match read {
+            Err(error) if !is_read => Err(error.into()),
+            _ if head.format > FORMAT => Err(ManifestError::Newer { found: head.format }),
+            _ => Ok(head.generation),
+        }
     }
 
     /// Reads the bytes of a file.
@@ -214,6 +226,13 @@ impl Manifest {
 
 /// The bytes of the manifest in a folder.
 fn bytes_of(folder: &Path) -> Result<Vec<u8>, ManifestError> {
+    let mut bytes = Vec::new();
+    open(folder)?.read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// The manifest in a folder, no more of it than any has.
+fn open(folder: &Path) -> Result<io::Take<File>, ManifestError> {
     let path = folder.join(MANIFEST);
     // Not through a link, and not waiting for the other end of a pipe.
     if !fs::symlink_metadata(&path)?.is_file() {
@@ -229,13 +248,11 @@ fn bytes_of(folder: &Path) -> Result<Vec<u8>, ManifestError> {
     if facts.len() > BYTES_MAX {
         return Err(ManifestError::TooLong(facts.len()));
     }
-    let mut bytes = Vec::new();
-    file.take(BYTES_MAX).read_to_end(&mut bytes)?;
-    Ok(bytes)
+    Ok(file.take(BYTES_MAX))
 }
 
 /// What is read before the rest, which a newer version may write in another way.
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 struct Head {
     format: u32,
     #[serde(default)]
@@ -246,6 +263,43 @@ impl Head {
     fn decode(bytes: &[u8]) -> Result<Self, ManifestError> {
         let head: Self = serde_json::from_slice(bytes)?;
         if head.format > FORMAT { Err(ManifestError::Newer { found: head.format }) } else { Ok(head) }
+    }
+}
+
+/// Reads a document up to its disks, which may be megabytes, and ends there with an error that is none.
+struct AheadOfDisks<'a> {
+    head: &'a mut Head,
+    is_read: &'a mut bool,
+}
+
+impl<'de> DeserializeSeed<'de> for AheadOfDisks<'_> {
+    type Value = ();
+
+    fn deserialize<D: serde::Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for AheadOfDisks<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a manifest")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        while let Some(key) = map.next_key::<String>()? {
+            match key.as_str() {
+                "format" => self.head.format = map.next_value()?,
+                "generation" => self.head.generation = map.next_value()?,
+                "disks" => {
+                    *self.is_read = true;
+                    return Err(A::Error::custom("the disks are not asked for"));
+                }
+                _ => drop(map.next_value::<IgnoredAny>()?),
+            }
+        }
+        Ok(())
     }
 }
 
@@ -337,11 +391,21 @@ mod tests {
         rustix::fs::mkfifoat(rustix::fs::CWD, &path, rustix::fs::Mode::RUSR).unwrap();
         assert!(matches!(Manifest::read(root.path()), Err(ManifestError::NotPlain)));
         fs::remove_file(&path).unwrap();
-        fs::File::create(&path).unwrap().set_len(BYTES_MAX + 1).unwrap();
+        File::create(&path).unwrap().set_len(BYTES_MAX + 1).unwrap();
         assert!(matches!(Manifest::read(root.path()), Err(ManifestError::TooLong(_))));
         fs::write(&path, manifest().encode().unwrap()).unwrap();
         assert_eq!(Manifest::read(root.path()).unwrap(), manifest());
         assert_eq!(Manifest::read_generation(root.path()).unwrap(), 2);
+        // What follows the generation is not looked at.
+        let text = String::from_utf8(manifest().encode().unwrap()).unwrap();
+        let (head, _) = text.split_once("\"disks\":").unwrap();
+        fs::write(&path, format!("{head}\"disks\": damaged")).unwrap();
+        assert_eq!(Manifest::read_generation(root.path()).unwrap(), 2);
+        for (text, newer) in [("{\"format\": 2, \"disks\": []}", true), ("{\"format\": ", false), ("[]", false)] {
+            fs::write(&path, text).unwrap();
+            let error = Manifest::read_generation(root.path()).unwrap_err();
+            assert_eq!(matches!(error, ManifestError::Newer { found: 2 }), newer, "{text}");
+        }
     }
 
     #[test]
