@@ -2,7 +2,7 @@
 //!
 //! [`Backups`] is what the rest of the service sees. A request passes `check` and is accepted in `start`; from then on one task
 //! per job ([`job`]) owns everything the job holds and takes it through `prepare`, `transfer`, `seal` and `commit`, or out
-//! by `undo`. `recover` does the same for jobs of a process that died. Pure parts have no task: [`state`], [`plan`],
+//! by `undo`. `recover` does the same for jobs of a process that died. Pure parts have no task: [`plan`],
 //! `next_disk`, [`deadline`].
 
 mod blocking;
@@ -22,7 +22,6 @@ mod refresh;
 mod registry;
 mod seal;
 mod start;
-pub mod state;
 mod sweep;
 mod transfer;
 mod undo;
@@ -33,11 +32,11 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
+use crate::words::{DiskState, FailureCode, JobState};
 use ending::{CompleteError, Failed, Sealed};
 use idempotency::KeysInUse;
 use job::{Job, JobHandle, JobView, Order, Stop};
 use registry::Registry;
-use state::{DiskState, FailureCode, JobState};
 
 use crate::config::Config;
 use crate::discovery::Discovery;

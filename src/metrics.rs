@@ -18,12 +18,12 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 
 use crate::app::App;
-use crate::backup::state::JobState;
 use crate::listeners::live::Totals;
-use crate::points::state::Trust;
 use crate::points::verification::Outcome;
 use crate::points::verify;
 use crate::restore::Restored;
+use crate::words::JobState;
+use crate::words::point::Trust;
 
 pub use prometheus_text::CONTENT_TYPE;
 

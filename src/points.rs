@@ -31,7 +31,6 @@ pub mod prune;
 pub mod retention;
 pub mod scrub;
 mod settle;
-pub mod state;
 pub mod take;
 pub mod verification;
 pub mod verify;

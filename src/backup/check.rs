@@ -9,7 +9,6 @@ use rustix::fs::Access;
 use super::Shared;
 use super::plan::{self, Choice, DiskPlan, Newest, PlanError};
 use super::start::{NewBackup, StartError, VmChoice};
-use super::state::{BackupType, RequestedType, TypeReason};
 use crate::config::{ExportNames, Node};
 use crate::id::new_ulid;
 use crate::login::Login;
@@ -22,6 +21,7 @@ use crate::store::points::{self, ChainImage};
 use crate::store::repositories::{self, Repository};
 use crate::store::vms::{self, Vm, VmDisk};
 use crate::store::{Connection, StoreError, backups};
+use crate::words::{BackupType, RequestedType, TypeReason};
 
 /// A first incremental is expected to store one twentieth of its disk: a guess, for a day of an ordinary machine.
 const INCREMENTAL_SHARE: u64 = 20;

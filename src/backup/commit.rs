@@ -9,9 +9,7 @@ use serde_json::json;
 use super::ending::{End, Failed};
 use super::job::{Job, RunningDisk};
 use super::prepare::storage;
-use super::state::{FailureCode, JobResult, JobState};
 use crate::clock::UtcTime;
-use crate::points::state::Trust;
 use crate::repository::directory;
 use crate::repository::layout::{self, BackupPaths};
 use crate::repository::manifest::{FORMAT, Manifest, ManifestDisk, ManifestVm};
@@ -19,6 +17,8 @@ use crate::store::backups::{self, Change, ChangeError};
 use crate::store::events::{self, Actor};
 use crate::store::points::{self, NewPoint, PointDiskRow};
 use crate::store::{Store, StoreError, leases};
+use crate::words::point::Trust;
+use crate::words::{FailureCode, JobResult, JobState};
 
 /// The first pause before a step is repeated; it doubles up to [`PAUSE_MAX`].
 const PAUSE: Duration = Duration::from_millis(100);

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::state::{FailureCode, JobState};
 use crate::config;
+use crate::words::{FailureCode, JobState};
 
 /// The limits of `[jobs]` that this module watches.
 #[derive(Clone, Copy, Debug)]

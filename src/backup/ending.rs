@@ -1,11 +1,11 @@
 //! How things end, in types: a disk that was completed or why not, a job that failed or was cancelled, and what the caller
 //! of the start request is told.
 
-use super::state::{FailureCode, JobState};
 use crate::id::BackupId;
 use crate::store::StoreError;
 use crate::store::backups::ChangeError;
 use crate::store::events::Actor;
+use crate::words::{FailureCode, JobState};
 
 /// A disk that was completed.
 #[derive(Clone, Debug, PartialEq, Eq)]

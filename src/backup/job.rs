@@ -20,7 +20,6 @@ use super::next_disk;
 use super::noted::Noted;
 use super::plan::DiskPlan;
 use super::registry::{Presence, Slot};
-use super::state::{BackupType, DiskState, FailureCode, JobResult, JobState, RequestedType};
 use crate::clock::UtcTime;
 use crate::export::ImageExport;
 use crate::export::gate::Gate;
@@ -37,6 +36,7 @@ use crate::store::backups::{self, Change};
 use crate::store::events::Actor;
 use crate::store::repositories::Repository;
 use crate::store::vms::Vm;
+use crate::words::{BackupType, DiskState, FailureCode, JobResult, JobState, RequestedType};
 
 /// What was decided when the job was accepted. Never changes.
 #[derive(Debug)]

@@ -8,11 +8,11 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::job::{Job, RunningDisk, observed};
-use super::state::DiskState;
 use crate::export::meter::Reading;
 use crate::id::BackupId;
 use crate::store::backups::{self, DiskUpdate};
 use crate::store::{Connection, StoreError};
+use crate::words::DiskState;
 
 /// How long a disk that comes and goes rests between two records, so that a client that does nothing but reconnect does not
 /// fill the database. A guess: a person sees no difference.

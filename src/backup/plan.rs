@@ -6,13 +6,13 @@
 
 use std::collections::BTreeMap;
 
-use super::state::{BackupType, RequestedType, TypeReason};
 use crate::config;
 use crate::id::BackupId;
-use crate::points::state::{PointState, Trust};
 use crate::repository::layout;
 use crate::store::points::{ChainImage, PointDiskRow, PointRow};
 use crate::store::vms::VmDisk;
+use crate::words::point::{PointState, Trust};
+use crate::words::{BackupType, RequestedType, TypeReason};
 
 /// Disks are made of sectors.
 const SECTOR_BYTES: u64 = 512;

@@ -11,13 +11,13 @@ use super::ending::{End, Failed};
 use super::job::{Job, LiveDisk, RunningDisk};
 use super::noted::Noted;
 use super::plan::Parent;
-use super::state::{DiskState, FailureCode, JobResult, JobState};
 use crate::export::ImageExport;
 use crate::listeners::DiskListener;
 use crate::listeners::live::ServedDisk;
 use crate::repository::directory;
 use crate::store::backups::{self, Change, DiskUpdate, NodeOutcome};
 use crate::store::events::Actor;
+use crate::words::{DiskState, FailureCode, JobResult, JobState};
 
 /// Memory for the tables of an older state of a disk: one table of 64 KiB maps 512 MiB, and clients go through a disk in a few
 /// places at once.

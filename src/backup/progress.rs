@@ -4,8 +4,8 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::job::LiveDisk;
-use super::state::{BackupType, DiskState};
 use crate::export::busy::Bottleneck;
+use crate::words::{BackupType, DiskState};
 
 /// One disk of a running job.
 #[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]

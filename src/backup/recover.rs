@@ -10,7 +10,6 @@ use std::sync::Arc;
 
 use super::commit;
 use super::ending::{End, Failed};
-use super::state::{FailureCode, JobState};
 use super::undo::Leftovers;
 use super::{Shared, undo};
 use crate::clock::UtcTime;
@@ -23,6 +22,7 @@ use crate::repository::manifest::{Manifest, ManifestError};
 use crate::store::backups::{self, BackupRow, ChangeError};
 use crate::store::repositories::{self, Repository};
 use crate::store::{Connection, Store, StoreError, idempotency, leases};
+use crate::words::{FailureCode, JobState};
 
 /// Why the state of the last process could not be cleared up.
 #[derive(Debug, thiserror::Error)]

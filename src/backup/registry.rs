@@ -11,9 +11,9 @@ use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
 use super::job::JobHandle;
-use super::state::JobState;
 use crate::id::{BackupId, RepositoryId, VmId};
 use crate::repositories::promises::Promise;
+use crate::words::JobState;
 
 /// Slots and running jobs.
 #[derive(Debug, Default)]

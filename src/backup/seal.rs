@@ -13,11 +13,11 @@ use super::commit::{COVERAGE_INCOMPLETE, SUSPECT_ZEROES};
 use super::ending::{End, Failed};
 use super::job::{Job, SealedDisk, observed};
 use super::prepare::{backing, image_failure};
-use super::state::{DiskState, FailureCode};
 use crate::config::CoverageFull;
 use crate::export::erased::{Erased, erased};
 use crate::store::backups::{self, DiskUpdate};
 use crate::store::events::Actor;
+use crate::words::{DiskState, FailureCode};
 
 /// How much of a disk's beginning is compared with the other disks': its partition table and what follows.
 const HEAD_BYTES: u64 = 1 << 20;

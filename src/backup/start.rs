@@ -19,7 +19,6 @@ use super::job::{Job, JobDisk, JobFacts, JobHandle, NewJob};
 use super::plan::{self, DiskPlan, PlanError};
 use super::refresh::refresh;
 use super::registry::{Capacity, Claim, Refused, Slot};
-use super::state::{DiskState, JobResult, JobState, RequestedType};
 use super::{Backups, Shared};
 use crate::clock::UtcTime;
 use crate::discovery::RefreshError;
@@ -33,6 +32,7 @@ use crate::store::backups::{self, BackupDiskRow, BackupRow};
 use crate::store::leases::{self, LeaseKind};
 use crate::store::vms::Vm;
 use crate::store::{Connection, StoreError, idempotency, points};
+use crate::words::{DiskState, JobResult, JobState, RequestedType};
 
 /// How late a client may come for a job that is over. A guess: one that was launched late or lost its way in a tunnel comes
 /// within minutes, and the last disk of a long copy within hours.

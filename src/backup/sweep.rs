@@ -10,7 +10,6 @@ use std::path::{Path, PathBuf};
 use crate::id::BackupId;
 use crate::points::folder::{FolderError, on_disk};
 use crate::points::import::ImportReport;
-use crate::points::state::PointState;
 use crate::points::{delete, import, merge};
 use crate::repository::layout::{self, BackupPaths};
 use crate::repository::merging;
@@ -18,6 +17,7 @@ use crate::repository::survey::{self, Other, OtherKind, Presence, Survey};
 use crate::store::points::PointRow;
 use crate::store::repositories::Repository;
 use crate::store::{Store, StoreError, points};
+use crate::words::point::PointState;
 
 /// Sweeps one repository whose lock this process has, before anything else uses it. Repeatable.
 pub(crate) async fn sweep(store: &Store, repository: &Repository) -> Result<ImportReport, FolderError> {

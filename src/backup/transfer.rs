@@ -14,12 +14,12 @@ use super::deadline::{self, Decision, Limits, NodePhase, Seen};
 use super::ending::{CompleteError, End, Failed, Sealed, StartNews};
 use super::job::{Completer, Job, Order};
 use super::plan;
-use super::state::{FailureCode, JobState};
 use crate::clock::UtcTime;
 use crate::config;
 use crate::node::{JobKnown, NodeClient, StartOutcome, StartRequest};
 use crate::store::backups::{self, NodeOutcome};
 use crate::store::events::{self, Actor};
+use crate::words::{FailureCode, JobState};
 
 /// How often a node that gave no clear answer is asked whether it knows the job. A guess: often enough that a launched
 /// client is soon known, rarely enough for a node that is in trouble.

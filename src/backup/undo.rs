@@ -12,7 +12,6 @@ use tokio::task::JoinSet;
 
 use super::ending::{CompleteError, End, StartNews};
 use super::job::{Job, Stop};
-use super::state::{DiskState, FailureCode, JobResult, JobState};
 use super::{blocking::Work, commit};
 use crate::clock::UtcTime;
 use crate::config::KeepFailed;
@@ -22,6 +21,7 @@ use crate::repository::layout::BackupPaths;
 use crate::store::backups::{self, BackupRow, Change, ChangeError, DiskUpdate};
 use crate::store::events::{self, Actor};
 use crate::store::{Store, StoreError, leases};
+use crate::words::{DiskState, FailureCode, JobResult, JobState};
 
 /// How long requests in flight may take when the whole service is going down.
 const SHUTDOWN_DRAIN: Duration = Duration::from_secs(2);

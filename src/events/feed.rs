@@ -13,11 +13,11 @@ use tokio::time::Instant;
 
 use crate::app::{AppState, Phase};
 use crate::backup::progress::DiskProgress;
-use crate::backup::state::JobState;
 use crate::clock::UtcTime;
 use crate::id::BackupId;
 use crate::store::events::{self, EventRow, PROGRESS};
 use crate::store::{StoreError, backups};
+use crate::words::JobState;
 
 /// Events that are read at once. A guess: some ten kilobytes.
 const PAGE: u32 = 64;

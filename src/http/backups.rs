@@ -25,11 +25,11 @@ use super::extract::{JsonBytes, QueryParams, parse_json};
 use super::listing;
 use super::problem::{Code, Problem};
 use crate::app::AppState;
-use crate::backup::state::{BackupType, JobState, OldStatus, RequestedType};
 use crate::backup::{Cancelled, NewBackup, VmChoice};
 use crate::clock::UtcTime;
 use crate::id::{BackupId, RepositoryId, VmId};
 use crate::store::backups::{self, BackupRow, Filter};
+use crate::words::{BackupType, JobState, OldStatus, RequestedType};
 
 pub(super) use refusal::{complete_refused, sentence};
 

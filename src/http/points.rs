@@ -12,12 +12,12 @@ use super::listing;
 use super::problem::{Code, Problem};
 use super::verification::{self, VerificationAnswer};
 use crate::app::AppState;
-use crate::backup::state::BackupType;
 use crate::clock::UtcTime;
 use crate::id::{BackupId, RepositoryId, VmId};
-use crate::points::state::{PointState, Trust};
 use crate::store::points::{self, Filter, PointDiskRow, PointRow};
 use crate::store::{Connection, StoreError, backups, repositories};
+use crate::words::BackupType;
+use crate::words::point::{PointState, Trust};
 
 pub(super) fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::new().routes(routes!(list_points)).routes(routes!(show_point))

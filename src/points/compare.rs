@@ -12,9 +12,9 @@ use super::leaves::Leaves;
 use super::{Points, paths};
 use crate::digest::Digest;
 use crate::id::BackupId;
-use crate::points::state::PointState;
 use crate::store::points::{self, PointDiskRow};
 use crate::store::{StoreError, repositories};
+use crate::words::point::PointState;
 
 /// How two disks stand to each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]

@@ -13,7 +13,6 @@ use std::sync::{Arc, PoisonError};
 use serde_json::{Value, json};
 
 use super::folder::FolderError;
-use super::state::PointState;
 use super::{Points, Shared, paths};
 use crate::clock::UtcTime;
 use crate::id::{BackupId, RepositoryId};
@@ -25,6 +24,7 @@ use crate::store::events::{self, Actor};
 use crate::store::points::{self, PointRow};
 use crate::store::repositories;
 use crate::store::{Connection, Store, StoreError, leases};
+use crate::words::point::PointState;
 
 /// A deletion was recorded; its files are still there.
 const DELETING: &str = "point.deleting";

@@ -12,8 +12,6 @@ use utoipa::ToSchema;
 
 use super::Points;
 use super::folder::{FolderError, on_disk};
-use super::state::{PointState, Trust};
-use crate::backup::state::{BackupType, DiskState, JobResult, JobState};
 use crate::export::coverage::Coverage;
 use crate::id::{BackupId, RepositoryId};
 use crate::repositories::Owned;
@@ -24,6 +22,8 @@ use crate::store::points::{self, NewPoint, PointDiskRow};
 use crate::store::repositories::Repository;
 use crate::store::vms::{self, RememberedVm, VmDisk};
 use crate::store::{Connection, Store, StoreError};
+use crate::words::point::{PointState, Trust};
+use crate::words::{BackupType, DiskState, JobResult, JobState};
 
 /// In place of the process start that ran the job: no process of this database did.
 const BOOT_ID: &str = "imported";

@@ -21,7 +21,6 @@ use tokio::sync::{Mutex, watch};
 
 use super::Points;
 use super::folder::FolderError;
-use super::state::PointState;
 use crate::clock::UtcTime;
 use crate::id::{BackupId, TaskId};
 use crate::repositories::promises::Promise;
@@ -30,6 +29,7 @@ use crate::repository::manifest::Manifest;
 use crate::repository::merging::{self, Exchange};
 use crate::store::events::{self, Actor};
 use crate::store::points;
+use crate::words::point::PointState;
 
 pub use error::MergeError;
 use plan::{Plan, refuse_untrusted};

@@ -4,11 +4,11 @@
 use serde_json::json;
 
 use super::Points;
-use super::state::PointState;
 use crate::clock::UtcTime;
 use crate::id::BackupId;
 use crate::store::events::{self, Actor};
 use crate::store::{StoreError, points};
+use crate::words::point::PointState;
 
 /// Whether a protection that still lasts may be made shorter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -14,8 +14,8 @@ use std::fmt;
 
 use crate::clock::UtcTime;
 use crate::id::BackupId;
-use crate::points::state::{PointState, Trust};
 use crate::store::repositories::Retention;
+use crate::words::point::{PointState, Trust};
 
 /// A point, as far as the rules look at it.
 #[derive(Clone, Debug)]

@@ -6,13 +6,14 @@ use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use super::Points;
 use super::take::Content;
 use super::verification::{Outcome, Request, Scope};
 use super::verify::VerifyError;
-use super::{Points, state};
 use crate::clock::UtcTime;
 use crate::id::BackupId;
 use crate::store::{StoreError, trust};
+use crate::words::point::Trust;
 
 /// How often it is looked for points that were not read for long, when nothing else happens.
 const LOOK: Duration = Duration::from_secs(60);
@@ -133,13 +134,13 @@ impl Points {
     }
 
     /// What a backup tells of the verification of its point: `off`, `pending`, `running`, `failed`, or the point's trust.
-    pub fn verify_facet(&self, id: &BackupId, point: Option<(state::Trust, bool)>) -> &'static str {
+    pub fn verify_facet(&self, id: &BackupId, point: Option<(Trust, bool)>) -> &'static str {
         let waits = if self.shared.config.storage.verify_after_commit { "pending" } else { "off" };
         if self.is_verifying(id) {
             return "running";
         }
         match point {
-            Some((trust, true)) if trust != state::Trust::Unverified => trust.as_str(),
+            Some((trust, true)) if trust != Trust::Unverified => trust.as_str(),
             Some(_) if self.shared.passed.holds(id, UtcTime::now()) => "failed",
             _ => waits,
         }

@@ -7,7 +7,6 @@ use serde_json::json;
 
 use super::Points;
 use super::finding::{Finding, Severity, worst};
-use super::state::{PointState, Trust};
 use super::take::Examined;
 use super::verification::{Outcome, VerifiedPoint};
 use crate::clock::UtcTime;
@@ -15,6 +14,7 @@ use crate::id::BackupId;
 use crate::store::events::{self, Actor};
 use crate::store::points::{self, PointRow};
 use crate::store::{Connection, StoreError, trust};
+use crate::words::point::{PointState, Trust};
 
 impl Points {
     /// Decides what was found of a point means, and records it.

@@ -10,9 +10,9 @@ use utoipa::ToSchema;
 use super::finding::Finding;
 use super::pace::{Gate, Progress, Reading};
 use super::take::Content;
-use crate::backup::state::words;
 use crate::clock::UtcTime;
 use crate::id::{BackupId, TaskId};
+use crate::words::words;
 
 /// Which points a verification reads.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]

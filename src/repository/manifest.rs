@@ -15,12 +15,12 @@ use serde::de::{DeserializeSeed, Error as _, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
 use super::layout::MANIFEST;
-use crate::backup::state::{BackupType, RequestedType, TypeReason};
 use crate::clock::UtcTime;
 use crate::digest::Digest;
 use crate::export::coverage::Run;
 use crate::export::received::ReceivedMarks;
 use crate::id::{BackupId, RepositoryId, VmId};
+use crate::words::{BackupType, RequestedType, TypeReason};
 
 /// The format this version writes; a reader refuses a higher one.
 pub const FORMAT: u32 = 1;

@@ -14,8 +14,8 @@ use blockyard_qcow2 as qcow2;
 use super::layout;
 use super::lock::is_marked;
 use super::manifest::{Manifest, ManifestDisk, ManifestError};
-use crate::backup::state::BackupType;
 use crate::id::{BackupId, RepositoryId};
+use crate::words::BackupType;
 
 /// The longest name, path or id in a manifest, in bytes: what the API takes is shorter.
 const TEXT_MAX: usize = 4000;

@@ -9,11 +9,11 @@ use super::{Damage, RestoreError, Shared};
 use crate::id::{BackupId, ExportId};
 use crate::points::chain::{RecordedChain, Settling, Unfit};
 use crate::points::folder::FolderError;
-use crate::points::state::{PointState, Trust};
 use crate::repository::layout;
 use crate::store::points::{self, ChainImage, PointDiskRow};
 use crate::store::repositories;
 use crate::store::{Connection, WriteTransaction, backups, leases};
+use crate::words::point::{PointState, Trust};
 
 /// Memory for the tables of the top image; each below has half of that above it. A guess: 16 MiB map 128 GiB of disk.
 const CACHE_BYTES: usize = 16 << 20;

@@ -11,10 +11,10 @@ use serde_json::json;
 use super::column::signed;
 use super::events::{self, Actor};
 use super::{Connection, StoreError};
-use crate::backup::state::{DiskState, FailureCode, JobResult, JobState};
 use crate::clock::UtcTime;
 use crate::export::meter::Reading;
 use crate::id::{BackupId, VmId};
+use crate::words::{DiskState, FailureCode, JobResult, JobState};
 
 pub use list::{Filter, list};
 pub use row::{BackupDiskRow, BackupRow, NodeOutcome};

@@ -13,8 +13,8 @@ use sqlx::Row;
 use sqlx::sqlite::SqliteRow;
 
 use super::{Connection, StoreError};
-use crate::backup::state::UnknownWord;
 use crate::clock::UtcTime;
+use crate::words::UnknownWord;
 
 /// Every kind of event. `disk.progress` is told on live streams only and never stored.
 pub const KINDS: [&str; 12] = [

@@ -15,7 +15,7 @@ use super::events::{self, Actor};
 use super::{Connection, Listing, Page, StoreError};
 use crate::clock::UtcTime;
 use crate::id::{BackupId, RepositoryId, VmId};
-use crate::points::state::PointState;
+use crate::words::point::PointState;
 
 pub use chain::{ChainImage, MergedDisk, ancestry, chain, children, record_merge, refresh_depths};
 pub use retention::{DiskLink, all_of, is_worked_on, links_of, set_protection, vms_in};

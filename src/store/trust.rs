@@ -9,7 +9,7 @@ use super::points::PointRow;
 use super::{Connection, StoreError};
 use crate::clock::UtcTime;
 use crate::id::BackupId;
-use crate::points::state::Trust;
+use crate::words::point::Trust;
 
 /// Changes the trust in a point, with its event.
 ///

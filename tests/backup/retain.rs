@@ -6,9 +6,9 @@ use blockyard::id::BackupId;
 use blockyard::node::fake::{Faults, PausePoint};
 use blockyard::points::prune::Mode;
 use blockyard::points::retention::Decision;
-use blockyard::points::state::PointState;
 use blockyard::store::events::Actor;
 use blockyard::store::{POOL_SIZE, events, leases, points};
+use blockyard::words::point::PointState;
 use serde_json::{Value, json};
 
 use crate::cli::cli;

@@ -8,10 +8,10 @@ use blockyard::clock::UtcTime;
 use blockyard::id::{BackupId, TaskId};
 use blockyard::node::fake::{Faults, PausePoint};
 use blockyard::points::scrub::Scrubbed;
-use blockyard::points::state::PointState;
 use blockyard::points::take::Content;
 use blockyard::points::verification::{Request, Scope};
 use blockyard::store::{leases, points};
+use blockyard::words::point::PointState;
 use serde_json::{Value, json};
 
 use crate::restore::set_point;

@@ -10,9 +10,6 @@ use crate::app::App;
 use crate::backup::Started;
 use crate::backup::job::LiveDisk;
 use crate::backup::progress::{DiskProgress, eta_s, percent};
-use crate::backup::state::{
-    BackupType, DiskState, FailureCode, JobResult, JobState, OldStatus, RequestedType, TypeReason,
-};
 use crate::clock::UtcTime;
 use crate::config;
 use crate::export::busy::Bottleneck;
@@ -21,6 +18,7 @@ use crate::id::{BackupId, RepositoryId, VmId};
 use crate::repository::layout::BackupPaths;
 use crate::store::backups::{self, BackupDiskRow, BackupRow, NodeOutcome};
 use crate::store::{Connection, StoreError, points, repositories};
+use crate::words::{BackupType, DiskState, FailureCode, JobResult, JobState, OldStatus, RequestedType, TypeReason};
 
 /// The answer to a start request.
 #[derive(Serialize, ToSchema)]

@@ -3,10 +3,10 @@
 use crate::backup::StartError;
 use crate::backup::ending::{CompleteError, Failed};
 use crate::backup::plan::PlanError;
-use crate::backup::state::FailureCode;
 use crate::http::problem::{Code, Problem};
 use crate::http::refresh;
 use crate::id::BackupId;
+use crate::words::FailureCode;
 
 /// The table from everything that can stop a start to its problem.
 pub(super) fn start_refused(error: StartError) -> Problem {

@@ -10,13 +10,13 @@ use super::answer::{BackupAnswer, StartAnswer};
 use super::refusal;
 use crate::app::AppState;
 use crate::backup::idempotency::{Claimed, HeldKey, IdempotencyKey, KeyError};
-use crate::backup::state::JobState;
 use crate::backup::{NewBackup, StartError};
 use crate::http::extract::parse_json;
 use crate::http::problem::{Code, Finished, Problem};
 use crate::id::BackupId;
 use crate::store::backups;
 use crate::store::idempotency::{KeyRow, StoredAnswer};
+use crate::words::JobState;
 
 const KEY: HeaderName = HeaderName::from_static("idempotency-key");
 /// On an answer that was given before.

@@ -5,11 +5,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::{Finding, FindingKind};
 use crate::id::{BackupId, RepositoryId};
 use crate::points::chain::Sign;
-use crate::points::state::PointState;
 use crate::repository::manifest::Manifest;
 use crate::repository::survey::{Fault, PointFolder, Presence};
 use crate::store::points::{self, PointDiskRow, PointRow};
 use crate::store::{Connection, Store, StoreError};
+use crate::words::point::PointState;
 
 /// A folder, and its manifest when all of it is what that says.
 pub(super) type Looked = (PointFolder, Result<Manifest, Fault>);

@@ -10,11 +10,11 @@ use tokio::sync::watch;
 
 use super::plan::{Plan, PlannedDisk};
 use super::{MergeError, MergeProgress};
-use crate::backup::state::BackupType;
 use crate::id::BackupId;
 use crate::repository::manifest::{Manifest, ManifestDisk};
 use crate::repository::{directory, merging};
 use crate::store::points::PointDiskRow;
+use crate::words::BackupType;
 
 /// What lies beside an image and stays true of its content: `disk-0.blocks` has the digests of the disk's blocks.
 const BLOCKS_EXTENSION: &str = "blocks";

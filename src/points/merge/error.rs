@@ -6,9 +6,9 @@ use std::path::PathBuf;
 use blockyard_qcow2 as qcow2;
 
 use crate::id::{BackupId, RepositoryId};
-use crate::points::state::{PointState, Trust};
 use crate::repository::manifest::ManifestError;
 use crate::store::StoreError;
+use crate::words::point::{PointState, Trust};
 
 /// Why a point was not made anew. Nothing was changed then, but where it is said.
 #[derive(Debug, thiserror::Error)]

@@ -5,12 +5,12 @@ use std::collections::BTreeSet;
 use super::MergeError;
 use crate::id::{BackupId, TaskId};
 use crate::points::pins::Pins;
-use crate::points::state::{PointState, Trust};
 use crate::points::{Points, paths};
 use crate::repository::layout::BackupPaths;
 use crate::store::points::{self, PointDiskRow, PointRow};
 use crate::store::repositories::{self, Repository};
 use crate::store::{Connection, StoreError, leases};
+use crate::words::point::{PointState, Trust};
 
 /// Owners of pins that are tasks begin so: what reads or changes the files of points, and is no job and no export.
 const TASK: &str = "task-";

@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 use crate::id::{BackupId, RepositoryId};
 use crate::points::folder::{FolderError, on_disk};
 use crate::points::settle::is_there;
-use crate::points::state::PointState;
 use crate::points::{import, paths};
 use crate::repository::directory;
 use crate::repository::layout::{self, BackupPaths};
@@ -19,6 +18,7 @@ use crate::repository::survey::{self, Fault, PointFolder};
 use crate::store::points::{self, MergedDisk, PointDiskRow, PointRow};
 use crate::store::repositories::Repository;
 use crate::store::{Connection, Store, StoreError};
+use crate::words::point::PointState;
 
 /// Clears up a repository that this process owns, before anything else looks at its points.
 pub(crate) async fn recover(store: &Store, repository: &Repository) -> Result<(), FolderError> {

@@ -10,9 +10,9 @@ use tokio::task::JoinSet;
 use crate::id::{BackupId, TaskId};
 use crate::points::Points;
 use crate::points::pace::{Gate, Held};
-use crate::points::state::Trust;
 use crate::points::verification::{Outcome, Phase, Verification};
 use crate::store::{StoreError, trust};
+use crate::words::point::Trust;
 
 /// How long a stop waits for verifications; a file system that hangs must not hold it for ever.
 const STOP_LIMIT: Duration = Duration::from_secs(5);

@@ -4,10 +4,10 @@
 use sqlx::{QueryBuilder, Sqlite};
 
 use super::row::BackupRow;
-use crate::backup::state::{BackupType, JobState, OldStatus};
 use crate::clock::UtcTime;
 use crate::id::{BackupId, RepositoryId, VmId};
 use crate::store::{Connection, Listing, Page, StoreError};
+use crate::words::{BackupType, JobState, OldStatus};
 
 /// Which jobs; everything by default.
 #[derive(Clone, Debug, Default)]

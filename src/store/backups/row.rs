@@ -7,13 +7,11 @@ use serde::de::DeserializeOwned;
 use sqlx::sqlite::SqliteRow;
 use sqlx::{FromRow, Row};
 
-use crate::backup::state::{
-    BackupType, DiskState, FailureCode, JobResult, JobState, RequestedType, TypeReason, UnknownWord,
-};
 use crate::clock::UtcTime;
 use crate::id::{BackupId, RepositoryId, VmId};
 use crate::store::StoreError;
 use crate::store::column::unsigned;
+use crate::words::{BackupType, DiskState, FailureCode, JobResult, JobState, RequestedType, TypeReason, UnknownWord};
 
 /// What is known about the one call to the node; absent while it was never tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -4,13 +4,13 @@ use serde_json::json;
 use sqlx::sqlite::SqliteRow;
 use sqlx::{FromRow, Row};
 
-use crate::backup::state::BackupType;
 use crate::clock::UtcTime;
 use crate::id::BackupId;
-use crate::points::state::{PointState, Trust};
 use crate::store::column::{signed, unsigned};
 use crate::store::events::{self, Actor};
 use crate::store::{Connection, StoreError};
+use crate::words::BackupType;
+use crate::words::point::{PointState, Trust};
 
 /// One image of a chain: that of a disk in one point.
 #[derive(Clone, Debug, PartialEq, Eq)]

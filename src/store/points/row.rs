@@ -3,11 +3,11 @@
 use sqlx::sqlite::SqliteRow;
 use sqlx::{FromRow, Row};
 
-use crate::backup::state::BackupType;
 use crate::clock::UtcTime;
 use crate::id::{BackupId, RepositoryId, VmId};
-use crate::points::state::{PointState, Trust};
 use crate::store::column::unsigned;
+use crate::words::BackupType;
+use crate::words::point::{PointState, Trust};
 
 /// One restore point.
 #[derive(Clone, Debug)]

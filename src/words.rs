@@ -1,7 +1,10 @@
-//! The words of a job's life: its states, those of its disks, how it ended, and which change may follow which.
+//! The words that records, manifests and answers share. Here those of a job's life: its states, those of its disks, how it ended, and
+//! which change may follow which; those of a restore point are in `point`. Below everything else: nothing of a job or a store is known.
 //!
 //! Pure: no database, no clock. The store writes a change only when [`JobState::may_become`] allows it and the row still
 //! has the old state, so that a terminal state never changes.
+
+pub mod point;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -26,12 +29,12 @@ macro_rules! words {
         }
 
         impl std::str::FromStr for $name {
-            type Err = $crate::backup::state::UnknownWord;
+            type Err = $crate::words::UnknownWord;
 
-            fn from_str(word: &str) -> Result<Self, $crate::backup::state::UnknownWord> {
+            fn from_str(word: &str) -> Result<Self, $crate::words::UnknownWord> {
                 match word {
                     $($word => Ok(Self::$variant),)+
-                    _ => Err($crate::backup::state::UnknownWord { kind: stringify!($name), word: word.to_owned() }),
+                    _ => Err($crate::words::UnknownWord { kind: stringify!($name), word: word.to_owned() }),
                 }
             }
         }

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::backup::state::words;
+use crate::words::words;
 
 /// Where a restore point is in its life. `committed` and `missing` follow each other; the rest only goes forward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
