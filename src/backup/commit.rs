@@ -208,6 +208,7 @@ fn manifest_disk(running: &RunningDisk, file_bytes: u64) -> Result<ManifestDisk,
         return Err(Failed::new(FailureCode::ImageFailed, format!("disk {} is not sealed", plan.disk_id)));
     };
     let reading = running.export.meter().reading();
+    let (coverage, received) = running.export.meter().received().unzip();
     Ok(ManifestDisk {
         disk_id: plan.disk_id,
         device_key: plan.device_key,
@@ -227,8 +228,8 @@ fn manifest_disk(running: &RunningDisk, file_bytes: u64) -> Result<ManifestDisk,
         zeroed_bytes: reading.zeroed_bytes,
         zeroed_over_data_bytes: reading.zeroed_over_data_bytes,
         identical_bytes: reading.identical_bytes,
-        coverage: running.export.meter().coverage().runs().collect(),
-        received: running.export.meter().received(),
+        coverage: coverage.unwrap_or_default(),
+        received,
     })
 }
 

@@ -82,7 +82,7 @@ impl Coverage {
     }
 
     /// All ranges in ascending order, in the form in which they can be stored.
-    pub fn runs(&self) -> impl Iterator<Item = Run> + '_ {
+    pub fn runs(&self) -> impl ExactSizeIterator<Item = Run> + '_ {
         self.ranges.iter().map(|(&start, &end)| (start, end - start))
     }
 }

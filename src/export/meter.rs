@@ -6,10 +6,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::time::Instant;
 
-use super::coverage::Coverage;
+use super::coverage::{Coverage, Run};
 use super::rate::Rate;
 use super::received::{Pieces, Received, ReceivedMarks};
 use super::signals::Signals;
+
+/// How many ranges of a disk may lie apart from each other: more take over a hundred megabytes of memory, and make a manifest that
+/// nobody reads.
+const RANGES_MAX: usize = 2 << 20;
 
 /// Why an image stopped being usable.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,7 +53,7 @@ struct Covered {
     rate: Rate,
 }
 
-/// One look at a [`Meter`]; `written_bytes + zeroed_bytes >= covered_bytes`.
+/// One look at a [`Meter`]. Numbers of requests that end meanwhile may be in some of them and not in others.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Reading {
     /// Connections open now.
@@ -126,9 +130,12 @@ impl Meter {
         self.coverage.as_ref().map(|coverage| lock(coverage).ranges.clone()).unwrap_or_default()
     }
 
-    /// The digests of what was received; none without coverage.
-    pub fn received(&self) -> Option<ReceivedMarks> {
-        self.coverage.as_ref().map(|coverage| lock(coverage).received.marks())
+    /// The ranges that were received, and the digests of what came for them; none without coverage.
+    pub fn received(&self) -> Option<(Vec<Run>, ReceivedMarks)> {
+        let coverage = lock(self.coverage.as_ref()?);
+        let ranges: Vec<Run> = coverage.ranges.runs().collect();
+        let marks = coverage.received.marks(&ranges);
+        Some((ranges, marks))
     }
 
     /// Whether anybody asks what was received.
@@ -235,6 +242,10 @@ impl Meter {
             let more = coverage.ranges.add(offset, length);
             coverage.rate.add(more, now);
             receive(&mut coverage.received, more == length);
+            if coverage.ranges.runs().len() > RANGES_MAX {
+                let text = format!("writes lie apart in more than {RANGES_MAX} places");
+                self.failed(Failure { no_space: false, text });
+            }
         }
         if self.changed.swap(true, Ordering::AcqRel) {
             self.signals.life_at(now);
@@ -300,6 +311,17 @@ mod tests {
             tokio::time::advance(std::time::Duration::from_secs(1)).await;
         }
         assert_eq!((meter.written_per_second(), meter.covered_per_second()), (2000, 1500));
+    }
+
+    #[test]
+    fn writes_that_lie_apart_in_too_many_places_are_a_failure_and_no_memory_without_end() {
+        let meter = Meter::new(1 << 30, Arc::default());
+        for place in 0..RANGES_MAX as u64 {
+            meter.zeroed(place * 1024, 512);
+        }
+        assert_eq!(meter.failure(), None);
+        meter.zeroed(1 << 40, 512);
+        assert!(meter.failure().unwrap().text.contains("places"));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! The disk is cut into pieces of 64 KiB, which clients send in any order. What was received of a piece has a digest of its bytes and
 //! its place, unless it is all zero; the mark of a window of pieces is the exclusive-or of theirs, so that neither order nor a table
-//! of pieces matters, and zeroes cost nothing. The root is the BLAKE3 of all marks. Pieces that come in parts are put together, a few
+//! of pieces matters, and zeroes cost nothing. The root is the BLAKE3 of all marks and of the ranges that they are of. Pieces that come in parts are put together, a few
 //! at a time. A window has no mark when bytes of it came twice or were discarded, as only the image knows what won, and when more
 //! pieces of it were open at once than are kept. Nothing else is lost by that.
 //!
@@ -10,6 +10,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::coverage::Run;
 use crate::digest::Digest;
 
 /// Bytes of a piece; the last one of a disk may be shorter.
@@ -71,7 +72,8 @@ pub struct ReceivedMarks {
     pub window_bytes: u64,
     /// The marks in the order of the disk; null where there is none.
     pub windows: Vec<Option<Digest>>,
-    /// BLAKE3 of the marks, 32 bytes each; 32 times 255 where there is none.
+    /// BLAKE3 of the marks, 32 bytes each, 32 times 255 where there is none, and of the ranges that were received: offset and length of
+    /// each, 8 bytes, the lowest first.
     pub root: Digest,
 }
 
@@ -152,8 +154,8 @@ impl Received {
         }
     }
 
-    /// The marks, for the manifest.
-    pub fn marks(&self) -> ReceivedMarks {
+    /// The marks, for the manifest, with the ranges that were received.
+    pub fn marks(&self, coverage: &[Run]) -> ReceivedMarks {
         let mut windows = self.windows.clone();
         for open in &self.open {
             if let Some(Some(mark)) = windows.get_mut((open.place / self.window_bytes) as usize) {
@@ -161,7 +163,7 @@ impl Received {
             }
         }
         let windows: Vec<Option<Digest>> = windows.into_iter().map(|mark| mark.map(Digest::from)).collect();
-        let root = root_over(&windows);
+        let root = root_over(&windows, coverage);
         ReceivedMarks { piece_bytes: PIECE_BYTES, window_bytes: self.window_bytes, windows, root }
     }
 }
@@ -210,8 +212,8 @@ impl Pieces {
 }
 
 impl ReceivedMarks {
-    /// Why they cannot be those of a disk of this size; nothing when they can.
-    pub fn defect(&self, size_bytes: u64) -> Option<&'static str> {
+    /// Why they cannot be those of a disk of this size of which these ranges were received; nothing when they can.
+    pub fn defect(&self, size_bytes: u64, coverage: &[Run]) -> Option<&'static str> {
         if self.piece_bytes != PIECE_BYTES {
             return Some("what was received for it is marked in pieces of another length");
         }
@@ -221,8 +223,8 @@ impl ReceivedMarks {
         {
             return Some("the marks of what was received for it do not fit its size");
         }
-        (root_over(&self.windows) != self.root)
-            .then_some("the marks of what was received for it do not have their root")
+        (root_over(&self.windows, coverage) != self.root)
+            .then_some("the marks of what was received for it, or its coverage, do not have their root")
     }
 }
 
@@ -243,8 +245,16 @@ pub fn combine(mark: &mut Mark, digest: &Mark) {
     }
 }
 
-fn root_over(windows: &[Option<Digest>]) -> Digest {
-    Digest::over(windows.iter().map(|window| window.as_ref().unwrap_or(&UNKNOWN)))
+/// Marks are nothing without the ranges that they are of.
+fn root_over(windows: &[Option<Digest>], coverage: &[Run]) -> Digest {
+    let mut hasher = blake3::Hasher::new();
+    for window in windows {
+        hasher.update(window.as_ref().unwrap_or(&UNKNOWN).as_bytes());
+    }
+    for (offset, length) in coverage {
+        hasher.update(&offset.to_le_bytes()).update(&length.to_le_bytes());
+    }
+    hasher.finalize().into()
 }
 
 /// A power of two, so that no piece lies in two windows.
@@ -301,28 +311,28 @@ mod tests {
         single.zeroed(2 * WINDOW_BYTES_MIN, PIECE_BYTES, true);
         let zeroes = vec![0; PIECE_BYTES as usize];
         single.written(0, PIECE_BYTES, Pieces::of(0, &zeroes, SIZE).as_ref(), true);
-        assert_eq!(single.marks(), whole.marks());
-        assert_eq!(whole.marks().windows.iter().filter(|mark| **mark != Some([0; 32].into())).count(), 2);
-        assert_eq!(whole.marks().defect(SIZE), None);
+        assert_eq!(single.marks(&[]), whole.marks(&[]));
+        assert_eq!(whole.marks(&[]).windows.iter().filter(|mark| **mark != Some([0; 32].into())).count(), 2);
+        assert_eq!(whole.marks(&[]).defect(SIZE, &[]), None);
     }
 
     #[test]
     fn bytes_that_came_twice_or_not_in_sectors_or_were_discarded_leave_their_window_unknown() {
         let mut received = Received::new(SIZE);
         write(&mut received, SIZE - 512, 512, true);
-        assert!(received.marks().windows.iter().all(Option::is_some));
+        assert!(received.marks(&[]).windows.iter().all(Option::is_some));
         write(&mut received, 100, 512, true);
         received.zeroed(WINDOW_BYTES_MIN + PIECE_BYTES, PIECE_BYTES, false);
         received.forget(2 * WINDOW_BYTES_MIN, PIECE_BYTES);
-        let marks = received.marks();
+        let marks = received.marks(&[]);
         let known: Vec<bool> = marks.windows.iter().map(Option::is_some).collect();
         assert_eq!(known, [false, false, false, true]);
-        assert_eq!(marks.defect(SIZE), None);
+        assert_eq!(marks.defect(SIZE, &[]), None);
         // Known again they never are.
         for window in 0..3 {
             write(&mut received, window * WINDOW_BYTES_MIN, 512, true);
         }
-        assert_eq!((received.marks(), received.open.len()), (marks, 0));
+        assert_eq!((received.marks(&[]), received.open.len()), (marks, 0));
     }
 
     #[test]
@@ -331,9 +341,9 @@ mod tests {
         for piece in 0..OPEN_MAX as u64 {
             write(&mut received, 2 * WINDOW_BYTES_MIN + piece * PIECE_BYTES, 512, true);
         }
-        assert!(received.marks().windows.iter().all(Option::is_some));
+        assert!(received.marks(&[]).windows.iter().all(Option::is_some));
         write(&mut received, 0, 512, true);
-        let known: Vec<bool> = received.marks().windows.iter().map(Option::is_some).collect();
+        let known: Vec<bool> = received.marks(&[]).windows.iter().map(Option::is_some).collect();
         assert_eq!((known, received.open.len()), (vec![true, true, false, true], 1));
     }
 
@@ -343,7 +353,7 @@ mod tests {
             let mut received = Received::new(SIZE);
             let bytes = vec![9; PIECE_BYTES as usize];
             received.written(place, PIECE_BYTES, Pieces::of(place, &bytes, SIZE).as_ref(), true);
-            received.marks().windows[0]
+            received.marks(&[]).windows[0]
         };
         assert_ne!(mark(0), mark(PIECE_BYTES));
     }
@@ -352,13 +362,14 @@ mod tests {
     fn marks_that_are_not_those_of_the_disk_are_told() {
         let mut received = Received::new(SIZE);
         write(&mut received, 0, PIECE_BYTES, true);
-        let marks = received.marks();
-        assert!(marks.defect(SIZE + WINDOW_BYTES_MIN).is_some());
+        let marks = received.marks(&[]);
+        assert!(marks.defect(SIZE + WINDOW_BYTES_MIN, &[]).is_some());
+        assert!(marks.defect(SIZE, &[(0, 512)]).is_some());
         let mut changed = marks.clone();
         changed.windows[1] = None;
-        assert!(changed.defect(SIZE).is_some());
-        assert!(ReceivedMarks { window_bytes: 0, ..marks.clone() }.defect(SIZE).is_some());
-        assert!(ReceivedMarks { piece_bytes: 512, ..marks }.defect(SIZE).is_some());
+        assert!(changed.defect(SIZE, &[]).is_some());
+        assert!(ReceivedMarks { window_bytes: 0, ..marks.clone() }.defect(SIZE, &[]).is_some());
+        assert!(ReceivedMarks { piece_bytes: 512, ..marks }.defect(SIZE, &[]).is_some());
     }
 
     #[test]

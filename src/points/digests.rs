@@ -11,8 +11,6 @@ use crate::clock::UtcTime;
 use crate::digest::{Digest, NoDigest};
 use crate::id::BackupId;
 
-/// The name of the document in a point's folder.
-pub const DIGESTS: &str = "digests.json";
 /// The format this version writes; a reader refuses a higher one.
 pub const FORMAT: u32 = 1;
 /// The only algorithm of this format.

@@ -7,14 +7,14 @@ use std::path::{Path, PathBuf};
 
 use blockyard_qcow2 as qcow2;
 
-use super::digests::{DIGESTS, DOCUMENT_BYTES_MAX, Digests, DigestsError, FileDigest, blocks_file_name};
+use super::digests::{DOCUMENT_BYTES_MAX, Digests, DigestsError, FileDigest, blocks_file_name};
 use super::files::{self, HashError};
 use super::finding::{Finding, Severity};
 use super::leaves::Leaves;
 use super::pace::{Reading, Stopped};
 use crate::digest::Digest;
 use crate::id::BackupId;
-use crate::repository::layout::MANIFEST;
+use crate::repository::layout::{DIGESTS, MANIFEST};
 use crate::repository::manifest::Manifest;
 use crate::store::points::PointDiskRow;
 
@@ -400,7 +400,7 @@ fn disagreement(manifest: &Manifest, subject: &Subject) -> Option<String> {
 /// What cannot be true of any manifest.
 fn defect(manifest: &Manifest) -> Option<String> {
     let of_disks = manifest.disks.iter().find_map(|disk| {
-        let defect = disk.received.as_ref()?.defect(disk.size_bytes)?;
+        let defect = disk.received.as_ref()?.defect(disk.size_bytes, &disk.coverage)?;
         Some(format!("disk {}: {defect}", disk.disk_id))
     });
     let root_differs = manifest.received != Manifest::received_root(&manifest.disks);

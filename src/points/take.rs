@@ -7,7 +7,7 @@ use std::path::Path;
 use blockyard_qcow2 as qcow2;
 
 use super::content::BLOCK_BYTES;
-use super::digests::{DIGESTS, Digests, DiskDigest, blocks_file_name};
+use super::digests::{Digests, DiskDigest, blocks_file_name};
 use super::files::{self, Beside};
 use super::finding::{Finding, Severity, worst};
 use super::inspect::{Document, Inspection, Subject, SubjectDisk, inspect};
@@ -16,6 +16,7 @@ use super::pace::{Reading, Stopped};
 use super::witness::Witness;
 use crate::clock::UtcTime;
 use crate::digest::Digest;
+use crate::repository::layout::DIGESTS;
 use crate::repository::manifest::Manifest;
 
 /// Memory for the tables of the chain while a disk is read from its beginning to its end.
@@ -84,12 +85,15 @@ fn take(subject: &Subject, inspection: Inspection, content: Content, reading: &R
                 Ok(root) => root,
                 Err(finding) => {
                     findings.push(finding);
-                    return Ok(Examined { findings, digests: Vec::new() });
+                    continue;
                 }
             },
         };
         let (disk_id, size_bytes) = (disk.row.disk_id, disk.row.size_bytes);
         disks.push(DiskDigest { disk_id, size_bytes, block_bytes: BLOCK_BYTES, content: root });
+    }
+    if disks.len() < subject.disks.len() {
+        return Ok(Examined { findings, digests: Vec::new() });
     }
     let digests = disks
         .iter()
@@ -158,9 +162,8 @@ fn read_disk(
     reading.compared(testimony.compared_bytes);
     if let Some((offset, length)) = testimony.differs {
         let detail = format!("what it holds in the {length} bytes at offset {offset} is not what was received");
-        // What was received and not stored, being equal, is read from below.
-        let is_own = disk.row.parent_id.is_none() || told.is_some_and(|told| told.identical_bytes == 0);
-        let severity = if is_own { Severity::Corrupt } else { Severity::Suspect };
+        // What was received and not stored, being equal to the parent's, or zero over what was zero, is read from below.
+        let severity = if disk.row.parent_id.is_none() { Severity::Corrupt } else { Severity::Suspect };
         return Ok(Err(Finding::of_file(severity, "received_mismatch", file, detail)));
     }
     Ok(match expected.filter(|expected| *expected != root) {

@@ -44,7 +44,7 @@ pub struct Testimony {
 impl<'a> Witness<'a> {
     /// For a disk as its manifest tells it; nothing where no marks were taken.
     pub fn new(disk: &'a ManifestDisk) -> Option<Self> {
-        let marks = disk.received.as_ref().filter(|marks| marks.defect(disk.size_bytes).is_none())?;
+        let marks = disk.received.as_ref().filter(|marks| marks.defect(disk.size_bytes, &disk.coverage).is_none())?;
         // Whoever wrote the manifest: in order, and none upon another.
         let ranges: Vec<Run> = disk.coverage.iter().copied().collect::<Coverage>().runs().collect();
         Some(Self {
@@ -150,7 +150,8 @@ mod tests {
         }
         received.zeroed(MIB, MIB, true);
         let mut disk = ManifestDisk::sample(SIZE);
-        (disk.coverage, disk.received) = (vec![(0, 2 * MIB), (130 * MIB, 512)], Some(received.marks()));
+        disk.coverage = vec![(0, 2 * MIB), (130 * MIB, 512)];
+        disk.received = Some(received.marks(&disk.coverage));
         (bytes, disk)
     }
 
@@ -232,11 +233,9 @@ mod tests {
                 }
                 coverage.add(offset, length);
             }
-            let disk = ManifestDisk {
-                coverage: coverage.runs().collect(),
-                received: Some(received.marks()),
-                ..ManifestDisk::sample(SMALL)
-            };
+            let ranges: Vec<Run> = coverage.runs().collect();
+            let received = Some(received.marks(&ranges));
+            let disk = ManifestDisk { coverage: ranges, received, ..ManifestDisk::sample(SMALL) };
             let whole = Testimony { compared_bytes: coverage.covered_bytes(), differs: None };
             prop_assert_eq!(testimony(&bytes, &disk, |_| false), whole);
             let is_covered = coverage.add(flipped / 512 * 512, 512) == 0;

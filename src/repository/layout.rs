@@ -19,7 +19,7 @@ use crate::id::BackupId;
 /// The name of the manifest in a published directory.
 pub const MANIFEST: &str = "manifest.json";
 /// The name of the file that has the digests of a published directory.
-const DIGESTS: &str = "digests.json";
+pub const DIGESTS: &str = "digests.json";
 /// An image, and the digests of its blocks.
 const IMAGE_EXTENSIONS: [&str; 2] = ["qcow2", "blocks"];
 /// What the name of a file ends in until it is whole.

@@ -327,7 +327,7 @@ impl ManifestDisk {
             zeroed_over_data_bytes: 0,
             identical_bytes: 0,
             coverage: vec![(0, size_bytes)],
-            received: Some(crate::export::received::Received::new(size_bytes).marks()),
+            received: Some(crate::export::received::Received::new(size_bytes).marks(&[(0, size_bytes)])),
         }
     }
 }
