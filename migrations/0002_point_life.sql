@@ -1,6 +1,8 @@
 -- What happens to restore points after their commit: verification, retention, and who was told about it.
 
 ALTER TABLE restore_points ADD COLUMN verified_at  TEXT;                                   -- end of the last verification
+-- Bytes of its disks that were held against what was received for them, when the disks were last read.
+ALTER TABLE restore_points ADD COLUMN compared_bytes INTEGER CHECK (compared_bytes >= 0);
 ALTER TABLE restore_points ADD COLUMN trust_reason TEXT CHECK (trust_reason <> '');        -- why it is suspect or corrupt
 -- How often its images were made anew: that of its manifest. The files of a point with another one are those of another time.
 ALTER TABLE restore_points ADD COLUMN generation   INTEGER NOT NULL DEFAULT 0 CHECK (generation >= 0);

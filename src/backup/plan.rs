@@ -325,6 +325,7 @@ mod tests {
             trust: Trust::Unverified,
             trust_reason: None,
             verified_at: None,
+            compared_bytes: None,
             protected_until: None,
             committed_at: "2026-11-23T22:05:00Z".parse().unwrap(),
             generation: 0,

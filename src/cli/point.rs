@@ -170,11 +170,16 @@ fn render(point: &Value) -> String {
         "trust",
         "trust_reason",
         "verified_at",
+        "compared_bytes",
         "protected_until",
         "committed_at",
         "path",
     ];
-    let mut lines: Vec<String> = fields.iter().map(|field| format!("{field:<15} {}", text(&point[field]))).collect();
+    let value = |field: &str| match &point[field] {
+        Value::Number(_) => bytes(&point[field]),
+        other => text(other).to_owned(),
+    };
+    let mut lines: Vec<String> = fields.iter().map(|field| format!("{field:<15} {}", value(field))).collect();
     let disks: Vec<Vec<String>> = rows(&point["disks"])
         .iter()
         .map(|disk| {

@@ -46,6 +46,8 @@ pub(super) struct PointAnswer {
     /// When it was last verified, whatever came of it.
     #[schema(value_type = Option<String>, format = DateTime)]
     verified_at: Option<UtcTime>,
+    /// Bytes of its disks that were held against what was received for them, when the disks were last read; `null` before that.
+    compared_bytes: Option<u64>,
     /// Until when it may not be deleted.
     #[schema(value_type = Option<String>, format = DateTime)]
     protected_until: Option<UtcTime>,
@@ -201,6 +203,7 @@ impl PointAnswer {
             trust: row.trust,
             trust_reason: row.trust_reason,
             verified_at: row.verified_at,
+            compared_bytes: row.compared_bytes,
             protected_until: row.protected_until,
             backup_type: if all_full { BackupType::Full } else { BackupType::Incremental },
             quiesce: QUIESCE,

@@ -19,7 +19,7 @@ use crate::words::point::{PointState, Trust};
 impl Points {
     /// Decides what was found of a point means, and records it.
     pub(super) async fn settle(&self, id: &BackupId, examined: Examined) -> Result<VerifiedPoint, StoreError> {
-        let Examined { mut findings, digests } = examined;
+        let Examined { mut findings, digests, compared_bytes } = examined;
         let mut transaction = self.shared.store.write().await?;
         let Some(row) = points::find(&mut transaction, id).await?.filter(|row| is_there(row.state)) else {
             let findings = vec![Finding::of_point(Severity::Failed, "not_found", "the point is going")];
@@ -52,7 +52,7 @@ impl Points {
         };
         findings.extend(known_before(&row, outcome, &findings));
         if !matches!(outcome, Outcome::Failed | Outcome::Missing) {
-            trust::set_verified_at(&mut transaction, id, now).await?;
+            trust::set_verified(&mut transaction, id, compared_bytes, now).await?;
             if row.state == PointState::Missing {
                 points::set_state(&mut transaction, id, PointState::Committed).await?;
             }

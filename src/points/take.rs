@@ -38,6 +38,8 @@ pub struct Examined {
     pub findings: Vec<Finding>,
     /// What is to be recorded: disk, digest of the image, content root. Empty unless all of it is known and sound.
     pub digests: Vec<(u32, Digest, Digest)>,
+    /// How many bytes of the disks were held against what was received for them; nothing where no disk was read.
+    pub compared_bytes: Option<u64>,
 }
 
 /// Why there is no result.
@@ -68,7 +70,7 @@ pub fn examine(subject: &Subject, content: Content, reading: &Reading) -> Result
 fn take(subject: &Subject, inspection: Inspection, content: Content, reading: &Reading) -> Result<Examined, Stopped> {
     let Inspection { mut findings, files, document, roots, manifest } = inspection;
     if worst(&findings).is_some_and(|worst| worst.severity > Severity::Warning) {
-        return Ok(Examined { findings, digests: Vec::new() });
+        return Ok(Examined { findings, ..Examined::default() });
     }
     let known = |disk: &SubjectDisk| {
         let written = roots.iter().find(|(disk_id, _)| *disk_id == disk.row.disk_id).map(|(_, root)| *root);
@@ -78,11 +80,15 @@ fn take(subject: &Subject, inspection: Inspection, content: Content, reading: &R
     // A root is taken on trust only for an image that is proven to be the one that it was taken of.
     let proven = |disk: &SubjectDisk| document == Document::Sound || disk.digest().is_some();
     let mut disks = Vec::with_capacity(subject.disks.len());
+    let mut compared_bytes = None;
     for disk in &subject.disks {
         let root = match (known(disk), content) {
             (Some(root), Content::Known) if !writes && proven(disk) => root,
             (expected, _) => match read_disk(subject, disk, manifest.as_ref(), expected, content, writes, reading)? {
-                Ok(root) => root,
+                Ok(read) => {
+                    *compared_bytes.get_or_insert(0) += read.compared_bytes;
+                    read.root
+                }
                 Err(finding) => {
                     findings.push(finding);
                     continue;
@@ -93,7 +99,7 @@ fn take(subject: &Subject, inspection: Inspection, content: Content, reading: &R
         disks.push(DiskDigest { disk_id, size_bytes, block_bytes: BLOCK_BYTES, content: root });
     }
     if disks.len() < subject.disks.len() {
-        return Ok(Examined { findings, digests: Vec::new() });
+        return Ok(Examined { findings, ..Examined::default() });
     }
     let digests = disks
         .iter()
@@ -108,15 +114,22 @@ fn take(subject: &Subject, inspection: Inspection, content: Content, reading: &R
         let written = written.encode().map_err(io::Error::from);
         if let Err(error) = written.and_then(|bytes| files::replace(&subject.folder, DIGESTS, &bytes)) {
             findings.push(unwritten(DIGESTS, &error));
-            return Ok(Examined { findings, digests: Vec::new() });
+            return Ok(Examined { findings, ..Examined::default() });
         }
     }
-    Ok(Examined { findings, digests })
+    Ok(Examined { findings, digests, compared_bytes })
 }
 
 /// Images that are sound in a folder that cannot be written: nothing is wrong with the point, but its digests are not kept.
 fn unwritten(file: &str, error: &io::Error) -> Finding {
     Finding::of_file(Severity::Failed, "not_written", file, format!("it cannot be written: {error}"))
+}
+
+/// One disk that was read.
+struct ReadDisk {
+    root: Digest,
+    /// Bytes that were held against what was received for them.
+    compared_bytes: u64,
 }
 
 /// The root over a disk, which must be the expected one, and its leaves in their file where they are to be written.
@@ -128,7 +141,7 @@ fn read_disk(
     content: Content,
     writes: bool,
     reading: &Reading,
-) -> Result<Result<Digest, Finding>, Stopped> {
+) -> Result<Result<ReadDisk, Finding>, Stopped> {
     let (file, name) = (&disk.row.file, blocks_file_name(disk.row.disk_id));
     let options = qcow2::OpenOptions {
         backing_root: subject.folder.parent().map(Path::to_owned),
@@ -177,7 +190,7 @@ fn read_disk(
             };
             Err(Finding::of_file(severity, "content_mismatch", file, detail))
         }
-        None => Ok(root),
+        None => Ok(ReadDisk { root, compared_bytes: testimony.compared_bytes }),
     })
 }
 

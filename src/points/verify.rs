@@ -258,7 +258,7 @@ impl Points {
 }
 
 fn failed(code: &'static str, detail: &str) -> Examined {
-    Examined { findings: vec![Finding::of_point(Severity::Failed, code, detail)], digests: Vec::new() }
+    Examined { findings: vec![Finding::of_point(Severity::Failed, code, detail)], ..Examined::default() }
 }
 
 /// Looks at a point in a repository that is there before and after: a folder that is unmounted meanwhile lost nothing.

@@ -35,12 +35,23 @@ pub async fn change(
     Ok(())
 }
 
-/// Notes that a verification of a point came to a result.
+/// Notes that a verification of a point came to a result, and how many bytes it compared with what was received, where it read the
+/// disks.
 ///
 /// # Errors
 /// The database's.
-pub async fn set_verified_at(connection: &mut Connection, id: &BackupId, at: UtcTime) -> Result<(), StoreError> {
-    sqlx::query("UPDATE restore_points SET verified_at = ? WHERE id = ?").bind(at).bind(id).execute(connection).await?;
+pub async fn set_verified(
+    connection: &mut Connection,
+    id: &BackupId,
+    compared_bytes: Option<u64>,
+    at: UtcTime,
+) -> Result<(), StoreError> {
+    sqlx::query("UPDATE restore_points SET verified_at = ?, compared_bytes = COALESCE(?, compared_bytes) WHERE id = ?")
+        .bind(at)
+        .bind(compared_bytes.map(u64::cast_signed))
+        .bind(id)
+        .execute(connection)
+        .await?;
     Ok(())
 }
 

@@ -76,6 +76,7 @@ async fn expect_verified(rig: &Rig, id: &str, compared: usize) {
         (&json!("verified"), &json!(compared), vec![]),
         "{verification:#}"
     );
+    assert_eq!(point(&rig.service, id).await["compared_bytes"], compared);
 }
 
 #[tokio::test(flavor = "multi_thread")]

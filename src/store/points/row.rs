@@ -30,6 +30,8 @@ pub struct PointRow {
     pub trust_reason: Option<String>,
     /// When it was last verified, whatever came of it.
     pub verified_at: Option<UtcTime>,
+    /// Bytes of its disks that were held against what was received for them, when the disks were last read.
+    pub compared_bytes: Option<u64>,
     /// Until when it may not be deleted.
     pub protected_until: Option<UtcTime>,
     /// When it was committed.
@@ -87,6 +89,7 @@ impl FromRow<'_, SqliteRow> for PointRow {
             trust: row.try_get("trust")?,
             trust_reason: row.try_get("trust_reason")?,
             verified_at: row.try_get("verified_at")?,
+            compared_bytes: row.try_get::<Option<i64>, _>("compared_bytes")?.map(i64::unsigned_abs),
             protected_until: row.try_get("protected_until")?,
             committed_at: row.try_get("committed_at")?,
             generation: row.try_get("generation")?,
