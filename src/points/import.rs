@@ -28,6 +28,9 @@ use crate::words::{BackupType, DiskState, JobResult, JobState};
 /// In place of the process start that ran the job: no process of this database did.
 const BOOT_ID: &str = "imported";
 
+/// The `effective_type` of an image that had no parent when its bytes came.
+const RECEIVED_AS_FULL: &str = "full";
+
 /// What an import did.
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct ImportReport {
@@ -178,7 +181,7 @@ async fn take(
 ) -> Result<Taken, FolderError> {
     // The pieces of a disk may be many: they are put together before all other writers have to wait.
     let coverages: Vec<Coverage> = manifest.disks.iter().map(coverage).collect();
-    let whole = manifest.disks.iter().zip(&coverages).all(|(disk, coverage)| is_whole(disk, coverage));
+    let whole = manifest.disks.iter().zip(&coverages).all(|(disk, coverage)| is_whole(manifest, disk, coverage));
     let (backup, backup_disks) = job(manifest, &coverages, whole);
     let remembered: Vec<VmDisk> = manifest.disks.iter().map(vm_disk).collect();
     let mut transaction = store.write().await?;
@@ -259,9 +262,11 @@ pub(super) async fn below(
     })
 }
 
-/// Whether an image has every byte that it should: a full one received the whole disk.
-fn is_whole(disk: &ManifestDisk, coverage: &Coverage) -> bool {
-    disk.backup_type == BackupType::Incremental || coverage.is_whole(disk.size_bytes)
+/// Whether an image has every byte that it should: a full one received the whole disk, unless a merge made it of an incremental and
+/// all below it. Its coverage is still that of the incremental then; a merge takes no chain that lacks something.
+fn is_whole(manifest: &Manifest, disk: &ManifestDisk, coverage: &Coverage) -> bool {
+    let made_of_incremental = manifest.generation > 0 && disk.effective_type != RECEIVED_AS_FULL;
+    disk.backup_type == BackupType::Incremental || made_of_incremental || coverage.is_whole(disk.size_bytes)
 }
 
 fn coverage(disk: &ManifestDisk) -> Coverage {

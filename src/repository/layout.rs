@@ -22,8 +22,8 @@ pub const MANIFEST: &str = "manifest.json";
 pub const DIGESTS: &str = "digests.json";
 /// An image, and the digests of its blocks.
 const IMAGE_EXTENSIONS: [&str; 2] = ["qcow2", "blocks"];
-/// What the name of a file ends in until it is whole.
-const UNFINISHED_SUFFIX: &str = ".new";
+/// What the name of a file ends in until it is whole: one of ours, and an image that a merge builds.
+const UNFINISHED_SUFFIXES: [&str; 2] = [".new", ".partial"];
 /// What a staged directory that belongs to nobody is called instead of `.partial`.
 pub const QUARANTINE_EXTENSION: &str = "failed";
 /// What is appended to the directory of a job that is not committed.
@@ -93,7 +93,7 @@ pub fn image_file_name(disk_id: u32) -> String {
 /// Whether this service writes files of this name into the folder of a backup: images, what it knows of them, the manifest, and
 /// each of these while it is written.
 pub fn is_backup_file(name: &str) -> bool {
-    let name = name.strip_suffix(UNFINISHED_SUFFIX).unwrap_or(name);
+    let name = UNFINISHED_SUFFIXES.iter().find_map(|suffix| name.strip_suffix(suffix)).unwrap_or(name);
     if name == MANIFEST || name == DIGESTS {
         return true;
     }
@@ -193,11 +193,18 @@ mod tests {
 
     #[test]
     fn what_the_service_writes_is_told_from_everything_else_by_its_name() {
-        for ours in ["disk-0.qcow2", "disk-11.blocks", "disk-0.blocks.new", "manifest.json", "digests.json.new"] {
+        for ours in [
+            "disk-0.qcow2",
+            "disk-0.qcow2.partial",
+            "disk-11.blocks",
+            "disk-0.blocks.new",
+            "manifest.json",
+            "digests.json.new",
+        ] {
             assert!(is_backup_file(ours), "{ours}");
         }
         for foreign in
-            ["disk-.qcow2", "disk-a.qcow2", "disk-0.raw", "disk-0", "notes", ".new", "disk-0.qcow2.old", "disk-1"]
+            ["disk-.qcow2", "disk-a.qcow2", "disk-0.raw", "disk-0", "notes", ".new", ".partial", "disk-0.qcow2.old"]
         {
             assert!(!is_backup_file(foreign), "{foreign}");
         }

@@ -213,6 +213,8 @@ mod tests {
         fs::create_dir_all(&paths.merging).unwrap();
         fs::create_dir(probe(&paths)).unwrap();
         fs::write(paths.merging.join("disk-0.qcow2"), b"x").unwrap();
+        // Of a kill while an image was made.
+        fs::write(paths.merging.join("disk-1.qcow2.partial"), b"x").unwrap();
         fs::write(paths.merging.join(MANIFEST), b"{").unwrap();
         fs::write(paths.merging.join("precious"), b"mine").unwrap();
         assert!(matches!(remove_orphaned(&paths, &id).unwrap(), Orphan::Foreign(_)));

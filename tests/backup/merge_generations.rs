@@ -111,9 +111,9 @@ async fn files_of_another_time_whose_parent_is_gone_are_not_followed_and_a_check
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_import_knows_how_often_a_point_was_made_anew() {
-    let (rig, history, _before) = merged().await;
+    let (rig, mut history, _before) = merged().await;
     let (hub, rest) = stop(rig).await;
-    let id = &history[2].0;
+    let id = &history[2].0.clone();
     // Of the points, in the reverse order of what builds upon what.
     for id in [id, &history[1].0] {
         let forget = format!(
@@ -122,8 +122,19 @@ async fn an_import_knows_how_often_a_point_was_made_anew() {
         );
         sqlite(&hub.path().join("state/blockyard.db"), &forget).await;
     }
-    let rig = start(hub, rest).await;
+    let mut rig = start(hub, rest).await;
     assert_eq!((recorded(&rig, &history[1].0).await, recorded(&rig, id).await), (1, 0));
     expect_whole(&rig, &history, "").await;
     assert_eq!(check(&rig).await["result"], "clean");
+    // A full that a merge made of an incremental lacks nothing, although its coverage is that of the incremental.
+    for point in rig.points().await {
+        assert_eq!(point["trust"], "unverified", "{point:#}");
+    }
+    write_everywhere(&mut rig, 4);
+    history.push((commit(&rig).await, rig.disks.clone()));
+    let next = manifest(&rig, history[3].0.as_str()).await;
+    for disk in next["disks"].as_array().unwrap() {
+        assert_eq!((&disk["effective_type"], &disk["parent_id"]), (&json!("incremental"), &json!(id)), "{next:#}");
+    }
+    expect_whole(&rig, &history, "").await;
 }

@@ -56,6 +56,9 @@ async fn what_a_merge_left_of_a_deleted_point_is_removed_at_the_next_start() {
             std::fs::remove_dir_all(folder).unwrap();
             // All that is left of a merge that was cut while it was cleared up.
             std::fs::remove_file(left.join("manifest.json")).unwrap();
+        } else {
+            // A merge that was killed while it made an image.
+            std::fs::rename(left.join("disk-0.qcow2"), left.join("disk-0.qcow2.partial")).unwrap();
         }
         let record = format!("UPDATE restore_points SET state = '{cut}' WHERE id = '{deleted}';");
         sqlite(&database(hub.path()), &record).await;
