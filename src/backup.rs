@@ -49,7 +49,7 @@ use crate::store::{Store, StoreError, backups};
 
 pub(crate) use commit::point_disk;
 pub use recover::RecoverError;
-pub(crate) use recover::settle_waiting;
+pub(crate) use recover::{Waiting, settle_waiting};
 pub use start::{NewBackup, StartError, Started, VmChoice};
 pub(crate) use sweep::sweep;
 
@@ -321,7 +321,7 @@ fn supervise(shared: &Arc<Shared>, job: Job) {
             match row {
                 Some(row) if !row.state.is_terminal() => {
                     let failed = Failed::new(FailureCode::ImageFailed, "the job ended by a panic");
-                    recover::settle(&shared.store, shared.config.jobs.keep_failed, &row, failed).await
+                    end(&shared, &row, &failed).await
                 }
                 _ => Ok(()),
             }
@@ -330,6 +330,21 @@ fn supervise(shared: &Arc<Shared>, job: Job) {
             tracing::error!(job_id = %id, %error, "a job that panicked could not be ended; the next start will");
         }
     });
+}
+
+/// Ends a job that panicked, as soon as its files tell what it came to.
+async fn end(shared: &Shared, row: &backups::BackupRow, failed: &Failed) -> Result<(), RecoverError> {
+    let mut pause = commit::first_pause();
+    loop {
+        let keep_failed = shared.config.jobs.keep_failed;
+        match recover::settle(&shared.repositories, &shared.store, keep_failed, row, failed.clone()).await {
+            Ok(Waiting::Nobody) => return Ok(()),
+            Ok(Waiting::Jobs) => {}
+            Err(RecoverError::Folder(error)) => tracing::error!(job_id = %row.id, %error, "a job that panicked waits"),
+            Err(error) => return Err(error),
+        }
+        commit::rest(&mut pause).await;
+    }
 }
 
 impl JobHandle {

@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use tokio::time::timeout;
 
-use crate::backup::{self, RecoverError};
+use crate::backup::{self, RecoverError, Waiting};
 use crate::config::Config;
 use crate::id::RepositoryId;
 use crate::points::folder::FolderError;
@@ -62,8 +62,16 @@ pub enum Owned {
     JustNow(ImportReport),
 }
 
-/// Where a repository was when it was swept. Held while it is done, so that everybody else waits.
-type Swept = Arc<tokio::sync::Mutex<Option<(String, Device)>>>;
+/// What is known of a repository since it was swept. Held while it is done, so that everybody else waits.
+type Swept = Arc<tokio::sync::Mutex<Known>>;
+
+#[derive(Debug, Default)]
+struct Known {
+    /// Where it was then.
+    place: Option<(String, Device)>,
+    /// Who waits for files that could not be read then: each use tries again.
+    waiting: Waiting,
+}
 
 impl Repositories {
     /// Owns nothing yet.
@@ -96,7 +104,7 @@ impl Repositories {
 
     async fn own_in_turn(&self, repository: &Repository) -> Result<Owned, FolderError> {
         let swept = self.swept(&repository.id);
-        let Ok(mut swept) = timeout(LIMIT, swept.lock()).await else {
+        let Ok(mut known) = timeout(LIMIT, swept.lock()).await else {
             // Nothing is wrong with a sweep that takes its time; nobody may use the repository before its end.
             let reason = "it is being looked through, or its file system does not answer".to_owned();
             return Err(FolderError::Unavailable { id: repository.id.clone(), reason });
@@ -104,16 +112,21 @@ impl Repositories {
         let refused = |error| refused(repository, error);
         let device = self.lock(repository).await.map_err(refused)?;
         let place = Some((repository.path.clone(), device));
-        if *swept == place {
+        let is_swept = known.place == place;
+        if is_swept && known.waiting == Waiting::Nobody {
             return Ok(Owned::Before);
         }
         let Shared { config, store, boot_id, .. } = &*self.shared;
-        // First, so that what they staged is not taken for that of nobody.
-        backup::settle_waiting(store, config, boot_id, &repository.id).await.map_err(refused)?;
-        let report = backup::sweep(store, repository).await.inspect_err(|error| {
+        // First: a sweep takes what is there without a record, and these have theirs.
+        let waiting = backup::settle_waiting(self, store, config, boot_id, &repository.id).await;
+        known.waiting = waiting.map_err(refused)?;
+        if is_swept {
+            return Ok(Owned::Before);
+        }
+        let report = backup::sweep(store, config.jobs.keep_failed, repository).await.inspect_err(|error| {
             tracing::error!(repository = %repository.id, %error, "a repository cannot be swept and is not used");
         })?;
-        *swept = place;
+        known.place = place;
         Ok(Owned::JustNow(report))
     }
 
@@ -191,7 +204,7 @@ impl Repositories {
     pub async fn release(&self, id: &RepositoryId) {
         let swept = self.swept(id);
         if let Ok(mut swept) = timeout(LIMIT, swept.lock()).await {
-            *swept = None;
+            *swept = Known::default();
         }
         self.shared.locks.release(id.as_str());
     }
@@ -207,6 +220,7 @@ fn refused(repository: &Repository, error: RecoverError) -> FolderError {
     match error {
         RecoverError::Lock(error) => unavailable(error.public()),
         RecoverError::Store(error) => FolderError::Store(error),
+        RecoverError::Folder(error) => error,
         RecoverError::Panicked => FolderError::Panicked,
         RecoverError::Change(_) => unavailable("a job that waited for it could not be ended".to_owned()),
     }

@@ -1,10 +1,14 @@
 //! What a new process makes of the jobs of the one before it.
 //!
 //! Nothing of a dead process can go on: its clients do not reconnect. A job whose directory was renamed is a restore
-//! point and is rolled forward; every other one is undone and has failed. A
-//! job that may have been published waits for its repository. A job whose task panicked is ended in the same way.
+//! point and is rolled forward; every other one is undone and has failed. A job that may have been published waits until its
+//! repository can tell; that of any other need not be there. A job whose task panicked is ended in the same way.
+//!
+//! Files are touched only in repositories whose locks this process has, after a question that was answered in time. What a job staged
+//! that ended otherwise is removed when its repository is swept.
 
 use std::collections::BTreeSet;
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -16,8 +20,10 @@ use crate::clock::UtcTime;
 use crate::config::{Config, KeepFailed};
 use crate::id::{BackupId, RepositoryId};
 use crate::points::folder::FolderError;
+use crate::repositories::Repositories;
 use crate::repository::directory;
 use crate::repository::layout::BackupPaths;
+use crate::repository::lock::is_marked;
 use crate::repository::manifest::{Manifest, ManifestError};
 use crate::store::backups::{self, BackupRow, ChangeError};
 use crate::store::repositories::{self, Repository};
@@ -36,6 +42,9 @@ pub enum RecoverError {
     /// Another hub works on one of the repositories.
     #[error(transparent)]
     Lock(#[from] crate::repository::lock::LockError),
+    /// A repository that was locked does not answer any more.
+    #[error(transparent)]
+    Folder(#[from] FolderError),
     /// A task ended by a panic.
     #[error("clearing up after the last run ended by a panic")]
     Panicked,
@@ -55,17 +64,6 @@ pub(super) async fn recover(shared: &Arc<Shared>) -> Result<(), RecoverError> {
     if voided > 0 || !unfinished.is_empty() {
         tracing::warn!(leases = voided, jobs = unfinished.len(), "clearing up after the last run");
     }
-    for row in unfinished {
-        if row.state != JobState::Committing {
-            settle(&shared.store, shared.config.jobs.keep_failed, &row, restarted()).await?;
-        } else if !locked.iter().any(|repository| repository.id == row.repository_id) {
-            // It may have been published. Only its repository can tell, and a terminal state would be for ever.
-            tracing::error!(
-                job_id = %row.id, repository = %row.repository_id,
-                "a backup that was being committed waits until its repository is used again"
-            );
-        }
-    }
     for repository in &locked {
         match shared.repositories.own(repository).await {
             Ok(_) => {}
@@ -73,22 +71,49 @@ pub(super) async fn recover(shared: &Arc<Shared>) -> Result<(), RecoverError> {
             Err(error) => tracing::warn!(repository = %repository.id, %error, "a repository cannot be used now"),
         }
     }
+    // Those whose repositories could not be asked.
+    for row in backups::unfinished(&mut *shared.store.read().await?).await? {
+        if row.state == JobState::Committing {
+            // It may have been published. Only its repository can tell, and a terminal state would be for ever.
+            tracing::error!(
+                job_id = %row.id, repository = %row.repository_id,
+                "a backup that was being committed waits until its repository is used again"
+            );
+        } else {
+            undo::finish(&shared.store, &row.id, &end_of(&row, restarted()), &[]).await?;
+            tracing::warn!(job_id = %row.id, state = %row.state, "a job of the last run has ended");
+        }
+    }
     Ok(())
 }
 
-/// Ends the jobs of earlier processes that may have been published into a repository, now that it is there.
+/// Whether jobs that may have been published still have no end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Waiting {
+    /// None.
+    #[default]
+    Nobody,
+    /// Some: their files say neither that they are points nor that they are none.
+    Jobs,
+}
+
+/// Ends the jobs of earlier processes in a repository that is there now and locked, as its files say.
 pub(crate) async fn settle_waiting(
+    repositories: &Repositories,
     store: &Store,
     config: &Config,
     boot_id: &str,
     repository: &RepositoryId,
-) -> Result<(), RecoverError> {
+) -> Result<Waiting, RecoverError> {
     let unfinished = backups::unfinished(&mut *store.read().await?).await?;
-    let waits = |row: &&BackupRow| row.repository_id == *repository && row.boot_id != boot_id;
-    for row in unfinished.iter().filter(waits).filter(|row| row.state == JobState::Committing) {
-        settle(store, config.jobs.keep_failed, row, restarted()).await?;
+    let of_earlier = |row: &&BackupRow| row.repository_id == *repository && row.boot_id != boot_id;
+    let mut waiting = Waiting::Nobody;
+    for row in unfinished.iter().filter(of_earlier) {
+        if settle(repositories, store, config.jobs.keep_failed, row, restarted()).await? == Waiting::Jobs {
+            waiting = Waiting::Jobs;
+        }
     }
-    Ok(())
+    Ok(waiting)
 }
 
 fn restarted() -> Failed {
@@ -125,63 +150,109 @@ async fn pin_parents(connection: &mut Connection, row: &BackupRow, boot_id: &str
     Ok(())
 }
 
-/// Ends one job that no task runs any more: forward when its directory was published, else as failed with `failed`.
+/// Ends one job that no task runs any more: forward when its directory was published, else as failed with `failed`. One that may have
+/// been published waits when nobody can say whether it was.
 pub(super) async fn settle(
+    repositories: &Repositories,
     store: &Store,
     keep_failed: KeepFailed,
     row: &BackupRow,
     failed: Failed,
-) -> Result<(), RecoverError> {
-    let Some(paths) = paths_of(store, row).await? else {
+) -> Result<Waiting, RecoverError> {
+    let end = end_of(row, failed);
+    let Some((repository, paths)) = place_of(store, row).await? else {
         // Without a folder there was no file. Cannot happen to a job that got as far as preparing.
-        undo::finish(store, &row.id, &End::Failed(failed), &[]).await?;
-        return Ok(());
+        undo::finish(store, &row.id, &end, &[]).await?;
+        return Ok(Waiting::Nobody);
     };
-    match published(&paths, row).await? {
-        Some(manifest) => {
+    match look(repositories, &repository, &paths, row).await? {
+        Found::Published(manifest) => {
             tracing::warn!(job_id = %row.id, "the restore point was published before the end; recording it");
             commit::record(store, &manifest, &paths).await?;
         }
-        None => {
-            let end = if row.state == JobState::Cancelling { End::Cancelled } else { End::Failed(failed) };
+        Found::Unclear(error) if row.state == JobState::Committing => {
+            tracing::error!(
+                job_id = %row.id, repository = %row.repository_id, %error,
+                "a backup that was being committed waits: its files do not tell whether it is a restore point"
+            );
+            return Ok(Waiting::Jobs);
+        }
+        Found::Nothing | Found::Unclear(_) => {
             let leftovers = Leftovers::of(&end, keep_failed);
-            let staged = paths.clone();
-            let cleared = tokio::task::spawn_blocking(move || leftovers.clear(&staged)).await;
+            let cleared = tokio::task::spawn_blocking(move || leftovers.clear(&paths)).await;
             if let Err(error) = cleared.map_err(|_| RecoverError::Panicked)? {
-                // The record must not wait for a file system that may be gone for good; the folder is never listed.
+                // The record must not wait for a file system that may be gone for good; the next sweep tries again.
                 tracing::error!(job_id = %row.id, %error, "staged data of the last run could not be removed");
             }
             undo::finish(store, &row.id, &end, &[]).await?;
             tracing::warn!(job_id = %row.id, state = %row.state, "a job of the last run has ended");
         }
     }
-    Ok(())
+    Ok(Waiting::Nobody)
 }
 
-/// The manifest of a published job, made durable again before anyone relies on it.
-async fn published(paths: &BackupPaths, row: &BackupRow) -> Result<Option<Manifest>, RecoverError> {
-    let (paths, id) = (paths.clone(), row.id.clone());
-    let found = tokio::task::spawn_blocking(move || -> Result<Option<Manifest>, ManifestError> {
-        let manifest = directory::load_published(&paths, &id)?;
-        if manifest.is_some() {
-            directory::sync_published(&paths)?;
-        }
-        Ok(manifest)
+/// How a job ends that was not published.
+fn end_of(row: &BackupRow, failed: Failed) -> End {
+    if row.state == JobState::Cancelling { End::Cancelled } else { End::Failed(failed) }
+}
+
+/// What the files of a job say of its end.
+enum Found {
+    /// It is a restore point, durable again before anyone relies on it.
+    Published(Box<Manifest>),
+    /// There is none.
+    Nothing,
+    /// They cannot be read now, or not by this version.
+    Unclear(ManifestError),
+}
+
+async fn look(
+    repositories: &Repositories,
+    repository: &Repository,
+    paths: &BackupPaths,
+    row: &BackupRow,
+) -> Result<Found, RecoverError> {
+    let (asked, id) = (paths.clone(), row.id.clone());
+    let loaded = repositories.ask(repository, move |root| {
+        let loaded = directory::load_published(&asked, &id);
+        // A disk that was unmounted meanwhile has no folders either.
+        (loaded, is_marked(root))
     });
-    match found.await.map_err(|_| RecoverError::Panicked)? {
-        Ok(manifest) => Ok(manifest),
-        Err(error) => {
+    let (loaded, is_there) = loaded.await?;
+    let manifest = match loaded {
+        Ok(Some(manifest)) => manifest,
+        _ if !is_there => return Ok(Found::Unclear(io::Error::from(io::ErrorKind::NotFound).into())),
+        Ok(None) => return Ok(Found::Nothing),
+        Err(error) if is_proof(&error) => {
             tracing::error!(job_id = %row.id, %error, "a published directory cannot be used; the job has failed");
-            Ok(None)
+            return Ok(Found::Nothing);
         }
+        Err(error) => return Ok(Found::Unclear(error)),
+    };
+    let synced = paths.clone();
+    let synced = tokio::task::spawn_blocking(move || directory::sync_published(&synced)).await;
+    Ok(match synced.map_err(|_| RecoverError::Panicked)? {
+        Ok(()) => Found::Published(Box::new(manifest)),
+        Err(error) => Found::Unclear(error.into()),
+    })
+}
+
+/// Whether this says for certain that a folder is no restore point: what it should have is not there, or was read and is something
+/// else. An error of the file system may pass, and a newer version may read what this one does not.
+fn is_proof(error: &ManifestError) -> bool {
+    match error {
+        ManifestError::Read(error) => error.kind() == io::ErrorKind::NotFound,
+        ManifestError::Invalid(_) | ManifestError::OtherBackup { .. } | ManifestError::OtherLength { .. } => true,
+        ManifestError::NotPlain | ManifestError::TooLong(_) | ManifestError::Newer { .. } => false,
     }
 }
 
-async fn paths_of(store: &Store, row: &BackupRow) -> Result<Option<BackupPaths>, StoreError> {
+async fn place_of(store: &Store, row: &BackupRow) -> Result<Option<(Repository, BackupPaths)>, StoreError> {
     let mut connection = store.read().await?;
     let repository = repositories::find(&mut connection, &row.repository_id).await?;
     let directory = backups::directory_of(&mut connection, &row.vm_id).await?;
-    Ok(repository
-        .zip(directory)
-        .map(|(repository, directory)| BackupPaths::new(Path::new(&repository.path), &directory, row.id.as_str())))
+    Ok(repository.zip(directory).map(|(repository, directory)| {
+        let paths = BackupPaths::new(Path::new(&repository.path), &directory, row.id.as_str());
+        (repository, paths)
+    }))
 }

@@ -6,7 +6,7 @@ use tokio::time::Instant;
 use super::Shared;
 use super::check::find_vm;
 use super::start::{StartError, VmChoice, in_progress};
-use crate::store::vms;
+use crate::store::leases::{self, LeaseKind};
 
 /// Refreshes the VM if its node is set so. Nobody waits beyond `deadline`: callers are to be answered by then.
 ///
@@ -18,8 +18,13 @@ pub(super) async fn refresh(shared: &Shared, choice: &VmChoice, deadline: Instan
     if !shared.config.nodes.get(&vm.node).is_some_and(|node| node.refresh_before_start) {
         return Ok(());
     }
-    // Asked again when the VM is claimed; this saves a caller who cannot have it the time of a discovery.
-    if let Some(active) = vms::active_backup(&mut connection, &vm.id).await? {
+    // Asked again when the VM is claimed; this saves a caller who cannot have it the time of a discovery. A job that has given the
+    // VM back is in nobody's way, whatever it still waits for.
+    let holder = match shared.registry.holder(&vm.id) {
+        Some(holder) => Some(holder),
+        None => leases::holder(&mut connection, LeaseKind::Vm, vm.id.as_str()).await?,
+    };
+    if let Some(active) = holder {
         return Err(in_progress(shared, &vm, active));
     }
     drop(connection);

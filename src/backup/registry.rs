@@ -120,6 +120,12 @@ impl Registry {
         Ok(Slot { id: id.clone(), registry: Arc::clone(self) })
     }
 
+    /// The job that has the VM.
+    pub(super) fn holder(&self, vm: &VmId) -> Option<BackupId> {
+        let inner = self.lock();
+        inner.slots.iter().find(|(_, held)| held.vm_id == *vm).map(|(holder, _)| holder.clone())
+    }
+
     /// Makes a job reachable. What it was promised is from now on what it has not stored yet.
     pub(super) fn enter(self: &Arc<Self>, handle: Arc<JobHandle>, promise: Promise) -> Presence {
         let id = handle.facts().id.clone();

@@ -1,26 +1,42 @@
 //! Holding a repository against its records when a process begins to use it: what is there without a record is imported, and what is
 //! recorded without being there is noted as missing. Nothing is deleted but what the records say is being deleted: that is
-//! finished. A stray staged directory is put aside under another name for a person to see.
+//! finished, and what a job staged that is over, by its record, goes as at its end. A stray staged directory is put aside under
+//! another name for a person to see.
 
-use std::collections::BTreeMap;
 use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 
+use super::undo::Leftovers;
+use crate::config::KeepFailed;
 use crate::id::BackupId;
 use crate::points::folder::{FolderError, on_disk};
 use crate::points::import::ImportReport;
 use crate::points::{delete, import, merge};
 use crate::repository::layout::{self, BackupPaths};
 use crate::repository::merging;
-use crate::repository::survey::{self, Other, OtherKind, Presence, Survey};
+use crate::repository::survey::{self, Other, OtherKind, Presence};
 use crate::store::points::PointRow;
 use crate::store::repositories::Repository;
-use crate::store::{Store, StoreError, points};
+use crate::store::{Store, StoreError, backups, points};
+use crate::words::JobState;
 use crate::words::point::PointState;
 
+/// What becomes of a staged directory.
+enum Stray {
+    /// Its job is over: as at its end.
+    Over(Box<BackupPaths>, Leftovers),
+    /// Its job is not.
+    Awaited,
+    /// No record tells whose it is.
+    Unknown(PathBuf),
+}
+
 /// Sweeps one repository whose lock this process has, before anything else uses it. Repeatable.
-pub(crate) async fn sweep(store: &Store, repository: &Repository) -> Result<ImportReport, FolderError> {
+pub(crate) async fn sweep(
+    store: &Store,
+    keep_failed: KeepFailed,
+    repository: &Repository,
+) -> Result<ImportReport, FolderError> {
     merge::recover(store, repository).await?;
     let mut connection = store.read().await?;
     let recorded = points::all_in(&mut connection, &repository.id).await?;
@@ -28,14 +44,17 @@ pub(crate) async fn sweep(store: &Store, repository: &Repository) -> Result<Impo
     drop(connection);
     let root = PathBuf::from(&repository.path);
     let dirs: Vec<(BackupId, String)> = recorded.iter().map(|point| (point.id.clone(), point.dir.clone())).collect();
-    let looked = on_disk(repository, move || {
-        let found = survey::survey(&root)?;
-        let strays = found.others.iter().filter(|other| other.kind == OtherKind::Staged);
-        strays.for_each(|stray| put_aside(&root.join(&stray.path)));
-        let presence = survey::presences(&root, dirs, &files)?;
-        Ok::<(Survey, BTreeMap<BackupId, Presence>), io::Error>((found, presence))
+    let surveyed = root.clone();
+    let found = on_disk(repository, move || survey::survey(&surveyed)).await?;
+    let mut strays = Vec::new();
+    for other in found.others.iter().filter(|other| other.kind == OtherKind::Staged) {
+        strays.push(judge(store, keep_failed, repository, other).await?);
+    }
+    let presence = on_disk(repository, move || {
+        strays.into_iter().for_each(clear);
+        survey::presences(&root, dirs, &files)
     });
-    let (found, presence) = looked.await?;
+    let presence = presence.await?;
     let mut transaction = store.write().await?;
     for point in &recorded {
         let state = match (point.state, presence.get(&point.id)) {
@@ -108,7 +127,46 @@ fn is_beside(path: &Path, paths: &BackupPaths) -> bool {
     path == paths.deleting || path == paths.merging || path == merging::probe(paths)
 }
 
-/// Jobs that were running have been ended before, with their staged data; whatever is left belongs to nobody.
+/// Whose a staged directory is.
+async fn judge(
+    store: &Store,
+    keep_failed: KeepFailed,
+    repository: &Repository,
+    other: &Other,
+) -> Result<Stray, StoreError> {
+    let (root, mut connection) = (Path::new(&repository.path), store.read().await?);
+    let path = root.join(&other.path);
+    let Some(id) = &other.id else { return Ok(Stray::Unknown(path)) };
+    let row = backups::find(&mut connection, id).await?.filter(|row| row.repository_id == repository.id);
+    let Some(row) = row else { return Ok(Stray::Unknown(path)) };
+    let Some(directory) = backups::directory_of(&mut connection, &row.vm_id).await? else {
+        return Ok(Stray::Unknown(path));
+    };
+    let paths = BackupPaths::new(root, &directory, id.as_str());
+    Ok(match row.state {
+        _ if paths.staged != path => Stray::Unknown(path),
+        JobState::Failed | JobState::Cancelled => Stray::Over(Box::new(paths), Leftovers::of_ended(&row, keep_failed)),
+        JobState::Committed => Stray::Unknown(path),
+        _ => Stray::Awaited,
+    })
+}
+
+fn clear(stray: Stray) {
+    match stray {
+        Stray::Over(paths, leftovers) => match leftovers.clear(&paths) {
+            Ok(()) => {
+                tracing::warn!(path = %paths.staged.display(), "what a job had staged that is over is cleared up")
+            }
+            Err(error) => {
+                tracing::error!(path = %paths.staged.display(), %error, "staged data could not be removed yet");
+            }
+        },
+        Stray::Awaited => {}
+        Stray::Unknown(path) => put_aside(&path),
+    }
+}
+
+/// What belongs to nobody is for a person to look at.
 fn put_aside(stray: &Path) {
     let aside = stray.with_extension(layout::QUARANTINE_EXTENSION);
     match fs::rename(stray, &aside) {

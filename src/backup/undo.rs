@@ -140,10 +140,20 @@ pub(super) enum Leftovers {
 impl Leftovers {
     /// A failure is kept where the configuration says so, but never what is in the way of the next backup.
     pub(super) fn of(end: &End, keep: KeepFailed) -> Self {
-        match (end, keep) {
-            (End::Failed(failed), KeepFailed::Quarantine) if failed.code != FailureCode::InsufficientStorage => {
-                Self::Kept
-            }
+        match end {
+            End::Failed(failed) => Self::of_failed(Some(failed.code), keep),
+            End::Cancelled => Self::Removed,
+        }
+    }
+
+    /// The same for a job that is over, by its record.
+    pub(super) fn of_ended(row: &BackupRow, keep: KeepFailed) -> Self {
+        if row.state == JobState::Failed { Self::of_failed(row.code, keep) } else { Self::Removed }
+    }
+
+    fn of_failed(code: Option<FailureCode>, keep: KeepFailed) -> Self {
+        match keep {
+            KeepFailed::Quarantine if code != Some(FailureCode::InsufficientStorage) => Self::Kept,
             _ => Self::Removed,
         }
     }

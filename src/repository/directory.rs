@@ -234,11 +234,11 @@ pub fn load_published(paths: &BackupPaths, backup_id: &BackupId) -> Result<Optio
 pub fn load(folder: &Path, backup_id: &BackupId) -> Result<Manifest, ManifestError> {
     let manifest = Manifest::read(folder)?;
     if manifest.backup_id != *backup_id {
-        return Err(io::Error::other("the manifest belongs to another backup").into());
+        return Err(ManifestError::OtherBackup { found: manifest.backup_id });
     }
     for disk in &manifest.disks {
         if fs::metadata(folder.join(&disk.file))?.len() != disk.file_bytes {
-            return Err(io::Error::other(format!("{} has not the length in the manifest", disk.file)).into());
+            return Err(ManifestError::OtherLength { file: disk.file.clone() });
         }
     }
     Ok(manifest)

@@ -148,6 +148,18 @@ pub enum ManifestError {
     /// It is not what a manifest looks like.
     #[error("the manifest is not valid: {0}")]
     Invalid(#[from] serde_json::Error),
+    /// It was written for another folder.
+    #[error("the manifest is that of {found}")]
+    OtherBackup {
+        /// The backup that it names.
+        found: BackupId,
+    },
+    /// An image beside it is another one than it tells of.
+    #[error("{file} has not the length in the manifest")]
+    OtherLength {
+        /// The image.
+        file: String,
+    },
     /// A newer version of this program wrote it.
     #[error("the manifest has format {found}, this version reads up to {FORMAT}")]
     Newer {

@@ -148,9 +148,7 @@ pub fn remove_orphaned(paths: &BackupPaths, id: &BackupId) -> io::Result<Orphan>
         Err(ManifestError::Read(error)) if error.kind() == io::ErrorKind::NotFound => {}
         Err(ManifestError::Invalid(_)) => {}
         Err(ManifestError::Read(error)) => return Err(error),
-        Err(error @ (ManifestError::Newer { .. } | ManifestError::NotPlain | ManifestError::TooLong(_))) => {
-            return Ok(Orphan::Foreign(error.to_string()));
-        }
+        Err(error) => return Ok(Orphan::Foreign(error.to_string())),
     }
     match remove_merging(paths) {
         // The folder of the VM went before, with its last point.
@@ -181,7 +179,13 @@ pub fn judge(paths: &BackupPaths, id: &BackupId) -> Remains {
         Err(error @ (ManifestError::Newer { .. } | ManifestError::NotPlain | ManifestError::TooLong(_))) => {
             Remains::Unclear(error.to_string())
         }
-        Ok(_) | Err(ManifestError::Read(_) | ManifestError::Invalid(_)) => Remains::Needless(Box::new(published)),
+        Ok(_)
+        | Err(
+            ManifestError::Read(_)
+            | ManifestError::Invalid(_)
+            | ManifestError::OtherBackup { .. }
+            | ManifestError::OtherLength { .. },
+        ) => Remains::Needless(Box::new(published)),
     }
 }
 

@@ -42,16 +42,23 @@ pub async fn take(
     owner: &str,
     boot_id: &str,
 ) -> Result<Result<(), BackupId>, StoreError> {
-    let holder: Option<BackupId> = sqlx::query_scalar("SELECT owner FROM leases WHERE kind = ? AND key = ?")
-        .bind(kind.as_str())
-        .bind(key)
-        .fetch_optional(&mut *connection)
-        .await?;
-    if let Some(holder) = holder {
+    if let Some(holder) = holder(connection, kind, key).await? {
         return Ok(Err(holder));
     }
     insert(connection, kind, key, owner, boot_id).await?;
     Ok(Ok(()))
+}
+
+/// The job that has a lease; not for pins, which many may have.
+///
+/// # Errors
+/// The database's.
+pub async fn holder(connection: &mut Connection, kind: LeaseKind, key: &str) -> Result<Option<BackupId>, StoreError> {
+    Ok(sqlx::query_scalar("SELECT owner FROM leases WHERE kind = ? AND key = ?")
+        .bind(kind.as_str())
+        .bind(key)
+        .fetch_optional(connection)
+        .await?)
 }
 
 /// Takes a lease whoever has it: for things whose possession is proven otherwise, such as a port by its socket.

@@ -6,6 +6,7 @@ use blockyard::node::fake::{
 use serde_json::{Value, json};
 
 use crate::cli::cli;
+use crate::process::sqlite;
 use crate::rig::{self, Plan, Rig, content, id_of};
 use crate::support::Answer;
 
@@ -378,6 +379,41 @@ async fn running_job_keeps_the_disks_it_began_with() {
 
 fn before_start() -> Plan {
     Plan { toml: "[nodes.default]\nrefresh_before_start = true\n".to_owned(), ..Plan::default() }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_has_given_the_vm_back_keeps_nobody_from_a_discovery_and_a_backup() {
+    let faults = Faults { pause: Some(PausePoint::AfterBytes(1 << 20)), ..Faults::default() };
+    let rig = described(Plan { faults, ..before_start() }).await;
+    let started = rig.start().await;
+    rig.paused().await;
+    rig.try_start().await.expect_problem(409, "backup_in_progress");
+    assert_eq!(discoveries(&rig).len(), 2, "whoever cannot have the VM is told at once");
+    // Its end cannot be recorded, which stands for staged data that cannot be removed.
+    let database = rig.service.folder.path().join("state/blockyard.db");
+    let refuse = "CREATE TRIGGER refuse BEFORE UPDATE OF state ON backups WHEN NEW.state = 'cancelled' \
+                  BEGIN SELECT RAISE(ABORT, 'no'); END;";
+    sqlite(&database, refuse).await;
+    rig.cancel(id_of(&started)).await.expect_status(202);
+    rig.node.reconfigure(|config| config.faults = Faults::default());
+    let again = async {
+        loop {
+            let answer = rig.try_start().await;
+            if answer.status == 200 {
+                return answer.json();
+            }
+        }
+    };
+    let second = tokio::time::timeout(rig::DEADLINE, again).await.expect("the VM is wedged");
+    assert_eq!(rig.end_of(id_of(&second)).await["state"], "committed");
+    assert_eq!(rig.backup(id_of(&started)).await["state"], "cancelling");
+    sqlite(&database, "DROP TRIGGER refuse").await;
+    assert_eq!(rig.end_of(id_of(&started)).await["state"], "cancelled");
+    rig.node.resume();
+    // So it is with one that waits for its repository, of an earlier run.
+    let waits = format!("UPDATE backups SET state = 'committing' WHERE id = '{}';", id_of(&started));
+    sqlite(&database, &waits).await;
+    assert_eq!(rig.back_up().await["state"], "committed");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -3,9 +3,10 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::mpsc;
 use std::time::Duration;
 
-use blockyard::node::fake::Faults;
+use blockyard::node::fake::{Faults, PausePoint};
 use reqwest::Method;
 use serde_json::{Value, json};
 
@@ -121,6 +122,47 @@ async fn a_mount_that_hangs_refuses_everybody_in_time_and_holds_up_nobody_else()
         }
     };
     tokio::time::timeout(rig::DEADLINE, back).await.expect("not ready again");
+    let backup = back_up(&running, &vm, "main").await;
+    assert_eq!(backup["state"], "committed", "{backup:#}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mount_that_hangs_does_not_keep_the_service_from_starting() {
+    let pause = Faults { pause: Some(PausePoint::AfterBytes(1 << 19)), ..Faults::default() };
+    let child = Child::with_disks(vec![(2000, rig::content(1, 1 << 20))], pause).await;
+    let running = child.start();
+    let vm = child.furnish(&running).await;
+    let other = child.folder.path().join("other");
+    std::fs::create_dir(&other).unwrap();
+    running.post("/repositories", &json!({"id": "other", "name": "other", "path": other})).await;
+    let started = running.back_up(&vm).await;
+    child.paused().await;
+    running.process.signal("KILL");
+    running.process.wait();
+    child.node.resume();
+
+    let hung = Hung::over(&child.repository());
+    let (started_up, in_time) = mpsc::channel();
+    let waiting = std::thread::spawn(move || in_time.recv_timeout(ANSWERED).ok().map(|()| hung));
+    let running = child.start();
+    started_up.send(()).unwrap();
+    let hung = waiting.join().unwrap().expect("the start waits for the mount");
+    // It cannot have been published, so that its end needs no answer.
+    let backup = running.get(&format!("/backups/{}", id_of(&started))).await;
+    assert_eq!((&backup["state"], &backup["code"]), (&json!("failed"), &json!("service_restart")), "{backup:#}");
+    child.node.reconfigure(|config| config.faults = Faults::default());
+    let backup = back_up(&running, &vm, "other").await;
+    assert_eq!(backup["state"], "committed", "{backup:#}");
+    drop(hung);
+    assert_eq!(rig::backup_directories(&child.repository()), [format!("{}.partial", id_of(&started))]);
+    let back = async {
+        let check = "/api/v1/repositories/main/check";
+        while send(&running, &Method::POST, check, &json!({})).await.0 != 200 {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(rig::DEADLINE, back).await.expect("not usable again");
+    assert!(rig::backup_directories(&child.repository()).is_empty(), "what it staged is cleared up");
     let backup = back_up(&running, &vm, "main").await;
     assert_eq!(backup["state"], "committed", "{backup:#}");
 }

@@ -4,7 +4,7 @@
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
-use blockyard::node::fake::FakeNode;
+use blockyard::node::fake::{FakeNode, Faults, PausePoint};
 use blockyard::store::points;
 use serde_json::{Value, json};
 
@@ -27,8 +27,12 @@ async fn stop(rig: Rig) -> (tempfile::TempDir, Rest) {
 }
 
 async fn start(folder: tempfile::TempDir, rest: Rest) -> Rig {
+    start_with(folder, rest, "").await
+}
+
+async fn start_with(folder: tempfile::TempDir, rest: Rest, more: &str) -> Rig {
     let Rest { node, vm, repository, disks, ports } = rest;
-    let toml = rig::configuration(&node.url(), folder.path(), &ports, "");
+    let toml = rig::configuration(&node.url(), folder.path(), &ports, more);
     let service = TestService::start_in(folder, &toml).await;
     let hub_url = service.service.url();
     node.reconfigure(|config| config.hub_url = hub_url);
@@ -102,6 +106,92 @@ async fn a_commit_that_waits_is_recorded_when_its_repository_is_used_again() {
     assert_eq!(rig.backup(&incremental).await["state"], "committed");
     rig.expect_restorable(&incremental).await;
     rig.expect_nothing_left_and_a_backup_works(2).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_waits_while_its_files_cannot_be_read_and_is_recorded_at_the_next_use() {
+    let rig = Rig::new().await;
+    let full = id_of(&rig.back_up().await).to_owned();
+    let incremental = id_of(&rig.back_up().await).to_owned();
+    let folder_of_it = rig::published(&rig, &incremental).await;
+    let (manifest, staged) = (folder_of_it.join("manifest.json"), folder_of_it.with_extension("partial"));
+    let (folder, rest) = stop(rig).await;
+    unrecord(&folder, &rest.vm, &incremental, &full).await;
+    // An error of the file system that is no absence: a link that leads to itself.
+    let elsewhere = folder.path().join("elsewhere");
+    std::fs::rename(&folder_of_it, &elsewhere).unwrap();
+    std::os::unix::fs::symlink(&folder_of_it, &folder_of_it).unwrap();
+    std::fs::create_dir(&staged).unwrap();
+    let rig = start(folder, rest).await;
+    assert_eq!(rig.backup(&incremental).await["state"], "committing");
+    assert!(staged.exists(), "what a job staged that is not over is left alone");
+    let refused = delete(&rig, &full).await.expect_problem(409, "point_in_use");
+    assert!(refused.to_string().contains(&incremental), "{refused:#}");
+    // Something in the way of the manifest, which a person can take away again.
+    let (folder, rest) = stop(rig).await;
+    std::fs::remove_dir(&staged).unwrap();
+    std::fs::remove_file(&folder_of_it).unwrap();
+    std::fs::rename(&elsewhere, &folder_of_it).unwrap();
+    std::fs::rename(&manifest, &elsewhere).unwrap();
+    std::fs::create_dir(&manifest).unwrap();
+    let rig = start(folder, rest).await;
+    assert_eq!(rig.backup(&incremental).await["state"], "committing");
+    // It is in nobody's way meanwhile.
+    let backup = rig.back_up().await;
+    assert_eq!(backup["state"], "committed", "{backup:#}");
+    assert_eq!(rig.backup(&incremental).await["state"], "committing");
+    std::fs::remove_dir(&manifest).unwrap();
+    std::fs::rename(&elsewhere, &manifest).unwrap();
+    let kept = delete(&rig, &full).await.expect_problem(409, "point_has_dependents");
+    assert!(kept.to_string().contains(&incremental), "{kept:#}");
+    assert_eq!(rig.backup(&incremental).await["state"], "committed");
+    rig.expect_restorable(&incremental).await;
+    rig.expect_nothing_left_and_a_backup_works(3).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_that_waits_has_failed_when_its_files_are_known_to_be_gone() {
+    let rig = Rig::new().await;
+    let full = id_of(&rig.back_up().await).to_owned();
+    let incremental = id_of(&rig.back_up().await).to_owned();
+    let folder_of_it = rig::published(&rig, &incremental).await;
+    let staged = folder_of_it.with_extension("partial");
+    let (folder, rest) = stop(rig).await;
+    unrecord(&folder, &rest.vm, &incremental, &full).await;
+    std::fs::rename(&folder_of_it, &staged).unwrap();
+    std::os::unix::fs::symlink(&folder_of_it, &folder_of_it).unwrap();
+    let rig = start(folder, rest).await;
+    assert_eq!(rig.backup(&incremental).await["state"], "committing");
+    std::fs::remove_file(&folder_of_it).unwrap();
+    rig.service.post("/api/v1/repositories/main/check", &json!({})).await.expect_status(200);
+    let backup = rig.backup(&incremental).await;
+    assert_eq!((&backup["state"], &backup["code"]), (&json!("failed"), &json!("service_restart")), "{backup:#}");
+    assert!(!staged.exists());
+    rig.expect_nothing_left_and_a_backup_works(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_of_a_repository_that_is_away_fails_at_once_and_what_it_staged_goes_when_that_is_back() {
+    for (more, left) in [("", None), ("[jobs]\nkeep_failed = \"quarantine\"\n", Some("failed"))] {
+        let rig = Rig::faulty(Faults { pause: Some(PausePoint::AfterBytes(2 << 20)), ..Faults::default() }).await;
+        let started = rig.start().await;
+        rig.paused().await;
+        let Rig { service, node, repository, vm, disks, ports } = rig;
+        let TestService { service, folder, .. } = service;
+        drop(service);
+        unmount(&repository);
+        let rig = start_with(folder, Rest { node, vm, repository, disks, ports }, more).await;
+        rig.node.resume();
+        let backup = rig.backup(id_of(&started)).await;
+        assert_eq!((&backup["state"], &backup["code"]), (&json!("failed"), &json!("service_restart")), "{backup:#}");
+        mount(&rig.repository);
+        assert_eq!(rig::backup_directories(&rig.repository), [format!("{}.partial", id_of(&started))]);
+        rig.service.post("/api/v1/repositories/main/check", &json!({})).await.expect_status(200);
+        let kept: Vec<String> = left.iter().map(|extension| format!("{}.{extension}", id_of(&started))).collect();
+        assert_eq!(rig::backup_directories(&rig.repository), kept);
+        rig.node.reconfigure(|config| config.faults = Faults::default());
+        assert_eq!(rig.back_up().await["state"], "committed");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
