@@ -126,9 +126,12 @@ fn restarted() -> Failed {
 /// service; one that another hub has does.
 async fn lock_repositories(shared: &Arc<Shared>) -> Result<Vec<Repository>, RecoverError> {
     let all = repositories::all(&mut *shared.store.read().await?).await?;
+    // All at once: those on one server may all be given the same time in vain.
+    let asked = all.iter().map(|repository| shared.repositories.lock(repository));
+    let answers = futures_util::future::join_all(asked).await;
     let mut locked = Vec::new();
-    for repository in all {
-        match shared.repositories.lock(&repository).await {
+    for (repository, answer) in all.into_iter().zip(answers) {
+        match answer {
             Ok(_) => locked.push(repository),
             Err(RecoverError::Lock(error)) if !error.is_conflict() => {
                 tracing::warn!(repository = %repository.id, %error, "a repository cannot be used now");
