@@ -32,6 +32,7 @@ pub mod retention;
 pub mod scrub;
 mod settle;
 pub mod take;
+mod turns;
 pub mod verification;
 pub mod verify;
 mod witness;
@@ -68,8 +69,8 @@ struct Shared {
     passed: scrub::Passed,
     /// Points whose files are being removed by a task of this process.
     removals: Mutex<BTreeSet<BackupId>>,
-    /// One prune at a time: what it frees and reads is the whole machine's.
-    pruning: tokio::sync::Mutex<()>,
+    /// One prune at a time in each repository.
+    pruning: turns::Turns,
     /// Whether the service is stopping.
     stopping: watch::Sender<bool>,
     merges: merge::Merges,
@@ -87,7 +88,7 @@ impl Points {
             passed: scrub::Passed::default(),
             merges: merge::Merges::default(),
             removals: Mutex::default(),
-            pruning: tokio::sync::Mutex::new(()),
+            pruning: turns::Turns::default(),
             stopping: watch::Sender::new(false),
         };
         Self { shared: Arc::new(shared) }

@@ -164,7 +164,7 @@ codes! {
     NoPorts "no_ports" 503 RETRY "Not enough free ports"
         "The port range has fewer free ports than the VM has disks; nothing was started.";
     TooManyJobs "too_many_jobs" 503 RETRY "Too many jobs are running"
-        "A limit of `jobs`, of the node or of the repository is reached; nothing was started.";
+        "A limit of `jobs`, of the node or of the repository is reached, or as many verifications wait as may; nothing was started.";
     Draining "draining" 503 RETRY "The service is stopping"
         "Running jobs end, new ones are refused.";
     RepositoryUnavailable "repository_unavailable" 503 RETRY "The repository cannot be used"

@@ -186,6 +186,7 @@ fn refused(error: VerifyError) -> Problem {
     match error {
         VerifyError::NotFound(id) => not_found(id.as_str()),
         VerifyError::InUse { .. } => Problem::new(Code::PointInUse, format!("{error}.")),
+        VerifyError::TooMany => Problem::new(Code::TooManyJobs, format!("{error}; none was begun.")),
         VerifyError::Stopping => Problem::new(Code::Draining, "The service is stopping."),
         VerifyError::Store(error) => error.into(),
     }

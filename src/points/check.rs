@@ -17,12 +17,12 @@ use utoipa::ToSchema;
 use judgement::{Before, Judged, Looked};
 
 use super::Points;
-use super::chain::Settling;
+use super::chain::{Settling, Sign};
 use super::folder::{FolderError, on_disk};
 use crate::clock::UtcTime;
 use crate::id::{BackupId, RepositoryId};
 use crate::repository::manifest::Manifest;
-use crate::repository::survey::{self, Fault, OtherKind, PointFolder};
+use crate::repository::survey::{self, Fault, Other, OtherKind, PointFolder};
 use crate::store::points;
 use crate::store::{Connection, StoreError, backups, repositories};
 
@@ -129,14 +129,29 @@ impl Points {
         let (mut folders, others, mut presence) = looked.await?;
 
         let mut given_up = false;
-        let (mut transaction, judged) = loop {
+        let (judged, checked_at) = loop {
             settling.seen();
-            let mut transaction = self.shared.store.write().await?;
-            let judged = judgement::judge_all(&mut transaction, id, &before, &folders, &presence).await?;
-            let (doubted, sign) = before.doubt(&mut transaction, &judged.bad).await?;
-            let Some(sign) = sign.filter(|_| !given_up) else { break (transaction, judged) };
+            // Nobody who writes waits for the judgement of all points.
+            let mut snapshot = self.shared.store.snapshot().await?;
+            let mut judged = judgement::judge_all(&mut snapshot, id, &before, &folders, &presence).await?;
+            let (mut doubted, sign) = before.doubt(&mut snapshot, &judged.bad).await?;
+            let sign = if let Some(sign) = sign.filter(|_| !given_up) {
+                drop(snapshot);
+                sign
+            } else {
+                judged.findings.extend(unknown(&mut snapshot, &before, &folders, &others).await?);
+                drop(snapshot);
+                let mut transaction = self.shared.store.write().await?;
+                let checked_at = UtcTime::now();
+                repositories::set_checked(&mut transaction, id, checked_at).await?;
+                if judgement::record(&mut transaction, &judged.changes).await? || given_up {
+                    transaction.commit().await?;
+                    break (judged, checked_at);
+                }
+                doubted.extend(judged.changes.iter().map(|(point, _)| point.id.clone()));
+                Sign::Changed
+            };
             // Nothing is kept of this judgement. A point that is made anew has its files a moment before its record.
-            drop(transaction);
             given_up = !settling.wait(sign).await;
             before.read_again(&self.shared.store, &doubted).await?;
             let (root, name) = (PathBuf::from(&repository.path), id.clone());
@@ -149,35 +164,40 @@ impl Points {
             })
             .await?;
         };
-        let Judged { recorded, bad, mut findings } = judged;
-        let running: BTreeSet<BackupId> =
-            backups::unfinished(&mut transaction).await?.into_iter().map(|backup| backup.id).collect();
-        for (folder, manifest) in &folders {
-            findings.extend(unrecorded(&mut transaction, folder, manifest, &running).await?);
-        }
-        for other in others {
-            let busy = match &other.id {
-                Some(id) => {
-                    running.contains(id)
-                        || before.is_worked_on(id)
-                        || points::is_worked_on(&mut transaction, id).await?
-                }
-                None => false,
-            };
-            if !busy {
-                let (kind, detail) = told(other.kind);
-                findings.push(Finding { kind, path: other.path, point_id: other.id, detail: detail.to_owned() });
-            }
-        }
-        let checked_at = UtcTime::now();
-        repositories::set_checked(&mut transaction, id, checked_at).await?;
-        transaction.commit().await?;
+        let Judged { recorded, bad, mut findings, .. } = judged;
         findings.sort_by(|one, other| one.path.cmp(&other.path));
         let result = findings.iter().map(|finding| finding.kind.result()).max().unwrap_or(CheckResult::Clean);
         tracing::info!(repository = %id, points = recorded, findings = findings.len(), ?result, "repository checked");
         let intact = recorded - bad.len();
         Ok(CheckReport { repository_id: id.clone(), checked_at, result, points: recorded, intact, findings })
     }
+}
+
+/// What is there that no record leads to.
+async fn unknown(
+    connection: &mut Connection,
+    before: &Before,
+    folders: &[Looked],
+    others: &[Other],
+) -> Result<Vec<Finding>, StoreError> {
+    let mut findings = Vec::new();
+    let running: BTreeSet<BackupId> =
+        backups::unfinished(connection).await?.into_iter().map(|backup| backup.id).collect();
+    for (folder, manifest) in folders {
+        findings.extend(unrecorded(connection, folder, manifest, &running).await?);
+    }
+    for other in others {
+        let busy = match &other.id {
+            Some(id) => running.contains(id) || before.is_worked_on(id) || points::is_worked_on(connection, id).await?,
+            None => false,
+        };
+        if !busy {
+            let (kind, detail) = told(other.kind);
+            let (path, point_id) = (other.path.clone(), other.id.clone());
+            findings.push(Finding { kind, path, point_id, detail: detail.to_owned() });
+        }
+    }
+    Ok(findings)
 }
 
 /// A folder that no record leads to, unless a job is about to make one.

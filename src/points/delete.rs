@@ -285,6 +285,7 @@ impl Points {
             None => Ok(()),
         };
         drop(removal);
+        self.shared.verifications.forget(&id);
         match &finished {
             Ok(()) => tracing::info!(point = %id, "restore point deleted"),
             Err(error) => tracing::error!(point = %id, %error, "a deletion is not finished"),

@@ -10,6 +10,7 @@ mod error;
 mod plan;
 mod recover;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -17,12 +18,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use serde_json::json;
-use tokio::sync::{Mutex, watch};
+use tokio::sync::watch;
 
 use super::Points;
 use super::folder::FolderError;
+use super::turns::Turns;
 use crate::clock::UtcTime;
-use crate::id::{BackupId, TaskId};
+use crate::id::{BackupId, RepositoryId, TaskId};
 use crate::repositories::promises::Promise;
 use crate::repository::directory;
 use crate::repository::manifest::Manifest;
@@ -57,29 +59,30 @@ pub struct Merged {
 }
 
 /// How far a merge is.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MergeProgress {
-    /// The point that is made anew.
-    pub point: BackupId,
     /// Bytes of its disks that were gone through: once to copy and once to compare.
     pub done_bytes: u64,
     /// How many there are of these.
     pub total_bytes: u64,
 }
 
-/// What merges share: they take turns.
+/// How far each merge is that is under way, by its point.
+pub type UnderWay = BTreeMap<BackupId, MergeProgress>;
+
+/// What merges share: those in one repository take turns.
 #[derive(Debug, Default)]
 pub(super) struct Merges {
-    turn: Mutex<()>,
+    turns: Turns,
     stop: Arc<AtomicBool>,
-    progress: Arc<watch::Sender<Option<MergeProgress>>>,
+    progress: Arc<watch::Sender<UnderWay>>,
 }
 
 impl Points {
     /// Makes a point anew so that it needs its direct parents no more: each disk that has a parent gets an image over that
     /// parent's own parent, or a full one; the others are carried over. Its id, change ids and content stay what they are.
     ///
-    /// Merges take turns. Backups of the VM and exports may go on meanwhile, also upon this point.
+    /// Merges in one repository take turns. Backups of the VM and exports may go on meanwhile, also upon this point.
     ///
     /// # Cancellation
     /// The merge goes on to its end when the future is dropped; [`Self::drain_merges`] stops it.
@@ -93,31 +96,33 @@ impl Points {
     pub async fn merge(&self, child: &BackupId) -> Result<Merged, MergeError> {
         let (points, child, task) = (self.clone(), child.clone(), TaskId::new());
         let whole = tokio::spawn(async move {
+            let repository = points.repository_of_point(&child).await?;
             let merges = &points.shared.merges;
-            let _turn = merges.turn.lock().await;
-            let inner = points.clone();
-            let merged = tokio::spawn(async move { Box::pin(inner.merge_in_turn(&child, &task)).await }).await;
-            merges.progress.send_replace(None);
+            let _turn = merges.turns.take(&repository).await;
+            let (inner, point) = (points.clone(), child.clone());
+            let merged = tokio::spawn(async move { Box::pin(inner.merge_in_turn(&child, &repository, &task)).await });
+            let merged = merged.await;
+            merges.progress.send_if_modified(|under_way| under_way.remove(&point).is_some());
             merged.unwrap_or(Err(MergeError::Panicked))
         });
         whole.await.unwrap_or(Err(MergeError::Panicked))
     }
 
-    /// Tells of the merge that is under way, if there is one.
-    pub fn watch_merge(&self) -> watch::Receiver<Option<MergeProgress>> {
+    /// Tells of the merges that are under way.
+    pub fn watch_merges(&self) -> watch::Receiver<UnderWay> {
         self.shared.merges.progress.subscribe()
     }
 
-    /// Stops the merge that is under way, refuses others, and waits until none is left. What is left after a while all the
+    /// Stops the merges that are under way, refuses others, and waits until none is left. What is left after a while all the
     /// same is done by the next start.
     pub async fn drain_merges(&self) {
         self.abandon_merges();
-        if tokio::time::timeout(STOP_LIMIT, self.shared.merges.turn.lock()).await.is_err() {
+        if tokio::time::timeout(STOP_LIMIT, self.shared.merges.turns.had()).await.is_err() {
             tracing::error!("a merge could not be stopped in time; the next start clears up");
         }
     }
 
-    /// Stops the merge that is under way and refuses others, without waiting.
+    /// Stops the merges that are under way and refuses others, without waiting.
     pub(crate) fn abandon_merges(&self) {
         self.shared.merges.stop.store(true, Ordering::Relaxed);
     }
@@ -126,11 +131,16 @@ impl Points {
         self.shared.merges.stop.load(Ordering::Relaxed)
     }
 
-    async fn merge_in_turn(&self, child: &BackupId, task: &TaskId) -> Result<Merged, MergeError> {
+    async fn merge_in_turn(
+        &self,
+        child: &BackupId,
+        repository: &RepositoryId,
+        task: &TaskId,
+    ) -> Result<Merged, MergeError> {
         if self.merges_stop() {
             return Err(MergeError::Stopping);
         }
-        self.own_repository_of(child).await?;
+        self.own_for_merge(repository).await?;
         let (plan, pins) = self.pin(child, task).await?;
         let merged = self.merge_pinned(child, &Arc::new(plan)).await;
         pins.release().await;
@@ -164,11 +174,14 @@ impl Points {
         Ok(Merged { point: child.clone(), absorbed, generation: manifest.generation, file_bytes })
     }
 
-    /// The repository is ours: before anything is concluded from what is recorded of it.
-    async fn own_repository_of(&self, child: &BackupId) -> Result<(), MergeError> {
+    async fn repository_of_point(&self, child: &BackupId) -> Result<RepositoryId, MergeError> {
         let point = points::find(&mut *self.shared.store.read().await?, child).await?;
-        let point = point.ok_or_else(|| MergeError::NotFound(child.clone()))?;
-        self.own(&point.repository_id).await.map(|_| ()).map_err(|error| match error {
+        Ok(point.ok_or_else(|| MergeError::NotFound(child.clone()))?.repository_id)
+    }
+
+    /// The repository is ours: before anything is concluded from what is recorded of it.
+    async fn own_for_merge(&self, repository: &RepositoryId) -> Result<(), MergeError> {
+        self.own(repository).await.map(|_| ()).map_err(|error| match error {
             FolderError::Unavailable { id, reason } => MergeError::RepositoryUnavailable { id, reason },
             FolderError::NotFound(id) => MergeError::RepositoryUnavailable { id, reason: "it was removed".to_owned() },
             FolderError::Store(error) => error.into(),
@@ -275,7 +288,8 @@ impl Points {
         blocking(plan, move |plan| Ok(merging::exchange(&plan.paths, &plan.point.id, generation)?)).await
     }
 
-    /// What follows the exchange. Nothing here is ever undone; a service that stops leaves it to the next start.
+    /// What follows the exchange. Nothing here is ever undone; a service that stops leaves it to the next start. Until it succeeds
+    /// the files are not what is recorded, so that the pins stay, and the turn: nothing else of the repository is made anew.
     async fn forward(&self, plan: &Arc<Plan>, manifest: &Manifest) -> Result<(), MergeError> {
         let mut pause = PAUSE;
         loop {

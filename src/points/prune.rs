@@ -213,7 +213,7 @@ impl Points {
         vms.retain(|(id, _)| vm.is_none_or(|wanted| wanted == id));
         let by = match mode {
             Mode::DryRun => None,
-            Mode::Apply(by) => Some((by, self.shared.pruning.lock().await)),
+            Mode::Apply(by) => Some((by, self.shared.pruning.take(repository).await)),
         };
         let reach = match &by {
             None => None,

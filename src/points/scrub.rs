@@ -87,7 +87,7 @@ impl Points {
                 }
                 // Whoever makes it anew or removes it commits when that is done, and then it is looked at again.
                 Err(VerifyError::NotFound(_) | VerifyError::InUse { .. }) => {}
-                Err(VerifyError::Stopping) => break,
+                Err(VerifyError::Stopping | VerifyError::TooMany) => break,
                 Err(VerifyError::Store(error)) => return Err(error),
             }
         }

@@ -24,6 +24,10 @@ pub use registry::{Totals, Verifications};
 
 /// How often a point is read again whose folder was exchanged meanwhile. A guess: its pins should not let it happen once.
 const EXCHANGES_MAX: usize = 3;
+/// How many verifications that somebody asked for may be under way or wait. A guess: each holds its points, so that none of them
+/// can be merged or deleted, and they are read one after the other.
+pub const OPEN_MAX: usize = 64;
+
 /// Why a point is not verified.
 #[derive(Debug, thiserror::Error)]
 pub enum VerifyError {
@@ -38,6 +42,9 @@ pub enum VerifyError {
         /// Who has it.
         holder: String,
     },
+    /// As many as may wait do so.
+    #[error("{OPEN_MAX} verifications are under way or wait for their turn")]
+    TooMany,
     /// The service stops.
     #[error("the service is stopping")]
     Stopping,
@@ -69,9 +76,14 @@ impl Points {
     /// # Errors
     /// See [`VerifyError`].
     pub async fn verify(&self, id: &BackupId, request: Request) -> Result<Arc<Verification>, VerifyError> {
-        let open = self.verification(id).filter(|last| last.view().phase != Phase::Ended && last.request == request);
-        if let Some(open) = open {
-            return Ok(open);
+        {
+            let known = self.shared.verifications.known();
+            if let Some(same) = known.open.values().find(|open| open.point_id == *id && open.request == request) {
+                return Ok(Arc::clone(same));
+            }
+            if known.open.len() >= OPEN_MAX {
+                return Err(VerifyError::TooMany);
+            }
         }
         let begun = self.begin_verification(id, request).await?;
         let verification = Arc::clone(&begun.verification);

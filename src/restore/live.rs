@@ -143,7 +143,26 @@ struct Held {
     listener: DiskListener,
     overlay: Option<OverlayFile>,
     pins: Pins,
-    presence: Presence,
+}
+
+/// An export is listed until this is dropped, at the end of its task or by a panic in it: then it has ended, and whoever waits
+/// for that is told.
+struct Listed {
+    shared: Arc<Shared>,
+    live: Arc<LiveExport>,
+    presence: Option<Presence>,
+}
+
+impl Drop for Listed {
+    fn drop(&mut self) {
+        {
+            let mut registry = self.shared.registry();
+            registry.live.remove(&self.live.facts.id);
+            registry.ended_bytes += self.live.read_bytes();
+        }
+        self.presence = None;
+        self.live.ended.send_replace(true);
+    }
 }
 
 /// Makes an export whose listener answers.
@@ -155,7 +174,7 @@ pub(super) async fn open(shared: &Arc<Shared>, new: NewExport) -> Result<Arc<Liv
     let (found, pins) = pin(shared, &id, &new, &port).await?;
     match serve(shared, &id, &new, found, port).await {
         Ok((live, export, listener, overlay)) => {
-            begin(shared, &live, Held { export, listener, overlay, pins, presence });
+            begin(shared, &live, Held { export, listener, overlay, pins }, presence);
             Ok(live)
         }
         Err(error) => {
@@ -241,19 +260,25 @@ async fn pin(shared: &Shared, id: &ExportId, new: &NewExport, port: &BoundPort) 
     Ok((found, pins))
 }
 
-fn begin(shared: &Arc<Shared>, live: &Arc<LiveExport>, held: Held) {
+fn begin(shared: &Arc<Shared>, live: &Arc<LiveExport>, held: Held, presence: Presence) {
     let mut registry = shared.registry();
     if registry.closed {
         live.ask_to_end();
     }
-    let task = tokio::spawn(run(Arc::clone(shared), Arc::clone(live), held));
+    let task = tokio::spawn(run(Arc::clone(shared), Arc::clone(live), held, presence));
     registry.live.insert(live.facts.id.clone(), (Arc::clone(live), Some(task.abort_handle())));
 }
 
-async fn run(shared: Arc<Shared>, live: Arc<LiveExport>, held: Held) {
-    let why = wait(&shared, &live).await;
+async fn run(shared: Arc<Shared>, live: Arc<LiveExport>, held: Held, presence: Presence) {
+    let _listed = Listed { shared: Arc::clone(&shared), live: Arc::clone(&live), presence: Some(presence) };
+    run_to_its_end(&shared, &live, held).await;
+}
+
+/// Nothing of what it holds is left when this returns.
+async fn run_to_its_end(shared: &Shared, live: &LiveExport, held: Held) {
+    let why = wait(shared, live).await;
     tracing::info!(export_id = %live.facts.id, why, "export ends");
-    let Held { export, listener, overlay, pins, presence } = held;
+    let Held { export, listener, overlay, pins } = held;
     // From here on each request is answered with ESHUTDOWN. A connection that is quiet is closed as soon as its listener is told
     // to stop, so clients have a moment before that in which they ask and learn why.
     export.refuse();
@@ -267,13 +292,6 @@ async fn run(shared: Arc<Shared>, live: Arc<LiveExport>, held: Held) {
         let _ = tokio::task::spawn_blocking(move || drop(overlay)).await;
     }
     pins.release().await;
-    {
-        let mut registry = shared.registry();
-        registry.live.remove(&live.facts.id);
-        registry.ended_bytes += live.read_bytes();
-    }
-    drop(presence);
-    live.ended.send_replace(true);
 }
 
 /// Waits until the export is to end, and says why.

@@ -7,6 +7,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod bounds;
 mod cancel;
 mod cli;
 mod client;

@@ -34,6 +34,8 @@ pub(super) struct Judged {
     pub(super) bad: BTreeSet<BackupId>,
     /// What is to be told.
     pub(super) findings: Vec<Finding>,
+    /// Points whose files went or came back, as they are recorded, and what they are to be.
+    pub(super) changes: Vec<(PointRow, PointState)>,
 }
 
 impl Before {
@@ -93,7 +95,28 @@ impl Before {
     }
 }
 
-/// Judges every recorded point that was there before the look began.
+/// Records what became of points, each of which is looked at again: whether all of them were what they had been judged as.
+///
+/// # Errors
+/// The database's.
+pub(super) async fn record(
+    connection: &mut Connection,
+    changes: &[(PointRow, PointState)],
+) -> Result<bool, StoreError> {
+    let mut all = true;
+    for (point, state) in changes {
+        let now = points::find(connection, &point.id).await?;
+        let same = now.is_some_and(|now| (now.state, now.generation) == (point.state, point.generation));
+        if same {
+            points::set_presence(connection, point, *state).await?;
+        } else {
+            all = false;
+        }
+    }
+    Ok(all)
+}
+
+/// Judges every recorded point that was there before the look began. Nothing is written.
 ///
 /// # Errors
 /// The database's.
@@ -106,7 +129,7 @@ pub(super) async fn judge_all(
 ) -> Result<Judged, StoreError> {
     let by_dir: BTreeMap<String, &Result<Manifest, Fault>> =
         folders.iter().map(|(folder, manifest)| (folder.dir(), manifest)).collect();
-    let (mut recorded, mut bad, mut findings) = (0, BTreeSet::new(), Vec::new());
+    let (mut recorded, mut bad, mut findings, mut changes) = (0, BTreeSet::new(), Vec::new(), Vec::new());
     // In the order of their commits, so that what is wrong below is known before what stands upon it.
     for point in points::all_in(connection, repository).await? {
         // Those on their way out, and those that were committed after the look began, are not judged.
@@ -117,13 +140,13 @@ pub(super) async fn judge_all(
         let (kind, detail) = match (presence.get(&point.id), by_dir.get(&point.dir)) {
             (Some(Presence::Gone(what)), _) => {
                 if point.state == PointState::Committed {
-                    points::set_presence(connection, &point, PointState::Missing).await?;
+                    changes.push((point.clone(), PointState::Missing));
                 }
                 (FindingKind::Missing, what.clone())
             }
             (Some(Presence::There), Some(found)) => {
                 if point.state == PointState::Missing {
-                    points::set_presence(connection, &point, PointState::Committed).await?;
+                    changes.push((point.clone(), PointState::Committed));
                     findings.push(finding(FindingKind::Back, &point, "its files are there again".to_owned()));
                 }
                 match judge(connection, &point, found, &bad).await? {
@@ -138,7 +161,7 @@ pub(super) async fn judge_all(
         bad.insert(point.id.clone());
         findings.push(finding(kind, &point, detail));
     }
-    Ok(Judged { recorded, bad, findings })
+    Ok(Judged { recorded, bad, findings, changes })
 }
 
 fn finding(kind: FindingKind, point: &PointRow, detail: String) -> Finding {

@@ -9,7 +9,7 @@ use blockyard_qcow2::{self as qcow2, Access, Backing, BackingFormat, CreateOptio
 use tokio::sync::watch;
 
 use super::plan::{Plan, PlannedDisk};
-use super::{MergeError, MergeProgress};
+use super::{MergeError, MergeProgress, UnderWay};
 use crate::id::BackupId;
 use crate::repository::manifest::{Manifest, ManifestDisk};
 use crate::repository::{directory, merging};
@@ -26,7 +26,7 @@ pub(super) fn build(
     room: &dyn Fn() -> io::Result<u64>,
     stop: &AtomicBool,
     left: &AtomicU64,
-    progress: &watch::Sender<Option<MergeProgress>>,
+    progress: &watch::Sender<UnderWay>,
 ) -> Result<Manifest, MergeError> {
     let published = directory::load(&plan.paths.published, &plan.point.id)?;
     let absorbed: Vec<Manifest> = plan
@@ -56,8 +56,10 @@ pub(super) fn build(
             let stored = directory::file_bytes(&image).unwrap_or_default();
             left.store(after_this.saturating_add(disk.needed_bytes().saturating_sub(stored)), Ordering::Relaxed);
             let done_bytes = before + done;
-            let now = MergeProgress { point: plan.point.id.clone(), done_bytes, total_bytes };
-            progress.send_replace(Some(now));
+            let now = MergeProgress { done_bytes, total_bytes };
+            progress.send_modify(|under_way| {
+                under_way.insert(plan.point.id.clone(), now);
+            });
             if stop.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
         make(plan, disk, &mut tell).map_err(|error| match error {

@@ -1,10 +1,14 @@
-//! Pruning by itself: after each commit the rules of its repository are applied to its VM, once nobody has to be waited for.
+//! Pruning by itself: after each commit the rules of its repository are applied to its VM, once nobody has to be waited for. One VM
+//! of a repository at a time; repositories do not wait for each other.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::Duration;
 
 use serde_json::json;
+use tokio::task::{self, JoinError, JoinSet};
+use tokio::time::Instant;
 
-use super::Mode;
+use super::{Mode, PruneError};
 use crate::clock::UtcTime;
 use crate::id::{RepositoryId, VmId};
 use crate::points::{Points, retention};
@@ -12,13 +16,69 @@ use crate::store::backups::{self, BackupRow};
 use crate::store::events::{self, Actor};
 use crate::store::{StoreError, leases, repositories};
 
-/// What the automatic prune has yet to do.
+/// The pause before what the database refused is tried again. A guess: nobody waits for it.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// A VM that is to be pruned.
+struct Due {
+    /// Its last job.
+    job: BackupRow,
+    /// Who is waited for.
+    holders: BTreeSet<String>,
+    /// After a failure.
+    not_before: Option<Instant>,
+}
+
+/// How a prune ended, and who has to be waited for.
+type Ended = Result<BTreeSet<String>, StoreError>;
+
+/// What the automatic prune has yet to do, and does.
 #[derive(Default)]
 struct Queue {
     /// The last event that was looked at.
     told: Option<i64>,
-    /// The last job of each VM and repository that are to be pruned, and who is waited for.
-    waiting: BTreeMap<(RepositoryId, VmId), (BackupRow, BTreeSet<String>)>,
+    /// By repository and VM.
+    waiting: BTreeMap<(RepositoryId, VmId), Due>,
+    running: JoinSet<Ended>,
+    /// The job that each of them runs for.
+    jobs: HashMap<task::Id, BackupRow>,
+}
+
+impl Queue {
+    /// Those whose turn it is: of each repository one, while none of it runs.
+    fn ready(&self, owners: &BTreeSet<String>) -> Vec<(RepositoryId, VmId)> {
+        let (mut busy, now): (BTreeSet<_>, _) =
+            (self.jobs.values().map(|job| job.repository_id.clone()).collect(), Instant::now());
+        let is_ready = |due: &Due| due.holders.is_disjoint(owners) && due.not_before.is_none_or(|begin| begin <= now);
+        let ready =
+            self.waiting.iter().filter(|((repository, _), due)| is_ready(due) && busy.insert(repository.clone()));
+        ready.map(|(key, _)| key.clone()).collect()
+    }
+
+    fn retry_at(&self) -> Option<Instant> {
+        self.waiting.values().filter_map(|due| due.not_before).min()
+    }
+
+    fn ended(&mut self, ended: Result<(task::Id, Ended), JoinError>) {
+        let id = ended.as_ref().map_or_else(JoinError::id, |(id, _)| *id);
+        let Some(job) = self.jobs.remove(&id) else { return };
+        let (holders, not_before) = match ended {
+            Ok((_, Ok(holders))) if holders.is_empty() => return,
+            Ok((_, Ok(holders))) => (holders, None),
+            Ok((_, Err(error))) => {
+                tracing::error!(vm = job.vm_name, repository = %job.repository_id, %error, "retention could not be applied yet");
+                (BTreeSet::new(), Some(Instant::now() + RETRY))
+            }
+            // A bug, which the next try would meet as well.
+            Err(error) => {
+                tracing::error!(vm = job.vm_name, repository = %job.repository_id, %error, "applying retention ended by a panic");
+                return;
+            }
+        };
+        // A job that was committed meanwhile is looked at without waiting for anybody.
+        let key = (job.repository_id.clone(), job.vm_id.clone());
+        self.waiting.entry(key).or_insert(Due { job, holders, not_before });
+    }
 }
 
 impl Points {
@@ -30,18 +90,23 @@ impl Points {
         let mut stopping = self.shared.stopping.subscribe();
         let mut queue = Queue::default();
         loop {
-            if let Err(error) = self.prune_queued(&mut queue).await {
-                // What is left of the queue is looked at with the next commit.
-                tracing::error!(%error, "retention could not be applied");
+            let failed = self.prune_queued(&mut queue).await.err();
+            if let Some(error) = &failed {
+                tracing::error!(%error, "retention could not be applied yet");
             }
+            // Nothing of the queue was lost by that.
+            let retry_at = if failed.is_some() { Some(Instant::now() + RETRY) } else { queue.retry_at() };
             tokio::select! {
                 changed = commits.changed() => if changed.is_err() { return },
-                _ = stopping.wait_for(|stopping| *stopping) => return,
+                Some(ended) = queue.running.join_next_with_id() => queue.ended(ended),
+                () = tokio::time::sleep_until(retry_at.unwrap_or_else(Instant::now)), if retry_at.is_some() => {}
+                _ = stopping.wait_for(|stopping| *stopping) => break,
             }
         }
+        while queue.running.join_next().await.is_some() {}
     }
 
-    /// Takes up what was committed since the last time, and prunes what nobody has to be waited for.
+    /// Takes up what was committed since the last time, and begins to prune what nobody has to be waited for.
     async fn prune_queued(&self, queue: &mut Queue) -> Result<(), StoreError> {
         let mut connection = self.shared.store.read().await?;
         match queue.told {
@@ -49,29 +114,27 @@ impl Points {
             None => queue.told = Some(events::bounds(&mut connection).await?.1),
             Some(told) => {
                 for (sequence, subject, data) in events::of_kind_after(&mut connection, "job.state", told).await? {
-                    queue.told = Some(sequence);
                     // Imported points come with a record that began as committed: nothing was backed up.
                     if data["state"] == "committed"
                         && !data["from"].is_null()
                         && let Ok(id) = subject.parse()
                         && let Some(job) = backups::find(&mut connection, &id).await?
                     {
-                        queue.waiting.insert((job.repository_id.clone(), job.vm_id.clone()), (job, BTreeSet::new()));
+                        let key = (job.repository_id.clone(), job.vm_id.clone());
+                        queue.waiting.insert(key, Due { job, holders: BTreeSet::new(), not_before: None });
                     }
+                    queue.told = Some(sequence);
                 }
             }
         }
         let owners: BTreeSet<String> =
             leases::pins(&mut connection).await?.into_iter().map(|(_, owner)| owner).collect();
         drop(connection);
-        let ready = |(_, holders): &(BackupRow, BTreeSet<String>)| holders.is_disjoint(&owners);
-        let keys: Vec<_> = queue.waiting.iter().filter(|(_, job)| ready(job)).map(|(key, _)| key.clone()).collect();
-        for key in keys {
-            let Some((job, _)) = queue.waiting.remove(&key) else { continue };
-            let holders = self.prune_for(&job).await?;
-            if !holders.is_empty() {
-                queue.waiting.insert(key, (job, holders));
-            }
+        for key in queue.ready(&owners) {
+            let Some(Due { job, .. }) = queue.waiting.remove(&key) else { continue };
+            let (points, of) = (self.clone(), job.clone());
+            let task = queue.running.spawn(async move { points.prune_for(&of).await });
+            queue.jobs.insert(task.id(), job);
         }
         Ok(())
     }
@@ -85,6 +148,7 @@ impl Points {
         let mut holders = BTreeSet::new();
         let mut failures = Vec::new();
         match self.prune(&job.repository_id, Some(&job.vm_id), Mode::Apply(Actor::Policy)).await {
+            Err(PruneError::Store(error)) => return Err(error),
             Err(error) => failures.push(error.to_string()),
             Ok(outcomes) => {
                 for outcome in outcomes {

@@ -63,6 +63,11 @@ impl Verifications {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// A point is going, and what was found of it is no news to anybody. One that is under way ends as it does.
+    pub(in crate::points) fn forget(&self, id: &BackupId) {
+        self.known().last.remove(id);
+    }
+
     /// Runs in a task that a stop waits for.
     pub(in crate::points) fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
         let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
