@@ -95,7 +95,8 @@ impl Repositories {
     /// What was begun goes on.
     ///
     /// # Errors
-    /// It cannot be used now, which is known within ten seconds, or the database fails.
+    /// It cannot be used now, or the database fails. A folder that does not answer is known within ten seconds, and so is a sweep of
+    /// somebody else that takes longer; whoever sweeps it waits for the end of that.
     pub async fn own(&self, repository: &Repository) -> Result<Owned, FolderError> {
         let (this, repository) = (self.clone(), repository.clone());
         let owned = tokio::spawn(async move { Box::pin(this.own_in_turn(&repository)).await });
