@@ -194,7 +194,7 @@ impl Job {
 /// The beginnings of warnings that are about the restore point and not about the request.
 const FINDINGS: [&str; 3] = [COVERAGE_INCOMPLETE, SAME_FIRST_MIB, SUSPECT_ZEROES];
 /// A full image was committed without all of its bytes, as the configuration allows.
-pub(super) const COVERAGE_INCOMPLETE: &str = "coverage_incomplete";
+pub(super) const COVERAGE_INCOMPLETE: &str = FailureCode::CoverageIncomplete.as_str();
 const SAME_FIRST_MIB: &str = "same_first_mib";
 /// A full copy sent zeroes for what was data before.
 pub(super) const SUSPECT_ZEROES: &str = "suspect_zeroes";

@@ -23,7 +23,7 @@ use crate::store::repositories::Repository;
 use crate::store::vms::{self, RememberedVm, VmDisk};
 use crate::store::{Connection, Store, StoreError};
 use crate::words::point::{PointState, Trust};
-use crate::words::{BackupType, DiskState, JobResult, JobState};
+use crate::words::{BackupType, DiskState, FailureCode, JobResult, JobState};
 
 /// In place of the process start that ran the job: no process of this database did.
 const BOOT_ID: &str = "imported";
@@ -293,7 +293,8 @@ fn vm_disk(disk: &ManifestDisk) -> VmDisk {
 fn job(manifest: &Manifest, coverages: &[Coverage], whole: bool) -> (BackupRow, Vec<BackupDiskRow>) {
     let mut warnings = vec!["imported: recorded from the manifest of the restore point".to_owned()];
     if !whole {
-        warnings.push("coverage_incomplete: a full image did not receive every byte of its disk".to_owned());
+        warnings
+            .push(format!("{}: a full image did not receive every byte of its disk", FailureCode::CoverageIncomplete));
     }
     let backup = BackupRow {
         id: manifest.backup_id.clone(),

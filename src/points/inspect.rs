@@ -14,7 +14,7 @@ use super::leaves::Leaves;
 use super::pace::{Reading, Stopped};
 use crate::digest::Digest;
 use crate::id::BackupId;
-use crate::repository::layout::{DIGESTS, MANIFEST};
+use crate::repository::layout::{self, DIGESTS, MANIFEST};
 use crate::repository::manifest::Manifest;
 use crate::store::points::PointDiskRow;
 
@@ -54,7 +54,7 @@ impl SubjectDisk {
 
     /// The name of its backing file.
     fn backing_name(&self) -> Option<String> {
-        self.row.parent_id.as_ref().map(|parent| format!("../{parent}/{}", self.row.file))
+        self.row.parent_id.as_ref().map(|parent| layout::backing_name(parent, &self.row.file))
     }
 }
 

@@ -156,11 +156,6 @@ pub fn merging_backup_id(directory_name: &str) -> Option<&str> {
     directory_name.strip_suffix(MERGING_SUFFIX)
 }
 
-/// The backup id of a staged directory's name.
-pub fn staged_backup_id(directory_name: &str) -> Option<&str> {
-    directory_name.strip_suffix(STAGED_SUFFIX)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -223,7 +218,5 @@ mod tests {
         let paths = BackupPaths::new(Path::new("/srv/r"), "db-4X7Z", "backup-1");
         assert_eq!(paths.staged_image(2), Path::new("/srv/r/db-4X7Z/backup-1.partial/disk-2.qcow2"));
         assert_eq!(paths.published_image(2), Path::new("/srv/r/db-4X7Z/backup-1/disk-2.qcow2"));
-        assert_eq!(staged_backup_id("backup-1.partial"), Some("backup-1"));
-        assert_eq!(staged_backup_id("backup-1"), None);
     }
 }

@@ -350,16 +350,6 @@ pub async fn remove(connection: &mut Connection, id: &VmId) -> Result<(), StoreE
     Ok(())
 }
 
-/// Fixes the VM's folder name. Done once: a VM that has one keeps it, and the one it has is returned.
-///
-/// # Errors
-///
-/// [`StoreError::Exists`] when another VM has this folder: try a longer name.
-pub async fn fix_dir(connection: &mut Connection, id: &VmId, name: &str) -> Result<String, StoreError> {
-    let dir = sqlx::query_scalar("UPDATE vms SET dir = COALESCE(dir, ?2) WHERE id = ?1 RETURNING dir");
-    Ok(dir.bind(id).bind(name).fetch_one(connection).await?)
-}
-
 /// A VM and its disks as a restore point knew them.
 #[derive(Clone, Debug)]
 pub struct RememberedVm<'a> {

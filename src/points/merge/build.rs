@@ -2,7 +2,6 @@
 
 use std::io;
 use std::ops::ControlFlow;
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use blockyard_qcow2::{self as qcow2, Access, Backing, BackingFormat, CreateOptions, Disk, Image, OpenOptions};
@@ -11,13 +10,11 @@ use tokio::sync::watch;
 use super::plan::{Plan, PlannedDisk};
 use super::{MergeError, MergeProgress, UnderWay};
 use crate::id::BackupId;
+use crate::points::digests::blocks_file_name;
 use crate::repository::manifest::{Manifest, ManifestDisk};
-use crate::repository::{directory, merging};
+use crate::repository::{directory, layout, merging};
 use crate::store::points::PointDiskRow;
 use crate::words::BackupType;
-
-/// What lies beside an image and stays true of its content: `disk-0.blocks` has the digests of the disk's blocks.
-const BLOCKS_EXTENSION: &str = "blocks";
 
 /// Fills the folder, which is there and empty. Blocks for as long as it takes to read everything three times.
 /// `room` tells how many bytes a copy may take; `left` is told how many the new images may still take.
@@ -41,9 +38,10 @@ pub(super) fn build(
         let disk_id = disk.row.disk_id;
         let known = published.disks.iter().find(|known| known.disk_id == disk_id);
         let known = known.ok_or_else(|| mismatch(plan, disk_id))?;
-        let blocks = Path::new(&disk.row.file).with_extension(BLOCKS_EXTENSION);
+        // They are of the content, which stays what it is.
+        let blocks = blocks_file_name(disk_id);
         if plan.paths.published.join(&blocks).exists() {
-            merging::carry_over(&plan.paths, &blocks.to_string_lossy(), room)?;
+            merging::carry_over(&plan.paths, &blocks, room)?;
         }
         if disk.parent.is_none() {
             merging::carry_over(&plan.paths, &disk.row.file, room)?;
@@ -93,8 +91,9 @@ fn make(plan: &Plan, disk: &PlannedDisk, tell: &mut dyn FnMut(u64) -> ControlFlo
     if !recorded.eq(found) || source.size() != row.size_bytes {
         return Err(mismatch(plan, disk_id));
     }
-    let backing =
-        base.as_ref().map(|(id, row)| Backing { name: format!("../{id}/{}", row.file), format: BackingFormat::Qcow2 });
+    let backing = base
+        .as_ref()
+        .map(|(id, row)| Backing { name: layout::backing_name(id, &row.file), format: BackingFormat::Qcow2 });
     let cluster_size = u32::try_from(source.cluster_size()).map_err(|_| mismatch(plan, disk_id))?;
     let shape = CreateOptions { cluster_size, backing: backing.clone(), ..CreateOptions::new(row.size_bytes) };
     let path = plan.paths.merging.join(&row.file);
