@@ -71,17 +71,25 @@ pub struct Failed {
     pub message: String,
     /// Who caused it.
     pub(super) by: Actor,
+    /// The disk that failed, unless it is the whole job.
+    pub(super) disk_id: Option<u32>,
 }
 
 impl Failed {
     /// A failure that this service found.
     pub(crate) fn new(code: FailureCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), by: Actor::Service }
+        Self { code, message: message.into(), by: Actor::Service, disk_id: None }
     }
 
     /// The same, caused by someone else.
     pub(super) fn by(mut self, actor: Actor) -> Self {
         self.by = actor;
+        self
+    }
+
+    /// The same, found at one disk.
+    pub(super) fn at_disk(mut self, disk_id: u32) -> Self {
+        self.disk_id = Some(disk_id);
         self
     }
 }

@@ -73,13 +73,17 @@ impl Job {
             })
             .collect();
         let mut images = Vec::with_capacity(begun.len());
-        for image in begun {
+        for (image, disk) in begun.into_iter().zip(&facts.disks) {
+            let disk_id = disk.plan.disk_id;
             match image.await {
                 Ok(Ok((image, known))) => {
                     images.push(Opened { image: AsyncImage::new(image), known: known.map(AsyncImage::new) });
                 }
-                Ok(Err(error)) => return Err(image_failure("an image could not be made", &error)),
-                Err(_) => return Err(Failed::new(FailureCode::ImageFailed, "making an image ended by a panic")),
+                Ok(Err(error)) => return Err(image_failure("an image could not be made", &error).at_disk(disk_id)),
+                Err(_) => {
+                    let panicked = Failed::new(FailureCode::ImageFailed, "making an image ended by a panic");
+                    return Err(panicked.at_disk(disk_id));
+                }
             }
         }
         Ok(images)
@@ -96,7 +100,8 @@ impl Job {
             let served = ServedDisk::Job { job_id: self.facts.id.clone(), disk_id: disk.plan.disk_id };
             let listener = DiskListener::serve(port, &export, served, &self.shared.listeners).map_err(|error| {
                 tracing::error!(%error, "a listener could not be made");
-                Failed::new(FailureCode::ImageFailed, format!("disk {} cannot be served", disk.plan.disk_id))
+                let disk_id = disk.plan.disk_id;
+                Failed::new(FailureCode::ImageFailed, format!("disk {disk_id} cannot be served")).at_disk(disk_id)
             })?;
             let figures = listener.figures();
             live.push(LiveDisk {

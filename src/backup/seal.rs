@@ -35,25 +35,28 @@ impl Job {
             Ok(sealed) => Ok(sealed?),
             Err(_) => {
                 let message = format!("a disk could not be made durable within {} s", limit.as_secs());
-                Err(Failed::new(FailureCode::SealTimeout, message).by(Actor::Clock).into())
+                let disk_id = self.disks[index].disk.plan.disk_id;
+                Err(Failed::new(FailureCode::SealTimeout, message).by(Actor::Clock).at_disk(disk_id).into())
             }
         }
     }
 
     async fn seal_in_time(&mut self, index: usize, change_id: Option<String>) -> Result<(), Failed> {
         let disk_id = self.disks[index].disk.plan.disk_id;
+        let at_disk = |failed: Failed| failed.at_disk(disk_id);
         self.store_disk(index, DiskState::Draining, None).await?;
         let export = self.disks[index].export.clone();
         export.refuse();
         export.drained().await;
         self.refuse_failed_disks()?;
 
-        let (effective_type, finding) = self.prove_coverage(index, change_id.as_deref())?;
+        let (effective_type, finding) = self.prove_coverage(index, change_id.as_deref()).map_err(at_disk)?;
         let warnings = finding.into_iter().chain(self.suspect_zeroes(index, effective_type).await).collect();
-        let head = head(&export, disk_id).await?;
+        let head = head(&export, disk_id).await.map_err(at_disk)?;
         let image = export.image();
-        image.close().await.map_err(|error| image_failure("an image could not be made durable", &error))?;
-        self.check_image(index).await?;
+        let closed = image.close().await;
+        closed.map_err(|error| at_disk(image_failure("an image could not be made durable", &error)))?;
+        self.check_image(index).await.map_err(at_disk)?;
         // A write that came while the image was being closed was refused, and means that the client was not done.
         self.refuse_failed_disks()?;
 
@@ -165,7 +168,6 @@ impl Job {
             measured: Some(reading),
             effective_type: sealed.map(|sealed| sealed.effective_type.as_str()),
             change_id: sealed.and_then(|sealed| sealed.change_id.as_deref()),
-            error_message: None,
         };
         if state == DiskState::Draining {
             self.note_disk(&mut transaction, index, observed(&reading)).await?;

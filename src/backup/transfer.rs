@@ -146,15 +146,16 @@ impl Job {
             let disk_id = running.disk.plan.disk_id;
             if let Some(failure) = running.export.meter().failure() {
                 tracing::error!(job_id = %self.facts.id, disk_id, error = failure.text, "an image failed");
-                return Err(if failure.no_space {
+                let failed = if failure.no_space {
                     Failed::new(FailureCode::InsufficientStorage, format!("disk {disk_id}: the repository is full"))
                 } else {
                     Failed::new(FailureCode::ImageFailed, format!("disk {disk_id}: writing the image failed"))
-                });
+                };
+                return Err(failed.at_disk(disk_id));
             }
             if running.export.meter().late_change() {
                 let message = format!("disk {disk_id} was written to after it had been completed");
-                return Err(Failed::new(FailureCode::WriteAfterComplete, message).by(Actor::Client));
+                return Err(Failed::new(FailureCode::WriteAfterComplete, message).by(Actor::Client).at_disk(disk_id));
             }
         }
         Ok(())

@@ -212,6 +212,9 @@ async fn begin_in(
         by,
     };
     backups::change_state(transaction, &change).await?;
+    if let Some((disk_id, failed)) = failed.and_then(|failed| Some((failed.disk_id?, failed))) {
+        backups::set_disk_error(transaction, &row.id, disk_id, &failed.message).await?;
+    }
     if let Some(failed) = failed.filter(|failed| failed.code == FailureCode::ImageFailed) {
         alert_image(transaction, row, &failed.message).await?;
     }

@@ -324,8 +324,7 @@ pub async fn update_disk(connection: &mut Connection, id: &BackupId, disk: &Disk
          written_bytes = COALESCE(?, written_bytes), zeroed_bytes = COALESCE(?, zeroed_bytes), \
          zeroed_over_data_bytes = COALESCE(?, zeroed_over_data_bytes), \
          identical_bytes = COALESCE(?, identical_bytes), effective_type = COALESCE(?, effective_type), \
-         change_id = COALESCE(?, change_id), \
-         error_message = COALESCE(?, error_message), sealed_at = COALESCE(?, sealed_at) \
+         change_id = COALESCE(?, change_id), sealed_at = COALESCE(?, sealed_at) \
          WHERE backup_id = ? AND disk_id = ?",
     )
     .bind(disk.state)
@@ -336,7 +335,6 @@ pub async fn update_disk(connection: &mut Connection, id: &BackupId, disk: &Disk
     .bind(measured(|reading| reading.identical_bytes)?)
     .bind(disk.effective_type)
     .bind(disk.change_id)
-    .bind(disk.error_message)
     .bind((disk.state == DiskState::Sealed && before != DiskState::Sealed).then_some(at))
     .bind(id)
     .bind(disk.disk_id)
@@ -349,6 +347,25 @@ pub async fn update_disk(connection: &mut Connection, id: &BackupId, disk: &Disk
         });
         events::append(connection, "disk.state", id.as_str(), &data, by, at).await?;
     }
+    Ok(())
+}
+
+/// Notes what went wrong with one disk.
+///
+/// # Errors
+/// The database's.
+pub async fn set_disk_error(
+    connection: &mut Connection,
+    id: &BackupId,
+    disk_id: u32,
+    message: &str,
+) -> Result<(), StoreError> {
+    sqlx::query("UPDATE backup_disks SET error_message = ? WHERE backup_id = ? AND disk_id = ?")
+        .bind(message)
+        .bind(id)
+        .bind(disk_id)
+        .execute(connection)
+        .await?;
     Ok(())
 }
 
@@ -373,14 +390,12 @@ pub struct DiskUpdate<'a> {
     pub effective_type: Option<&'a str>,
     /// The change id sent with `/complete`; `None` keeps what is stored.
     pub change_id: Option<&'a str>,
-    /// What went wrong with it; `None` keeps what is stored.
-    pub error_message: Option<&'a str>,
 }
 
 impl DiskUpdate<'_> {
     /// A new state and nothing else.
     pub fn state_only(disk_id: u32, state: DiskState) -> Self {
-        Self { disk_id, state, measured: None, effective_type: None, change_id: None, error_message: None }
+        Self { disk_id, state, measured: None, effective_type: None, change_id: None }
     }
 }
 

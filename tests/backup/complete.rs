@@ -151,6 +151,12 @@ async fn full_after_an_older_backup_is_told_no_change_id_and_must_cover_every_by
         .await;
     let refused: serde_json::Value = serde_json::from_str(&refused).unwrap();
     assert_eq!(refused["code"], "coverage_incomplete");
+    // The disk that failed says so, and it alone.
+    let failed: Vec<&serde_json::Value> =
+        backup["disks"].as_array().unwrap().iter().filter(|disk| !disk["error_message"].is_null()).collect();
+    assert_eq!(failed.len(), 1, "{backup:#}");
+    assert_eq!(failed[0]["error_message"], backup["error_message"]);
+    assert!(backup["error_message"].as_str().unwrap().starts_with(&format!("disk {}", failed[0]["disk_id"])));
     assert_eq!(rig.points().await.len(), 1, "the older point stays");
     rig.expect_nothing_left_and_a_backup_works(1).await;
 }

@@ -346,6 +346,7 @@ async fn an_image_that_failed_raises_an_alert() {
     rig.node.resume();
     let backup = rig.end_of(id_of(&started)).await;
     assert_eq!(backup["code"], "image_failed", "{backup:#}");
+    assert_eq!(backup["disks"][0]["error_message"], backup["error_message"], "{backup:#}");
     let path = format!("/backups/{}/events?kind=alert", id_of(&started));
     let told = Stream::open(&rig, &path, None).await.rest().await;
     let alerts: Vec<&Value> = told.iter().map(|message| &message.data["alert"]).collect();

@@ -249,6 +249,8 @@ async fn changed_epoch_without_full_coverage_is_refused() {
     begin_anew(&rig, true);
     let backup = rig.back_up().await;
     assert_eq!((&backup["state"], &backup["code"]), (&json!("failed"), &json!("epoch_mismatch")), "{backup:#}");
+    let failed = backup["disks"].as_array().unwrap().iter().filter(|disk| disk["error_message"].is_string());
+    assert_eq!(failed.map(|disk| &disk["error_message"]).collect::<Vec<_>>(), [&backup["error_message"]]);
     let refused = rig
         .seen(|event| match event {
             Event::Completed { status: 409, body, .. } => Some(body.clone()),

@@ -214,6 +214,7 @@ struct DiskAnswer {
     from_change_id: Option<String>,
     /// The state of the disk in change tracking that this backup holds.
     change_id: Option<String>,
+    /// What failed at this disk, for people; `null` also where it is the whole job that failed.
     error_message: Option<String>,
 }
 
