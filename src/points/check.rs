@@ -81,6 +81,8 @@ pub enum FindingKind {
     Back,
     /// A recorded point whose files, or files below them, are not those that were recorded.
     Damaged,
+    /// A recorded point whose files are as they were recorded, and which is `suspect`.
+    Suspect,
     /// A folder of a point that is not recorded and can be imported.
     Importable,
     /// A folder with the name of a point that is not recorded and cannot be imported.

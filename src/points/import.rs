@@ -5,16 +5,20 @@
 //! can be restored as far as manifests and heads of images tell; what its images hold is for a verification to find.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::Points;
+use super::digests::{DOCUMENT_BYTES_MAX, Digests};
 use super::folder::{FolderError, on_disk};
+use super::inspect::MANIFEST_BYTES_MAX;
+use super::{Points, files};
+use crate::digest::Digest;
 use crate::export::coverage::Coverage;
 use crate::id::{BackupId, RepositoryId};
 use crate::repositories::Owned;
+use crate::repository::layout::{DIGESTS, MANIFEST};
 use crate::repository::manifest::{Manifest, ManifestDisk};
 use crate::repository::survey::{self, Fault, PointFolder};
 use crate::store::backups::{self, BackupDiskRow, BackupRow};
@@ -99,20 +103,23 @@ pub(crate) async fn import(
     let (root, id) = (PathBuf::from(&repository.path), repository.id.clone());
     let read = on_disk(repository, move || {
         let read = unknown.into_iter().map(|folder| {
-            let manifest = survey::read(&root, &folder, &id);
-            (folder, manifest)
+            let sound = survey::read(&root, &folder, &id).map(|manifest| {
+                let digests = digests(&root.join(folder.dir()), &manifest);
+                Sound { manifest, digests }
+            });
+            (folder, sound)
         });
-        Ok(read.collect::<Vec<(PointFolder, Result<Manifest, Fault>)>>())
+        Ok(read.collect::<Vec<(PointFolder, Result<Sound, Fault>)>>())
     });
     let mut sound = Vec::new();
-    for (folder, manifest) in read.await? {
-        match manifest {
-            Ok(manifest) => sound.push((folder, manifest)),
+    for (folder, found) in read.await? {
+        match found {
+            Ok(found) => sound.push((folder, found)),
             Err(fault) => report.skipped.push(Skipped { path: folder.dir(), reason: fault.to_string() }),
         }
     }
-    for (folder, manifest) in parents_first(sound) {
-        match take(store, repository, &folder, &manifest).await? {
+    for (folder, sound) in parents_first(sound) {
+        match take(store, repository, &folder, &sound).await? {
             Taken::Imported(trust) => {
                 tracing::info!(point = %folder.id, repository = %repository.id, %trust, "restore point imported");
                 report.imported.push(folder.id);
@@ -124,6 +131,28 @@ pub(crate) async fn import(
         tracing::warn!(repository = %repository.id, path, reason, "a folder was not imported");
     }
     Ok(report)
+}
+
+/// A point that can be restored, as far as heads and lengths tell.
+struct Sound {
+    manifest: Manifest,
+    /// What its files and disks hashed to, where that is told of just these.
+    digests: Option<Digests>,
+}
+
+/// The document of digests beside a manifest, where it is that of this state of the point: a restore is held against it at once, and
+/// not only when somebody has verified the point anew.
+fn digests(folder: &Path, manifest: &Manifest) -> Option<Digests> {
+    let read = |name: &str, bytes_max| files::read(&folder.join(name), bytes_max).ok().flatten();
+    let digests = Digests::decode(&read(DIGESTS, DOCUMENT_BYTES_MAX)?).ok()?;
+    let is_of = |name: &str, bytes: u64| digests.file(name).is_some_and(|file| file.bytes == bytes);
+    let is_here = digests.point_id == manifest.backup_id
+        && digests.file(MANIFEST)?.blake3 == Digest::of(&read(MANIFEST, MANIFEST_BYTES_MAX)?)
+        && manifest.disks.iter().all(|disk| {
+            is_of(&disk.file, disk.file_bytes)
+                && digests.disk(disk.disk_id).is_some_and(|known| known.size_bytes == disk.size_bytes)
+        });
+    is_here.then_some(digests)
 }
 
 /// What the database says of a folder.
@@ -148,8 +177,8 @@ async fn recorded(connection: &mut Connection, folder: &PointFolder) -> Result<R
 }
 
 /// Each point after those that it builds upon, else in the order of their commits. Points in a circle come in some order.
-fn parents_first(mut points: Vec<(PointFolder, Manifest)>) -> Vec<(PointFolder, Manifest)> {
-    points.sort_by(|(_, one), (_, other)| {
+fn parents_first(mut points: Vec<(PointFolder, Sound)>) -> Vec<(PointFolder, Sound)> {
+    points.sort_by(|(_, Sound { manifest: one, .. }), (_, Sound { manifest: other, .. })| {
         (one.committed_at, &one.backup_id).cmp(&(other.committed_at, &other.backup_id))
     });
     let places: BTreeMap<BackupId, usize> =
@@ -162,7 +191,7 @@ fn parents_first(mut points: Vec<(PointFolder, Manifest)>) -> Vec<(PointFolder, 
                 order.push(place);
             } else if seen.insert(place) {
                 path.push((place, true));
-                let disks = points.get(place).map(|(_, manifest)| manifest.disks.as_slice()).unwrap_or_default();
+                let disks = points.get(place).map(|(_, sound)| sound.manifest.disks.as_slice()).unwrap_or_default();
                 let parents = disks.iter().filter_map(|disk| places.get(disk.parent_id.as_ref()?));
                 path.extend(parents.map(|&parent| (parent, false)));
             }
@@ -177,7 +206,7 @@ async fn take(
     store: &Store,
     repository: &Repository,
     folder: &PointFolder,
-    manifest: &Manifest,
+    Sound { manifest, digests }: &Sound,
 ) -> Result<Taken, FolderError> {
     // The pieces of a disk may be many: they are put together before all other writers have to wait.
     let coverages: Vec<Coverage> = manifest.disks.iter().map(coverage).collect();
@@ -204,7 +233,16 @@ async fn take(
                 Err(reason) => return Ok(Taken::Skipped(reason)),
             }
         }
-        disks.push(PointDiskRow { chain_depth, ..crate::backup::point_disk(disk) });
+        let (file, content) = match digests {
+            Some(digests) => (digests.file(&disk.file), digests.disk(disk.disk_id)),
+            None => (None, None),
+        };
+        disks.push(PointDiskRow {
+            chain_depth,
+            digest: file.map(|file| file.blake3.to_string()),
+            content_digest: content.map(|disk| disk.content.to_string()),
+            ..crate::backup::point_disk(disk)
+        });
     }
     let vm = &manifest.vm;
     let vm = RememberedVm {

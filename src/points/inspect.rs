@@ -19,7 +19,7 @@ use crate::repository::manifest::Manifest;
 use crate::store::points::PointDiskRow;
 
 /// The longest manifest that is read: one of 64 disks, each in pieces of 64 KiB, takes a tenth of this.
-const MANIFEST_BYTES_MAX: u64 = 256 << 20;
+pub(super) const MANIFEST_BYTES_MAX: u64 = 256 << 20;
 
 /// One point with all that is recorded of it.
 #[derive(Clone, Debug)]

@@ -8,9 +8,11 @@ use blockyard::node::fake::{FakeNode, Faults, PausePoint};
 use serde_json::{Value, json};
 
 use crate::process::sqlite;
+use crate::received::flip;
 use crate::rig::{self, Rig, id_of};
 use crate::support::TestService;
 use crate::support::process::blockyard;
+use crate::verify::{point, verify};
 
 /// What must come back as it was: a point without what is only known of its reading.
 fn told(point: &Value) -> Value {
@@ -117,6 +119,31 @@ async fn database_rebuilt_from_manifests_lists_and_restores_everything() {
     }
     rig.expect_restorable(id_of(&next)).await;
     rig.expect_nothing_left(4).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_imported_point_is_restored_against_its_digests_before_anybody_has_verified_it_again() {
+    let rig = Rig::new().await;
+    let id = id_of(&rig.back_up().await).to_owned();
+    assert_eq!(verify(&rig.service, &id, json!({})).await["outcome"], "verified");
+    let before = point(&rig.service, &id).await;
+    flip(&rig::published(&rig, &id).await.join("disk-0.qcow2"), 5000);
+    let rig = restart(rig, async |state: &Path| fs::remove_dir_all(state).unwrap()).await;
+    let repository = json!({"id": "main", "name": "main", "path": rig.repository});
+    rig.service.post("/api/v1/repositories", &repository).await.expect_status(201);
+    assert_eq!(import(&rig.service).await["imported"], json!([id]));
+    let imported = point(&rig.service, &id).await;
+    assert_eq!(imported["trust"], "unverified");
+    for disk in 0..3 {
+        for digest in ["digest", "content_digest"] {
+            assert_eq!(imported["disks"][disk][digest], before["disks"][disk][digest]);
+        }
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("disk.raw");
+    let (code, said) = cli(&rig, &["restore", "raw", &id, "--disk", "0", "--output", output.to_str().unwrap()]);
+    assert_eq!(code, 6, "{said}");
+    assert_eq!(verify(&rig.service, &id, json!({})).await["outcome"], "corrupt");
 }
 
 /// Removes the record of a point and of its job.

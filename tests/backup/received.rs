@@ -60,7 +60,7 @@ fn host_offset(image: &Path, guest: usize) -> u64 {
 }
 
 /// Flips a bit of the disk in its image.
-fn flip(image: &Path, guest: usize) {
+pub fn flip(image: &Path, guest: usize) {
     let offset = host_offset(image, guest);
     fs::set_permissions(image, Permissions::from_mode(0o640)).unwrap();
     let file = OpenOptions::new().read(true).write(true).open(image).unwrap();

@@ -204,6 +204,12 @@ async fn one_flipped_bit_is_found_by_verify_and_ends_the_chain() {
     assert_eq!((&change["from"], &change["to"]), (&json!("verified"), &json!("corrupt")));
     assert!(told.iter().any(|(kind, data)| kind == "alert" && data["alert"] == "point_damaged"), "{told:?}");
 
+    // A check reads no content, and tells what is known.
+    let check = rig.service.post("/api/v1/repositories/main/check", &json!({})).await.expect_status(200).json();
+    let kinds = check["findings"].as_array().unwrap().iter().map(|finding| finding["kind"].as_str().unwrap());
+    assert_eq!(kinds.collect::<Vec<&str>>(), ["damaged", "damaged", "damaged"], "{check:#}");
+    assert_eq!((&check["result"], &check["intact"]), (&json!("damaged"), &json!(1)));
+
     // Corrupt is final, and what is above stays suspect, also when the bit is as it was: what was found is told again.
     flip(&image, fs::metadata(&image).unwrap().len() * 8 - 8 * 4000);
     let again = verify(&rig.service, &ids[2], json!({})).await;

@@ -9,7 +9,7 @@ use crate::repository::manifest::Manifest;
 use crate::repository::survey::{Fault, PointFolder, Presence};
 use crate::store::points::{self, PointDiskRow, PointRow};
 use crate::store::{Connection, Store, StoreError};
-use crate::words::point::PointState;
+use crate::words::point::{PointState, Trust};
 
 /// A folder, and its manifest when all of it is what that says.
 pub(super) type Looked = (PointFolder, Result<Manifest, Fault>);
@@ -150,7 +150,15 @@ pub(super) async fn judge_all(
                     findings.push(finding(FindingKind::Back, &point, "its files are there again".to_owned()));
                 }
                 match judge(connection, &point, found, &bad).await? {
-                    None => continue,
+                    // No content is read here, but what is known of it is told.
+                    None => match point.trust {
+                        Trust::Corrupt => (FindingKind::Damaged, known(&point)),
+                        Trust::Suspect => {
+                            findings.push(finding(FindingKind::Suspect, &point, known(&point)));
+                            continue;
+                        }
+                        Trust::Unverified | Trust::Verified => continue,
+                    },
                     Some(detail) => (FindingKind::Damaged, detail),
                 }
             }
@@ -162,6 +170,11 @@ pub(super) async fn judge_all(
         findings.push(finding(kind, &point, detail));
     }
     Ok(Judged { recorded, bad, findings, changes })
+}
+
+fn known(point: &PointRow) -> String {
+    let reason = point.trust_reason.as_deref().unwrap_or("the reason is not recorded");
+    format!("it is known to be {}: {reason}", point.trust)
 }
 
 fn finding(kind: FindingKind, point: &PointRow, detail: String) -> Finding {
