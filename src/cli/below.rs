@@ -1,6 +1,7 @@
 //! `--backing-root`: where what lies below an image may be, for every command that opens one.
 
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use blockyard_qcow2::{Access, Error, OpenOptions};
@@ -30,8 +31,22 @@ impl Below {
 
     /// How to open an image, and by which path.
     pub(super) fn options(&self, image: &Path, access: Access) -> Result<(PathBuf, OpenOptions), CliError> {
+        if access == Access::ReadWrite {
+            check_writable(image)?;
+        }
         let (path, backing_root) = self.paths(image)?;
         Ok((path, OpenOptions { backing_root, ..OpenOptions::new(access) }))
+    }
+}
+
+/// Refuses an image that nobody may write to: to root the file system would open it all the same, and an image of a restore point
+/// that is written to is damaged. What cannot be looked at is refused where it is opened.
+pub(super) fn check_writable(image: &Path) -> Result<(), CliError> {
+    match image.metadata() {
+        Ok(facts) if facts.permissions().mode() & 0o222 == 0 => {
+            Err(CliError::WriteProtected { path: image.to_owned() })
+        }
+        _ => Ok(()),
     }
 }
 

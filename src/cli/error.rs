@@ -118,6 +118,16 @@ pub enum CliError {
     /// Two disks cannot be compared to the end, and what came in between.
     #[error(transparent)]
     NotCompared(Box<CliError>),
+    /// An image that nobody may write to, for a command that writes to it.
+    #[error(
+        "{} is write-protected (no write permission for anybody), as the images of restore points are: it can be served \
+         with nbd --read-only; what is to be written to is a copy or an overlay of it",
+        path.display()
+    )]
+    WriteProtected {
+        /// The image.
+        path: PathBuf,
+    },
     /// The folder for backing files is none.
     #[error("--backing-root {} cannot be used", path.display())]
     BackingRoot {
@@ -222,7 +232,7 @@ impl CliError {
             | Self::TlsOff
             | Self::TlsOptional
             | Self::Export { .. } => Exit::Usage,
-            Self::Bind { .. } => Exit::Conflict,
+            Self::Bind { .. } | Self::WriteProtected { .. } => Exit::Conflict,
             Self::Tls(error) => tls_exit(error),
             Self::Start(StartError::Tls(error)) => tls_exit(error),
             Self::Start(StartError::StateInUse { .. } | StartError::Bind { .. }) | Self::Ambiguous { .. } => {

@@ -1,6 +1,8 @@
 //! What the commands refuse, and how they say so.
 
+use std::fs::Permissions;
 use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use crate::process::blockyard;
@@ -26,6 +28,31 @@ fn what_is_no_image_is_never_served() {
     assert!(error.contains("not a qcow2 image"), "{error}");
     let (code, error) = refused(&["nbd", text(&folder.path().join("absent.qcow2"))]);
     assert_eq!(code, 4, "{error}");
+}
+
+#[test]
+fn an_image_that_nobody_may_write_to_is_written_to_by_no_command() {
+    let folder = folder();
+    let image = image(&folder, "image.qcow2", MIB);
+    std::fs::set_permissions(&image, Permissions::from_mode(0o440)).unwrap();
+    let before = std::fs::read(&image).unwrap();
+    let name = text(&image);
+    for arguments in [
+        &["nbd", name, "--port", "0"][..],
+        &["nbd", name, "--port", "0", "--backing-root", text(folder.path())],
+        &["image", "repair", name],
+        &["image", "grow", name, "--size", "2M"],
+    ] {
+        let (code, error) = refused(arguments);
+        assert!(code == 5 && error.contains("write-protected") && error.contains("--read-only"), "{code} {error}");
+    }
+    assert!(std::fs::read(&image).unwrap() == before);
+    let overlay = folder.path().join("overlay.qcow2");
+    let create = ["image", "create", text(&overlay), "--backing", "image.qcow2"];
+    let (code, error) = (blockyard().args(create).status().unwrap(), text(&overlay));
+    assert!(code.success(), "what lies below is only read: {error}");
+    NbdServer::start(&image, &["--read-only"]).stop();
+    NbdServer::start(&overlay, &[]).stop();
 }
 
 #[test]

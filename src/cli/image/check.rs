@@ -6,6 +6,7 @@ use blockyard_qcow2::{self as qcow2, CheckReport};
 use clap::Args;
 use serde_json::{Value, json};
 
+use crate::cli::below::check_writable;
 use crate::cli::image_error::ImageError;
 use crate::cli::size::readable;
 use crate::cli::{CliError, Exit, Output};
@@ -30,6 +31,7 @@ pub(super) fn run(check: &Check, output: &Output) -> Result<Exit, CliError> {
 
 pub(super) fn run_repair(repair: &Repair, output: &Output) -> Result<Exit, CliError> {
     let image = &repair.image;
+    check_writable(image)?;
     let failed = |error| ImageError::of(image, error);
     let before = qcow2::repair(image).map_err(failed)?;
     let after = qcow2::check(image).map_err(failed)?;
