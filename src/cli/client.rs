@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use reqwest::header::{ETAG, IF_MATCH};
-use reqwest::{Method, RequestBuilder, Response, StatusCode};
+use reqwest::{Method, RequestBuilder, Response, StatusCode, Url};
 use serde_json::Value;
 
 use super::Exit;
@@ -31,6 +31,12 @@ pub enum ClientError {
     /// The token file cannot be read.
     #[error("the token cannot be read (BLOCKYARD_TOKEN_FILE names its file)")]
     Token(#[from] SecretError),
+    /// What should be the address of the service is none.
+    #[error("BLOCKYARD_URL is {url:?}: write http://HOST:PORT, such as {}", default_url())]
+    Address {
+        /// What is there.
+        url: String,
+    },
     /// No answer.
     #[error("the service at {url} does not answer (BLOCKYARD_URL names its address)")]
     Unreachable {
@@ -71,12 +77,13 @@ impl ClientError {
         match self {
             Self::Unreachable { .. } => true,
             Self::Refused { status, .. } => status.is_server_error() || *status == StatusCode::TOO_MANY_REQUESTS,
-            Self::Token(_) | Self::Malformed { .. } => false,
+            Self::Token(_) | Self::Address { .. } | Self::Malformed { .. } => false,
         }
     }
 
     pub(super) fn exit(&self) -> Exit {
         match self {
+            Self::Address { .. } => Exit::Usage,
             Self::Token(_) | Self::Unreachable { .. } | Self::Malformed { .. } => Exit::Unreachable,
             Self::Refused { document, .. } if document["code"] == "point_damaged" => Exit::Damaged,
             Self::Refused { status, .. } => match *status {
@@ -105,8 +112,11 @@ impl Client {
     /// A client for what the environment names: by default the service with the default configuration. A missing default
     /// token file is no error: the service may run without tokens.
     pub(super) fn from_environment() -> Result<Self, ClientError> {
-        let default_url = || format!("http://{}", Server::default().bind);
-        let url = std::env::var(URL_VARIABLE).ok().filter(|url| !url.is_empty()).unwrap_or_else(default_url);
+        let url = std::env::var_os(URL_VARIABLE).map(|url| url.to_string_lossy().into_owned());
+        let url = url.filter(|url| !url.is_empty()).unwrap_or_else(default_url);
+        if !is_address(&url) {
+            return Err(ClientError::Address { url });
+        }
         let token = match std::env::var_os(TOKEN_VARIABLE).filter(|path| !path.is_empty()) {
             Some(path) => Some(Secret::read(&PathBuf::from(path))?),
             None => Secret::read(&Config::default().token_file()).ok(),
@@ -239,6 +249,18 @@ impl Client {
             document => Err(refused(status, document.unwrap_or_default())),
         }
     }
+}
+
+/// Of the service with the default configuration.
+fn default_url() -> String {
+    format!("http://{}", Server::default().bind)
+}
+
+/// Whether requests can be sent there: paths are put behind it, and the API is plain HTTP.
+fn is_address(url: &str) -> bool {
+    let Ok(parsed) = url.parse::<Url>() else { return false };
+    // `http:host` is mended by the parser, and would be asked for something else once there is a path behind it.
+    url.starts_with("http://") && parsed.has_host() && parsed.query().is_none() && parsed.fragment().is_none()
 }
 
 fn refused(status: StatusCode, document: Value) -> ClientError {

@@ -111,6 +111,21 @@ async fn exit_codes_tell_what_kind_of_failure_it_was() {
         7,
         "the token cannot be read",
     );
+    let address = service.service.url().replace("http://", "");
+    for url in [
+        address.as_str(),
+        "localhost:8082",
+        "http://",
+        "http:localhost",
+        "https://localhost:8082",
+        "ftp://localhost",
+        "http://localhost/?",
+    ] {
+        // Before the token is looked for, which is not there.
+        let refused = run_at(url, Path::new("/nonexistent"), &["vm", "list"]).await;
+        expect(&refused, 2, "BLOCKYARD_URL");
+        expect(&refused, 2, "http://HOST:PORT");
+    }
     // The port of a listener that was closed: nobody answers there.
     let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     expect(&run_at(&format!("http://{closed}"), &token, &["vm", "list"]).await, 7, "does not answer");
