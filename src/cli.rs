@@ -32,7 +32,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::error::ErrorKind;
-use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
 pub use error::{CliError, Exit};
 pub use output::{Format, Output};
@@ -88,7 +88,8 @@ const THREADS_LIMIT: Duration = Duration::from_secs(10);
 
 /// Runs one command and tells the shell how it went.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let cli = match Cli::try_parse_from(arguments) {
+    let parsed = commands().try_get_matches_from(arguments).and_then(|matches| Cli::from_arg_matches(&matches));
+    let cli = match parsed {
         Ok(cli) => cli,
         Err(error) => {
             // Help and version count as errors there, and have exit code 0. Without a terminal there is nobody to tell.
@@ -100,7 +101,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(format) => Output::new(format, cli.quiet),
         Err(value) => {
             let text = format!("invalid value '{value}' for '--output <FORMAT>': text and json are possible");
-            let _ = Cli::command().error(ErrorKind::InvalidValue, text).print();
+            let _ = commands().error(ErrorKind::InvalidValue, text).print();
             return ExitCode::from(Exit::Usage as u8);
         }
     };
@@ -115,6 +116,15 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(exit) => exit.into(),
         Err(error) => output.failure(&error),
     }
+}
+
+/// All commands. Of `restore raw` the help of `--output` is another one: there it names what to make in the first place.
+fn commands() -> clap::Command {
+    let all = Cli::command();
+    let output = all.get_arguments().find(|argument| argument.get_id() == "output").cloned();
+    all.mut_subcommand("restore", |restore| {
+        restore.mut_subcommand("raw", |raw| raw.args(output.map(restore::named_target)))
+    })
 }
 
 /// A value of `--output`: a format, or a target of `restore raw`.

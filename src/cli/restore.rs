@@ -11,7 +11,7 @@ mod image;
 mod raw;
 mod remote;
 
-use clap::Subcommand;
+use clap::{Arg, Subcommand};
 use serde_json::Value;
 
 pub(super) use error::RestoreCommandError;
@@ -34,6 +34,14 @@ pub(super) enum Command {
     /// Exits with 1 when a byte cannot be read or written, and with 6 when the copy is not what was backed up; a file is
     /// removed then. While it is being made it is called FILE.partial.
     Raw(raw::Raw),
+}
+
+/// `--output` of all commands as `restore raw` has it; it takes the same.
+pub(super) fn named_target(output: Arg) -> Arg {
+    output
+        .value_name("TARGET")
+        .hide_default_value(true)
+        .help("What to make: a file, or the export of an NBD server (nbd://…). Once more as `text` or `json`: how to tell of it")
 }
 
 impl Command {

@@ -315,7 +315,7 @@ async fn a_disk_that_is_not_what_was_backed_up_is_told_and_kept_only_for_who_acc
     assert!(differs.code == 6 && differs.stderr.contains("not what was backed up"), "{differs:?}");
     expect_nothing_made(&rig, &folder).await;
     let accepted = raw(&rig, &point, &target, &["--accept-damage"]).await;
-    assert_eq!(accepted.code, 6, "{accepted:?}");
+    assert!(accepted.code == 6 && accepted.stderr.contains(&format!("{target} was made and kept")), "{accepted:?}");
     set_point(&rig, SET_TRUST, "corrupt", &point).await;
     let refused = raw(&rig, &point, &path_in(&folder, "another.raw").1, &[]).await;
     assert!(refused.code == 6 && refused.stderr.contains("point_damaged"), "{refused:?}");
@@ -354,6 +354,12 @@ async fn what_cannot_be_restored_is_refused_with_the_exit_code_of_its_kind() {
     ] {
         let ended = cli(&rig, arguments).await;
         assert_eq!(ended.code, 2, "{arguments:?} {ended:?}");
+    }
+    for arguments in [&["restore", "raw", &point, "--output", &target][..], &["restore", "raw", "--help"]] {
+        let ended = cli(&rig, arguments).await;
+        let text = format!("{}{}", ended.stdout, ended.stderr);
+        assert!(text.contains("Usage: blockyard restore raw [OPTIONS] --disk <N> --output <TARGET> <POINT>"), "{text}");
+        assert!(!text.contains("--output <FORMAT>") && !text.contains("[default: text]"), "{text}");
     }
     let (taken, text) = path_in(&folder, "folder");
     fs::create_dir(&taken).unwrap();

@@ -22,6 +22,7 @@ use crate::cli::size::readable;
 use crate::cli::{CliError, Exit, Output};
 
 #[derive(Debug, Args)]
+#[command(override_usage = "blockyard restore raw [OPTIONS] --disk <N> --output <TARGET> <POINT>")]
 pub(in crate::cli) struct Raw {
     /// Id of the restore point.
     point: String,
@@ -169,7 +170,12 @@ async fn restore(
         }
     }
     match differs {
-        Some(error) => Err(error.into()),
+        Some(error) => {
+            if task.raw.accept_damage {
+                output.note(&format!("{} was made and kept, as --accept-damage wants it", task.target));
+            }
+            Err(error.into())
+        }
         None => Ok(Some(Report { size_bytes, copied, compared_with_point: expected.is_some(), warned })),
     }
 }
