@@ -212,7 +212,8 @@ impl Job {
             }
             StartOutcome::Unreachable { text } => {
                 self.set_node_outcome(NodeOutcome::Unreachable).await?;
-                Err(Failed::new(FailureCode::NodeUnreachable, format!("the node cannot be reached: {text}")).into())
+                let message = format!("the node {} cannot be reached: {text}", self.facts.vm.node);
+                Err(Failed::new(FailureCode::NodeUnreachable, message).into())
             }
             StartOutcome::Ambiguous { text } => {
                 tracing::warn!(%job_id, text, "nobody knows whether the node started a client; waiting for one");

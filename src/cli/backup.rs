@@ -165,7 +165,7 @@ fn render_list(document: &Value) -> String {
 }
 
 fn render(backup: &Value) -> String {
-    let fields = ["backup_id", "vm_name", "repository_id", "backup_type", "state", "result", "error_message"];
+    let fields = ["backup_id", "vm_name", "repository_id", "backup_type", "state", "result", "code", "error_message"];
     let times = ["created_at", "started_at", "completed_at"];
     let mut lines: Vec<String> =
         fields.iter().chain(&times).map(|field| format!("{field:<13} {}", text(&backup[field]))).collect();

@@ -152,12 +152,12 @@ fn render_list(document: &Value) -> String {
         .iter()
         .map(|point| {
             let size: u64 = rows(&point["disks"]).iter().filter_map(|disk| disk["file_bytes"].as_u64()).sum();
-            let texts = ["id", "vm_name", "repository_id", "backup_type", "trust", "committed_at"];
+            let texts = ["id", "vm_name", "repository_id", "backup_type", "state", "trust", "committed_at"];
             let texts = texts.map(|field| text(&point[field]).to_owned());
             texts.into_iter().chain([readable(size)]).collect()
         })
         .collect();
-    table::render(&["id", "vm", "repository", "type", "trust", "committed", "size"], &rows)
+    table::render(&["id", "vm", "repository", "type", "state", "trust", "committed", "size"], &rows)
 }
 
 fn render(point: &Value) -> String {

@@ -5,6 +5,7 @@ use std::time::Duration;
 use blockyard::node::fake::{Event, FakeConfig, FakeNode, Faults, PausePoint, StartFault};
 use serde_json::json;
 
+use crate::cli::cli;
 use crate::rig::{self, Plan, Rig, id_of};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -44,7 +45,15 @@ async fn a_node_that_is_not_there_is_502_and_undone() {
     let problem = rig.try_start().await.expect_problem(502, "node_unreachable");
     assert_eq!(problem["retryable"], true);
     rig.expect_nothing_left(0).await;
-    assert_eq!(rig.backup(id_of(&problem)).await["code"], "node_unreachable");
+    let backup = rig.backup(id_of(&problem)).await;
+    assert_eq!(backup["code"], "node_unreachable");
+    assert!(
+        backup["error_message"].as_str().unwrap().starts_with("the node default cannot be reached: "),
+        "{backup:#}"
+    );
+    let (code, text) = cli(&rig, &["backup", "show", id_of(&problem)]).await;
+    let shown = |line: &str| line.split_whitespace().eq(["code", "node_unreachable"]);
+    assert!(code == 0 && text.lines().any(shown), "{text}");
     rig.try_start().await.expect_problem(502, "node_unreachable");
     rig.expect_nothing_left(0).await;
 }

@@ -250,6 +250,10 @@ async fn a_missing_point_loses_its_record_and_an_unreachable_one_nothing() {
     let (full, top) = (&history[0].0, &history[1].0);
     std::fs::remove_dir_all(published(&rig, top).await).unwrap();
     set_state(&rig.service, top, PointState::Missing).await;
+    let (code, text) = cli(&rig, &["point", "list"]).await;
+    let states = [(full, "committed"), (top, "missing")];
+    let listed = |(id, state): &(&String, &str)| text.lines().any(|line| line.starts_with(*id) && line.contains(state));
+    assert!(code == 0 && states.iter().all(listed), "{code} {text}");
     let marker = rig.repository.join(".blockyard-repository.json");
     let kept = std::fs::read(&marker).unwrap();
     std::fs::remove_file(&marker).unwrap();

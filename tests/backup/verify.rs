@@ -622,6 +622,12 @@ async fn points_are_verified_and_compared_by_command() {
     assert!(code == 3 && text.contains("unknown"), "{code} {text}");
     let (code, text) = cli(&rig, &["point", "verify", &ids[1], "--content"]).await;
     assert!(code == 0 && text.contains("verified") && ids.iter().all(|id| text.contains(id)), "{code} {text}");
+    assert!(text.contains("(2 points, ") && text.contains("compared with what was received)"), "{text}");
+    let (code, text) = cli(&rig, &["point", "verify", &ids[0]]).await;
+    assert!(
+        code == 0 && text.contains("(1 point, ") && text.contains(" read)"),
+        "of a repeat only what it did: {text}"
+    );
     let (code, text) = cli(&rig, &["point", "compare", &ids[0], &ids[1]]).await;
     assert!(code == 1 && text.contains("different") && text.contains("equal"), "{code} {text}");
     let (code, _) = cli(&rig, &["point", "compare", &ids[0], &ids[0]]).await;

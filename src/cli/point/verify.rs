@@ -79,17 +79,24 @@ fn bar() -> ProgressBar {
     bar
 }
 
+fn counted(count: u64, noun: &str) -> String {
+    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
+}
+
 fn render(verification: &Value) -> String {
-    let bytes = |field: &str| readable(verification[field].as_u64().unwrap_or(0));
-    let mut lines = vec![format!(
-        "{}: {} ({} points, {} files, {} read, {} compared with what was received)",
-        text(&verification["point_id"]),
-        text(&verification["outcome"]),
-        rows(&verification["points"]).len(),
-        verification["files"],
-        bytes("bytes_read"),
-        bytes("bytes_compared")
-    )];
+    let number = |field: &str| verification[field].as_u64().unwrap_or(0);
+    let points = rows(&verification["points"]).len() as u64;
+    let mut done = vec![
+        counted(points, "point"),
+        counted(number("files"), "file"),
+        format!("{} read", readable(number("bytes_read"))),
+    ];
+    // Only the first verification of a point has something to compare; of others nothing at all would sound like nothing checked.
+    if number("bytes_compared") > 0 {
+        done.push(format!("{} compared with what was received", readable(number("bytes_compared"))));
+    }
+    let [id, outcome] = ["point_id", "outcome"].map(|field| text(&verification[field]));
+    let mut lines = vec![format!("{id}: {outcome} ({})", done.join(", "))];
     for point in rows(&verification["points"]) {
         let id = text(&point["point_id"]);
         lines.push(format!("  {id}  {}", text(&point["outcome"])));
