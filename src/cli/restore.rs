@@ -32,7 +32,7 @@ pub(super) enum Command {
     /// Given once more as --output json, the end is told as a document.
     ///
     /// Exits with 1 when a byte cannot be read or written, and with 6 when the copy is not what was backed up; a file is
-    /// removed then. While it is being made it is called FILE.partial.
+    /// removed then, but for the latter with --accept-damage. While it is being made it is called FILE.partial.
     Raw(raw::Raw),
 }
 
