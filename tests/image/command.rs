@@ -38,10 +38,10 @@ fn an_image_that_nobody_may_write_to_is_written_to_by_no_command() {
     let before = std::fs::read(&image).unwrap();
     let name = text(&image);
     for arguments in [
-        &["nbd", name, "--port", "0"][..],
-        &["nbd", name, "--port", "0", "--backing-root", text(folder.path())],
-        &["image", "repair", name],
+        &["image", "repair", name][..],
         &["image", "grow", name, "--size", "2M"],
+        &["nbd", name, "--port", "0"],
+        &["nbd", name, "--port", "0", "--backing-root", text(folder.path())],
     ] {
         let (code, error) = refused(arguments);
         assert!(code == 5 && error.contains("write-protected") && error.contains("--read-only"), "{code} {error}");
