@@ -37,7 +37,7 @@ const SAMPLED_BYTES: u64 = 4 << 20;
 const EXTENTS_AT_ONCE: usize = 512;
 
 /// Requests up to this length are hashed by the task that serves them, which takes a third of a millisecond; longer ones would hold
-/// others up.
+/// others up, and wait for their own write besides.
 const HASHED_IN_PLACE_MAX: usize = 1 << 20;
 
 /// An image under a name. Cheap to clone; all clones are one export.
@@ -175,22 +175,32 @@ impl ImageDevice {
         })
     }
 
-    /// Takes the digests of what is about to be written, where somebody asks for them.
-    async fn pieces(&self, offset: u64, buffer: nbd::Buffer) -> Result<(nbd::Buffer, Option<Pieces>), nbd::Error> {
+    /// Writes to the image, and takes the digests of what is written where somebody asks for them: of a long request beside the write.
+    async fn write_pieces(
+        &self,
+        offset: u64,
+        buffer: nbd::Buffer,
+        durability: qcow2::Durability,
+    ) -> Result<Option<Pieces>, qcow2::Error> {
+        let (buffer, size) = (Lent(buffer), self.image.size());
         if !self.meter.takes_pieces() {
-            return Ok((buffer, None));
+            self.image.write(offset, buffer, durability).await?;
+            return Ok(None);
         }
-        let size = self.image.size();
-        let is_short = (*buffer).as_ref().len() <= HASHED_IN_PLACE_MAX;
-        let take = move || {
-            let pieces = Pieces::of(offset, (*buffer).as_ref(), size);
-            (buffer, pieces)
-        };
-        if is_short {
-            return Ok(take());
+        if buffer.as_ref().len() <= HASHED_IN_PLACE_MAX {
+            let pieces = Pieces::of(offset, buffer.as_ref(), size);
+            self.image.write(offset, buffer, durability).await?;
+            return Ok(pieces);
         }
-        let taken = tokio::task::spawn_blocking(take).await;
-        taken.map_err(|_| nbd::Error::new(nbd::ErrorKind::Io, "the request could not be hashed"))
+        let shared = Arc::new(buffer);
+        let taken = tokio::task::spawn_blocking({
+            let shared = Arc::clone(&shared);
+            move || Pieces::of(offset, (*shared).as_ref(), size)
+        });
+        let (written, taken) = tokio::join!(self.image.write(offset, SharedBytes(shared), durability), taken);
+        written?;
+        // Without them what was received here is unknown, which harms nobody.
+        Ok(taken.ok().flatten())
     }
 
     /// How many bytes of a range that is zeroed are data in the older state of the disk. Only its tables are looked at, beside the
@@ -247,6 +257,15 @@ impl AsMut<[u8]> for Lent {
     }
 }
 
+/// A lent buffer that two look at.
+struct SharedBytes(Arc<Lent>);
+
+impl AsRef<[u8]> for SharedBytes {
+    fn as_ref(&self) -> &[u8] {
+        (*self.0).as_ref()
+    }
+}
+
 #[async_trait]
 impl nbd::Device for ImageDevice {
     fn buffer(&self, _offset: u64, length: usize) -> nbd::Buffer {
@@ -268,9 +287,8 @@ impl nbd::Device for ImageDevice {
     async fn write(&self, offset: u64, buffer: nbd::Buffer, durability: nbd::Durability) -> Result<(), nbd::Error> {
         let mut pass = self.enter_change()?;
         let length = (*buffer).as_ref().len() as u64;
-        let (buffer, pieces) = self.pieces(offset, buffer).await?;
-        let written = self.image.write(offset, Lent(buffer), durability_of(durability)).await;
-        written.map_err(|error| self.change_failed(&error))?;
+        let written = self.write_pieces(offset, buffer, durability_of(durability)).await;
+        let pieces = written.map_err(|error| self.change_failed(&error))?;
         self.meter.identical(self.image.identical_bytes());
         pass.ended_at(self.meter.written(offset, length, pieces.as_ref()));
         Ok(())

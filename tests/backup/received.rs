@@ -19,10 +19,14 @@ const WINDOW: usize = 64 * MIB;
 
 /// The second disk ends within a piece, and its client's connections meet within another; the first has zeroes, and two windows.
 async fn rig() -> Rig {
+    with_requests_of(4 * PIECE).await
+}
+
+async fn with_requests_of(request_bytes: usize) -> Rig {
     let mut first = content(1, WINDOW + 2 * MIB);
     first[MIB..63 * MIB].fill(0);
     let disks = vec![(FIRST, first), (SECOND, content(2, MIB + 512))];
-    Rig::with(Plan { disks, request_bytes: 4 * PIECE, ..Plan::default() }).await
+    Rig::with(Plan { disks, request_bytes, ..Plan::default() }).await
 }
 
 /// The mark of each window, and the root over them, by their formulas.
@@ -81,20 +85,23 @@ async fn expect_verified(rig: &Rig, id: &str, compared: usize) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_manifest_has_the_marks_of_what_was_received_by_their_formula() {
-    let rig = rig().await;
-    let backup = rig.back_up().await;
-    let manifest = manifest(&rig, id_of(&backup)).await;
-    let mut roots = Vec::new();
-    for (index, (_, bytes)) in rig.disks.iter().enumerate() {
-        let (windows, root) = marks(bytes);
-        let expected = json!({
-            "piece_bytes": PIECE, "window_bytes": WINDOW, "windows": windows, "root": root.to_hex().to_string(),
-        });
-        assert_eq!(manifest["disks"][index]["received"], expected);
-        roots.extend(*root.as_bytes());
+    // Short requests, and such as are hashed beside their write.
+    for request_bytes in [4 * PIECE, 8 * MIB] {
+        let rig = with_requests_of(request_bytes).await;
+        let backup = rig.back_up().await;
+        let manifest = manifest(&rig, id_of(&backup)).await;
+        let mut roots = Vec::new();
+        for (index, (_, bytes)) in rig.disks.iter().enumerate() {
+            let (windows, root) = marks(bytes);
+            let expected = json!({
+                "piece_bytes": PIECE, "window_bytes": WINDOW, "windows": windows, "root": root.to_hex().to_string(),
+            });
+            assert_eq!(manifest["disks"][index]["received"], expected);
+            roots.extend(*root.as_bytes());
+        }
+        assert_eq!(manifest["received"], blake3::hash(&roots).to_hex().to_string());
+        expect_verified(&rig, id_of(&backup), WINDOW + 3 * MIB + 512).await;
     }
-    assert_eq!(manifest["received"], blake3::hash(&roots).to_hex().to_string());
-    expect_verified(&rig, id_of(&backup), WINDOW + 3 * MIB + 512).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
