@@ -85,8 +85,7 @@ pub struct ConnectionCount {
 impl Meter {
     /// Nothing seen yet of a disk of this size.
     pub fn new(size_bytes: u64, signals: Arc<Signals>) -> Self {
-        let born = Instant::now();
-        let (ranges, received, rate) = (Coverage::new(), Received::new(size_bytes), Rate::new(born));
+        let (ranges, received, rate) = (Coverage::new(), Received::new(size_bytes), Rate::default());
         Self {
             signals,
             connections: AtomicUsize::new(0),
@@ -99,7 +98,7 @@ impl Meter {
             identical_bytes: AtomicU64::new(0),
             read_bytes: AtomicU64::new(0),
             coverage: Some(Mutex::new(Covered { ranges, received, rate })),
-            rate: Mutex::new(Rate::new(born)),
+            rate: Mutex::default(),
             lost_at: Mutex::default(),
             failure: Mutex::default(),
         }
