@@ -1,7 +1,8 @@
 //! `manifest.json`: everything about a restore point that its images do not say themselves, beside them, so that a
 //! repository can be understood and imported without any database, and restored with `qemu-img` alone.
 //!
-//! Whoever reads one reads it here: anybody may have written it, so it is bounded, must be a plain file, and no link is followed.
+//! Whoever reads one reads it here, but for a verification, which hashes its bytes as they are: anybody may have written it, so it is
+//! bounded, must be a plain file, and no link is followed.
 //! What it says of the files beside it is held against them in `directory` and `survey`.
 
 use std::collections::BTreeMap;
